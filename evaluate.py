@@ -1,0 +1,298 @@
+"""Exact match on GSM8K's test split; comparison of two evaluations; one question of your own.
+
+    python evaluate.py --n 256                                  # google/gemma-2b-it, untuned
+    python evaluate.py --model runs/sft-lora-main --n 1319      # a run, asked as it was trained
+    python evaluate.py --model runs/sft-full-main --samples 8 --temperature 0.7
+    python evaluate.py --compare runs/sft-full-main runs/sft-lora-main
+    python evaluate.py --model runs/sft-full-main --ask "Tom has 3 boxes of 12 eggs. How many eggs?"
+
+Writes eval-<split>-<n>.json (the figures) and .jsonl (one row a completion) to the run's folder.
+A prompt other than the run's own, or sampling, is named in the file, so nothing is overwritten by
+something else. This is the only script that opens the test split.
+"""
+
+import argparse
+import collections
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from statistics import NormalDist, fmean, stdev
+
+import torch
+
+from nanogsm import UserError, data, generate, hub, runs
+from nanogsm.model import load_model
+
+Z95 = NormalDist().inv_cdf(0.975)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description="Exact match on GSM8K.")
+    p.add_argument("--model", default="google/gemma-2b-it", help="Hub id, folder or run")
+    p.add_argument("--n", type=int, default=256, help="a fixed sample of that many problems")
+    p.add_argument("--split", choices=("test", "validation"), default="test",
+                   help="validation: the slice of train that --val-examples N holds out")  # fmt: skip
+    p.add_argument("--data", default="main", help="main, socratic or a .jsonl file of your own")
+    runs.add_data_dir_flag(p)
+    # the prompt: unset values are the run's own, or one-shot + instruction for an untuned model
+    p.add_argument("--shots", type=int, choices=(0, 1), help="worked examples before the question")
+    p.add_argument("--instruction", action=argparse.BooleanOptionalAction, default=None)
+    p.add_argument("--style", choices=("plain", "chat"))
+    # decoding
+    p.add_argument("--samples", type=int, default=1, help="completions a problem")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    p.add_argument("--max-new-tokens", type=int, help="default 320; socratic 512")
+    p.add_argument("--batch-size", type=int, default=64, help="problems at once: memory, not results")
+    p.add_argument("--seed", type=int, default=0, help="of the sampling; the problems stay the same")
+    # where to and what else
+    p.add_argument("--out", help="folder for the result (default: the run's; untuned: runs/eval-...)")
+    p.add_argument("--ask", metavar="QUESTION", help="answer one question and stop")
+    p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two runs or eval .jsonl files")
+    runs.add_compute_flags(p)
+    args = p.parse_args(argv)
+    for name in ("n", "samples", "batch_size", "max_new_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
+    if not 0 <= args.temperature < 100:
+        raise UserError(f"--temperature is {args.temperature}: give 0 (greedy) or, say, 0.7")
+    if args.samples > 1 and args.temperature == 0:
+        raise UserError("--samples above 1 needs --temperature above 0: greedy answers are all alike")
+    if args.seed < 0:
+        raise UserError(f"--seed is {args.seed}: give 0 or more")
+    return args
+
+
+# ------------------------------------------------------------------------------------ statistics
+
+
+def wilson(correct: int, n: int) -> tuple[float, float]:
+    """95% Wilson score interval of a proportion. Unlike p +- 1.96 s.e. it stays inside [0, 1] and
+    holds near 0, where untuned models are."""
+    p, z2n = correct / n, Z95**2 / n
+    centre, half = p + z2n / 2, Z95 * math.sqrt(p * (1 - p) / n + z2n / (4 * n))
+    return max(0.0, (centre - half) / (1 + z2n)), min(1.0, (centre + half) / (1 + z2n))
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Exact two-sided p that A and B are equally good, from the problems only one of them solved:
+    under that hypothesis each is a fair coin's toss (McNemar 1947, binomial form)."""
+    n, k = only_a + only_b, min(only_a, only_b)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+
+
+def majority(rows: list[dict]) -> bool:
+    """Whether the commonest answer among a problem's completions is right (a tie: the earliest)."""
+    answers = collections.Counter(r["answer"] for r in rows if r["answer"] is not None)
+    return bool(answers) and data.same_number(answers.most_common(1)[0][0], rows[0]["gold"])
+
+
+def summarise(rows: list[dict], samples: int) -> dict:
+    """Figures of an evaluation from its rows (samples a problem, together). With several samples
+    the interval is over problems, whose completions are not independent of each other."""
+    groups = [rows[i : i + samples] for i in range(0, len(rows), samples)]
+    means = [fmean(r["correct"] for r in g) for g in groups]
+    correct = sum(r["correct"] for r in rows)
+    if samples == 1:
+        low, high = wilson(correct, len(groups))
+    else:
+        half = Z95 * stdev(means) / math.sqrt(len(means)) if len(means) > 1 else 1.0
+        low, high = max(0.0, fmean(means) - half), min(1.0, fmean(means) + half)
+    figures = {
+        "n": len(groups),
+        "correct": correct,
+        "accuracy": fmean(means),
+        "ci_low": low,
+        "ci_high": high,
+        "flexible_accuracy": fmean(r["flexible"] for r in rows),
+        "truncated": fmean(r["truncated"] for r in rows),
+        "formatted": fmean(r["answer"] is not None for r in rows),
+        "mean_tokens": fmean(r["tokens"] for r in rows),
+    }
+    if samples > 1:
+        figures[f"pass@{samples}"] = fmean(any(r["correct"] for r in g) for g in groups)
+        figures[f"maj@{samples}"] = fmean(majority(g) for g in groups)
+    return figures
+
+
+# ------------------------------------------------------------------------------------ evaluation
+
+
+def trained_prompt(model: str) -> data.Prompt | None:
+    """The prompt a run was trained with; None for a model that is no run of ours."""
+    try:
+        record = json.loads((Path(model) / "run_args.json").read_text(encoding="utf-8"))
+        return data.Prompt(**record["info"]["prompt"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def resolve(args: argparse.Namespace) -> tuple[data.Prompt, Path, str]:
+    """(prompt, folder, file name without ending) of this evaluation."""
+    own = trained_prompt(args.model)
+    usual = own or data.Prompt("plain", 1, True)
+    given = {k: getattr(args, k) for k in ("style", "shots", "instruction")}
+    prompt = usual._replace(**{k: v for k, v in given.items() if v is not None})
+    tag = str(prompt).replace(", ", "-")
+    name = f"eval-{args.split if args.data in ('main', 'socratic') else Path(args.data).stem}-{args.n}"
+    if args.data == "socratic":
+        name += "-socratic"
+    if own and prompt != own:
+        name += f"-{tag}"
+    if args.temperature:
+        name += f"-{args.samples}x-t{args.temperature:g}-seed{args.seed}"
+    folder = args.model if own else f"runs/eval-{args.model.rstrip('/').split('/')[-1]}-{tag}"
+    return prompt, Path(args.out or folder), name
+
+
+def choose_problems(args: argparse.Namespace) -> list[data.Problem]:
+    if args.split == "validation":
+        return data.split_validation(data.load_problems(args.data, "train", args.data_dir), args.n)[1]
+    return data.subset(data.load_problems(args.data, "test", args.data_dir), args.n)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    problems = choose_problems(args)
+    args.n = len(problems)
+    prompt, folder, name = resolve(args)
+    limit = args.max_new_tokens or (512 if args.data == "socratic" else 320)
+    model, tokenizer = load_for_inference(args)
+    print(f"{args.model}: {len(problems)} problems, {prompt}, "
+          f"{'greedy' if not args.temperature else f'{args.samples} samples at {args.temperature:g}'}, "
+          f"{args.device} {args.precision}")  # fmt: skip
+    began = time.perf_counter()
+    with runs.Progress(len(problems) * args.samples) as line:
+        rows = generate.exact_match(
+            model, tokenizer, problems, prompt, limit, args.batch_size, args.temperature,
+            args.samples, args.seed,
+            progress=lambda finished, tokens: line.update(
+                finished, tokens_per_s=tokens / (time.perf_counter() - began)
+            ),
+        )  # fmt: skip
+    seconds = time.perf_counter() - began
+    figures = summarise(rows, args.samples) | {
+        "seconds": seconds,
+        "tokens_per_s": sum(r["tokens"] for r in rows) / seconds,
+        "peak_memory": runs.peak_memory(args.device),
+        "model": args.model,
+        "data": args.data,
+        "split": args.split,
+        "indices": [p.index for p in problems],
+        "prompt": prompt._asdict(),
+        "samples": args.samples,
+        "temperature": args.temperature,
+        "max_new_tokens": limit,
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+        "precision": args.precision,
+        "environment": runs.environment(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    hub.atomic_write(folder / f"{name}.jsonl", lines.encode())
+    runs.write_json(folder / f"{name}.json", figures)
+    print_figures(figures)
+    print(f"written to {folder / name}.json and .jsonl")
+    return 0
+
+
+def load_for_inference(args: argparse.Namespace):
+    """In float32 an adapter is folded into its base, which is faster and loses nothing; in
+    bfloat16 it stays beside it, since rounding the sum would change the model that was trained."""
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    return load_model(args.model, dtype, args.device, merge=dtype == torch.float32)
+
+
+def print_figures(f: dict) -> None:
+    print(f"exact match   {100 * f['accuracy']:5.1f}%  [{100 * f['ci_low']:.1f}, {100 * f['ci_high']:.1f}]"
+          f"  ({f['correct']} of {f['n'] * f['samples']})")  # fmt: skip
+    for key in f:
+        if key.startswith(("pass@", "maj@")):
+            print(f"{key:<13} {100 * f[key]:5.1f}%")
+    print(f"flexible      {100 * f['flexible_accuracy']:5.1f}%  (last number, wherever it stands)")
+    print(f"in format     {100 * f['formatted']:5.1f}%  truncated {100 * f['truncated']:.1f}%, "
+          f"mean length {f['mean_tokens']:.0f} tokens")  # fmt: skip
+    print(f"speed         {f['tokens_per_s']:,.0f} tokens/s, {f['seconds']:.0f} s, "
+          f"peak {f['peak_memory'] / 2**30:.1f} GiB")  # fmt: skip
+
+
+def ask(args: argparse.Namespace) -> int:
+    prompt, _, _ = resolve(args)
+    model, tokenizer = load_for_inference(args)
+    ids, _ = data.encode(tokenizer, prompt, args.ask.strip())
+    done = generate.generate(model, [ids], tokenizer.stop_ids, args.max_new_tokens or 320,
+                             temperature=args.temperature, seed=args.seed,
+                             is_over=lambda new: data.STOP_TEXT in tokenizer.decode(new[-8:]))  # fmt: skip
+    text = data.cut(tokenizer.decode(done[0].ids))
+    print(runs.printable(text))
+    answer = data.extract_answer(text)
+    print(f"-> {answer:g}" if answer is not None else "-> no '#### number' in it")
+    return 0
+
+
+# ------------------------------------------------------------------------------------ comparison
+
+
+def read_rows(where: str) -> tuple[str, list[dict]]:
+    """(path, rows) of an evaluation: a .jsonl file, or the newest one in a run's folder."""
+    path = Path(where)
+    if path.is_dir():
+        found = sorted(path.glob("eval-*.jsonl"), key=lambda f: f.stat().st_mtime)
+        if not found:
+            raise UserError(f"{where} has no evaluation yet: python evaluate.py --model {where}")
+        path = found[-1]
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for row in rows:
+            row["index"], row["correct"], row["completion"], row["gold"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"cannot read an evaluation from {path}: {e}") from e
+    return str(path), rows
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Paired comparison on the problems both evaluations have: the table, the exact test, and every
+    problem that went from right to wrong or back, in full."""
+    (path_a, rows_a), (path_b, rows_b) = map(read_rows, args.compare)
+    a, b = ({row["index"]: row for row in rows} for rows in (rows_a, rows_b))
+    if len(a) < len(rows_a) or len(b) < len(rows_b):
+        raise UserError("several samples a problem: compare greedy evaluations")
+    common = sorted(a.keys() & b.keys())
+    if not common:
+        raise UserError(f"{path_a} and {path_b} have no problem in common")
+    differ = [i for i in common if a[i]["gold"] != b[i]["gold"]]
+    if differ:
+        raise UserError(f"the two are about different problems: answers differ at {differ[:5]}")
+    cells = collections.Counter((a[i]["correct"], b[i]["correct"]) for i in common)
+    only_a, only_b = cells[True, False], cells[False, True]
+    fixed = [i for i in common if b[i]["correct"] and not a[i]["correct"]]
+    broken = [i for i in common if a[i]["correct"] and not b[i]["correct"]]
+    for title, indices in (("fixed: B right where A was wrong", fixed),
+                           ("regressed: A right where B is wrong", broken)):  # fmt: skip
+        print(f"\n=== {title}: {len(indices)} ===")
+        for i in indices:
+            print(f"\n--- problem {i}, answer {a[i]['gold']:g}\n{runs.printable(a[i]['question'])}")
+            print(f"[A] {runs.printable(a[i]['completion'].strip())}")
+            print(f"[B] {runs.printable(b[i]['completion'].strip())}")
+    print(f"\nA  {path_a}\nB  {path_b}\n{len(common)} problems in common")
+    print(f"{'':>12}{'B right':>9}{'B wrong':>9}")
+    print(f"{'A right':>12}{cells[True, True]:>9}{only_a:>9}")
+    print(f"{'A wrong':>12}{only_b:>9}{cells[False, False]:>9}")
+    right_a, right_b = cells[True, True] + only_a, cells[True, True] + only_b
+    print(f"A {100 * right_a / len(common):.1f}%, B {100 * right_b / len(common):.1f}%: "
+          f"{100 * (right_b - right_a) / len(common):+.1f} points, "
+          f"exact McNemar p = {mcnemar(only_a, only_b):.4g}")  # fmt: skip
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.compare:
+        return compare(args)
+    args.device, args.precision = runs.pick_compute(args.device, args.precision)
+    return ask(args) if args.ask else evaluate(args)
+
+
+if __name__ == "__main__":
+    sys.exit(runs.entry(main))

@@ -1,0 +1,200 @@
+"""Batched sampling with a KV cache, and exact match on a list of problems.
+
+Every row keeps its own length. Prompts start at slot 0 of the cache and each row writes its next
+token at its own position, so there is no left padding and positions are plain:
+
+    slot      0   1   2   3   4   5   6   7
+    row 0    p0  p1  p2  p3  r0  r1  .   .      the next token goes to 6
+    row 1    p0  p1  r0  r1  r2  .   .   .      ... to 5; what lies beyond is masked
+
+A row that finishes gives its place to the next waiting prompt, so a batch never waits for its
+longest answer. Sampling is by temperature only: with top-k or top-p, PPO could not say how probable
+the sampled token was. Token i of request n is drawn with a uniform number fixed beforehand for
+(n, i), so that a completion does not depend on which others share the batch (rounding apart).
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanogsm.data import (
+    STOP_TEXT,
+    Problem,
+    Prompt,
+    Tokenizer,
+    cut,
+    encode,
+    extract_answer,
+    is_correct,
+    is_correct_flexible,
+)
+from nanogsm.model import Gemma, KVCache
+
+
+class Completion(NamedTuple):
+    ids: list[int]  # generated tokens, with the stop token if one came
+    truncated: bool  # max_new_tokens came first
+
+
+@torch.no_grad()
+def generate(
+    model: Gemma,
+    prompts: list[list[int]],
+    stop_ids: frozenset[int],
+    max_new_tokens: int,
+    batch_size: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    is_over: Callable[[list[int]], bool] = lambda ids: False,
+    progress: Callable[[int, int], None] = lambda finished, tokens: None,
+) -> list[Completion]:
+    """Complete every prompt (a list of ids), temperature 0 being greedy; in the order given.
+
+    A row ends at a stop id, at max_new_tokens, or where is_over(its new ids) says so, which is not
+    a truncation. progress is told the finished rows and the tokens made so far.
+    """
+    device, n = model.device, len(prompts)
+    batch = min(batch_size, n)
+    room = max(map(len, prompts), default=0) + max_new_tokens
+    cache = KVCache(model.config, batch, room, _cache_dtype(model), device)
+    if temperature:
+        uniform = torch.rand(n, max_new_tokens, generator=torch.Generator().manual_seed(seed))
+        uniform = uniform.to(device)
+    burst = 1 if device.type == "cpu" else 8  # decode steps between two looks at the tokens
+
+    waiting = deque(sorted(range(n), key=lambda i: -len(prompts[i])))  # alike lengths prefill alike
+    request = [-1] * batch  # which prompt a slot is working on; -1: none
+    token = torch.zeros(batch, dtype=torch.long, device=device)  # the newest, not yet in the cache
+    position = torch.zeros(batch, dtype=torch.long, device=device)  # ... and where it will go
+    new: list[list[int]] = [[] for _ in prompts]
+    done: dict[int, Completion] = {}
+
+    def draw(hidden: Tensor, slots: list[int], steps_ahead: int = 0) -> Tensor:
+        logits = model.logits(hidden)  # (b, V)
+        if not temperature:
+            return logits.argmax(-1)
+        rows = [request[s] for s in slots]
+        steps = [min(len(new[r]) + steps_ahead, max_new_tokens - 1) for r in rows]
+        return inverse_cdf(logits, temperature, uniform[rows, steps])
+
+    def look(slot: int, ids: list[int]) -> None:
+        """Take in a slot's newest ids; free the slot if its request is over."""
+        r = request[slot]
+        for i in ids if r >= 0 else []:
+            new[r].append(i)
+            over = i in stop_ids or is_over(new[r])
+            if over or len(new[r]) == max_new_tokens:
+                done[r] = Completion(new[r], truncated=not over)
+                request[slot] = -1
+                break  # a burst may have run past the end
+
+    while len(done) < n:
+        free = [s for s in range(len(request)) if request[s] < 0]
+        if free and waiting:
+            slots = free[: len(waiting)]
+            for s in slots:
+                request[s] = waiting.popleft()
+            lengths = [len(prompts[request[s]]) for s in slots]
+            hidden = _prefill(model, cache, slots, [prompts[request[s]] for s in slots])
+            token[slots] = draw(hidden, slots)
+            position[slots] = torch.tensor(lengths, device=device)
+            for s, i in zip(slots, token[slots].tolist()):
+                look(s, [i])
+            continue  # an answer of one token has freed its slot already
+        if not waiting and len(free) >= len(request) / 2:  # the tail: drop the idle half
+            keep = [s for s in range(len(request)) if request[s] >= 0]
+            cache.k, cache.v = cache.k[:, keep], cache.v[:, keep]
+            token, position, request = token[keep], position[keep], [request[s] for s in keep]
+
+        slots, drawn = list(range(len(request))), []
+        longest = max(len(prompts[r]) + len(new[r]) for r in request if r >= 0)
+        for ahead in range(burst):
+            cache.used = min(longest + ahead, room)
+            hidden = model(token[:, None], position[:, None], cache)  # (b, 1, D)
+            token = draw(hidden[:, 0], slots, ahead)
+            position = (position + 1).clamp(max=room - 1)  # idle slots run on, but not out
+            drawn.append(token)
+        for s, ids in enumerate(torch.stack(drawn, dim=1).tolist()):
+            look(s, ids)
+        progress(len(done), sum(map(len, new)))
+    return [done[i] for i in range(n)]
+
+
+def _cache_dtype(model: Gemma) -> torch.dtype:
+    kind = model.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return model.activations or model.model.embed_tokens.weight.dtype
+
+
+def _prefill(model: Gemma, cache: KVCache, slots: list[int], prompts: list[list[int]]) -> Tensor:
+    """Run whole prompts into their slots of the cache; the last token's hidden states (b, D)."""
+    lengths = torch.tensor([len(p) for p in prompts], device=model.device)
+    T = int(lengths.max())
+    ids = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=model.device)
+    own = KVCache(model.config, len(prompts), T, cache.k.dtype, model.device)
+    own.used = T
+    hidden = model(ids, cache=own)  # (b, T, D)
+    cache.k[:, slots, :, :T], cache.v[:, slots, :, :T] = own.k, own.v
+    return hidden[torch.arange(len(prompts), device=model.device), lengths - 1]
+
+
+def inverse_cdf(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
+    """The token at which the cumulative probability passes uniform (b,), for logits (b, V)."""
+    probs = (logits.float() / temperature).softmax(-1)
+    if probs.device.type != "mps":  # MPS has no float64. Summed in float32, the tail of 256,000
+        probs = probs.double()  # small probabilities would be rounded away
+    cdf = probs.cumsum(-1)
+    wanted = uniform.to(cdf.dtype)[:, None] * cdf[:, -1:]
+    return torch.searchsorted(cdf, wanted, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+# --------------------------------------------------------------------------------- exact match
+
+
+def exact_match(
+    model: Gemma,
+    tokenizer: Tokenizer,
+    problems: list[Problem],
+    prompt: Prompt,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    temperature: float = 0.0,
+    samples: int = 1,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda finished, tokens: None,
+) -> list[dict]:
+    """Answer every problem `samples` times; one row a completion, ordered by problem, with what is
+    needed to count, compare and reread it."""
+    asked = [problem for problem in problems for _ in range(samples)]
+    completions = generate(
+        model,
+        [encode(tokenizer, prompt, problem.question)[0] for problem in asked],
+        tokenizer.stop_ids,
+        max_new_tokens,
+        batch_size,
+        temperature,
+        seed,
+        is_over=lambda ids: STOP_TEXT in tokenizer.decode(ids[-8:]),
+        progress=progress,
+    )
+    rows = []
+    for problem, completion in zip(asked, completions):
+        text = tokenizer.decode(completion.ids)
+        rows.append(
+            {
+                "index": problem.index,
+                "question": problem.question,
+                "correct": is_correct(text, problem),
+                "flexible": is_correct_flexible(text, problem),
+                "answer": extract_answer(cut(text)),
+                "gold": extract_answer(problem.answer),
+                "truncated": completion.truncated,
+                "tokens": len(completion.ids),
+                "completion": text,
+            }
+        )
+    return rows

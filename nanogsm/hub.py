@@ -1,0 +1,394 @@
+"""Names -> files on this disk: models (Hub ids, folders, run folders) and GSM8K's pinned files.
+
+Two questions are answered here, both with paths: `find_model("google/gemma-2b-it")` and
+`data_file("train.jsonl")`. What can go wrong on the way (licence not accepted, no network, disk
+full, half a download) is said in one line, as a UserError. Nothing is ever unpickled, no file
+name from a downloaded index leads out of its folder, and a data file is used only if its SHA-256
+is the one below. huggingface_hub is imported where the network is needed: it costs time.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import time
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+from urllib.request import urlopen
+
+from nanogsm import UserError
+
+REQUIRED = ["config.json", "tokenizer.json"]
+OPTIONAL = [
+    "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "tokenizer.model",
+]  # fmt: skip
+WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")  # a plain name: no way out
+
+
+class ModelFiles(NamedTuple):
+    base: Path  # a folder in the Hub's layout: config.json, tokenizer.json, *.safetensors
+    adapter: Path | None  # a folder in PEFT's layout, or None
+    name: str  # what to write down as the base model: its Hub id, or its folder's absolute path
+
+
+def find_model(name: str, weights: bool = True) -> ModelFiles:
+    """Where a model lies on this disk: `name` is a run folder, an adapter, a model folder or a
+    Hub id (downloaded, or taken from the Hub's cache when there is no network).
+
+    UserError says what is missing and what to do. weights=False neither downloads nor asks for
+    weights: enough for a --dry-run. Trap: a local folder called owner/name hides the Hub's.
+    """
+    folder = Path(os.path.expanduser(name))
+    if name and folder.is_dir():
+        return _local_model(folder, weights)
+    if name and folder.exists():
+        raise UserError(f"{name} is a file: give the folder it is in")
+    if not HUB_ID.fullmatch(name):
+        raise UserError(f"no such folder: {name!r}; a Hub model is written owner/name")
+    return ModelFiles(_snapshot(name, weights), None, name)
+
+
+def _adapter_in(folder: Path) -> Path | None:
+    if (folder / "model" / "config.json").is_file():
+        return None  # a run's merged model wins over its adapter
+    places = (folder / "adapter", folder)
+    return next((path for path in places if (path / "adapter_config.json").is_file()), None)
+
+
+def _local_model(folder: Path, weights: bool) -> ModelFiles:
+    if adapter := _adapter_in(folder):
+        return _adapted_model(adapter, weights)
+    base = folder / "model" if (folder / "model" / "config.json").is_file() else folder
+    if (base / "config.json").is_file():
+        _check_complete(base, weights)
+        return ModelFiles(base, None, os.path.abspath(base))
+    if (folder / "run_args.json").is_file() or (folder / "checkpoint").is_dir():
+        raise UserError(
+            f"{folder} has no model/ or adapter/ yet: training has not finished; "
+            "run the same training command again to continue"
+        )
+    raise UserError(
+        f"{folder} is not a model: it has no config.json or adapter_config.json, "
+        "and no model/ or adapter/ as a run folder has"
+    )
+
+
+def _adapted_model(adapter: Path, weights: bool) -> ModelFiles:
+    config_file = adapter / "adapter_config.json"
+    name = _read_json(config_file).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{config_file} does not name its base model (base_model_name_or_path)")
+    if weights and not (adapter / "adapter_model.safetensors").is_file():
+        raise UserError(f"{adapter} has no adapter_model.safetensors (.bin is never read)")
+    if _adapter_in(Path(os.path.expanduser(name))):  # ends a circle of two adapters, too
+        raise UserError(f"{adapter} sits on another adapter, {name}: merge that one first")
+    try:
+        base = find_model(name, weights)
+    except UserError as error:
+        raise UserError(f"{error} (the base model named in {config_file})") from error
+    return ModelFiles(base.base, adapter, base.name)
+
+
+def _check_complete(folder: Path, weights: bool) -> None:
+    for name in REQUIRED:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}, and nothing else is read in its place")
+    if weights:
+        weight_files(folder)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {_one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return value
+
+
+# ---- weights ----
+
+
+def weight_files(folder: Path) -> dict[Path, set[str] | None]:
+    """The safetensors files that hold a model's weights: {file: names of the tensors the index
+    puts there}, or {model.safetensors: None} where there is no index and the file decides.
+
+    So loading is: for each file, compare its names with the set (if any), then take its tensors.
+    UserError: no safetensors at all, missing shards (named), an index that is no str -> str map
+    or points out of the folder, a link that leaves it. Trap: with both, the single file wins, as
+    in transformers.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if os.path.lexists(single):  # a dangling link counts: it is reported as missing
+        shards = {single: None}
+    elif index.is_file():
+        shards = {}
+        for tensor, name in _weight_map(index).items():
+            shards.setdefault(folder / name, set()).add(tensor)
+    else:
+        raise UserError(
+            f"{folder} has no safetensors weights (model.safetensors or {index.name}); "
+            ".bin (pickle) and .gguf files are never read: choose a model with safetensors"
+        )
+    missing = sorted(path.name for path in shards if not path.is_file())
+    if missing:
+        raise UserError(f"{folder} is incomplete, missing: {', '.join(missing)}")
+    for path in shards:
+        if not _stays_inside(path):
+            raise UserError(f"{path} is a link out of its folder: put the file itself there")
+    return shards
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map of tensor names to file names")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not SHARD_NAME.fullmatch(name):
+            raise UserError(
+                f"{index}: {tensor} is put in {name!r}, which is not "
+                "the plain name of a .safetensors file in the same folder"
+            )
+    return weight_map
+
+
+def _stays_inside(path: Path) -> bool:
+    """Whether a file lies in its own folder, or, for a snapshot in the Hub's cache, in a blob
+    store of that cache: snapshots/<commit>/x -> ../../blobs/y, and y may be a link in turn, to
+    the store all repositories share (<cache>/blobs, since huggingface_hub 2)."""
+    folder, target = path.parent.resolve(), path.resolve()
+    roots = [folder]
+    repo = folder.parent.parent
+    if folder.parent.name == "snapshots" and repo.name.startswith("models--"):
+        roots += [repo / "blobs", repo.parent / "blobs"]
+    return any(target.is_relative_to(root) for root in roots)
+
+
+# ---- the Hub ----
+
+
+def _offline() -> bool:
+    """Read at each call, while huggingface_hub reads it only once, when it is imported."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _snapshot(repo: str, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = REQUIRED + OPTIONAL + (WEIGHTS if weights else [])
+    try:
+        found = snapshot_download(repo, allow_patterns=wanted, local_files_only=_offline())
+    except Exception as error:
+        reason = _hub_problem(repo, error)
+        if reason is None:
+            raise
+        try:  # what could not be asked for may be here already, but for an optional file
+            found = snapshot_download(repo, allow_patterns=REQUIRED, local_files_only=True)
+            _check_complete(Path(found), weights)
+        except Exception:
+            raise UserError(reason) from error
+    try:
+        _check_complete(Path(found), weights)
+    except UserError as error:
+        hint = " (a copy cut short is completed with HF_HUB_OFFLINE unset)" if _offline() else ""
+        raise UserError(f"{repo}: {error}{hint}") from error
+    return Path(found)
+
+
+def _hub_problem(repo: str, error: BaseException) -> str | None:
+    """One line for what the Hub's client raised; None for what is not the user's to repair.
+
+    The client wraps: a 503 arrives as the cause of a LocalEntryNotFoundError, so the whole
+    chain is looked at. A gated repository is a kind of RepositoryNotFoundError: it goes first.
+    """
+    from huggingface_hub import errors
+
+    chain, one_line = [error], _one_line(error)
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+
+    def is_any(*kinds: type) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    answers = [link.response for link in chain if isinstance(link, errors.HfHubHTTPError)]
+    status = answers[0].status_code if answers else 0
+    absent = is_any(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
+    # the Rust downloader raises RuntimeError, which has no errno but the same words
+    full = any("No space left" in str(e) or getattr(e, "errno", 0) == errno.ENOSPC for e in chain)
+    # errors.HTTPError is httpx's base class, by the name the Hub's client has for it
+    unreached = absent or is_any(errors.HTTPError, ConnectionError, TimeoutError)
+    local = "or give a local folder with --model PATH"
+    for applies, message in [
+        (full, "disk full while downloading: free space, or set HF_HOME to a larger disk"),
+        (is_any(errors.GatedRepoError),
+         f"gated; accept its licence at https://huggingface.co/{repo}, then `hf auth login` or "
+         "set HF_TOKEN; or use --model with an ungated mirror such as unsloth/gemma-2b-it, "
+         "or with a local folder"),
+        (is_any(errors.RepositoryNotFoundError),
+         "no such folder here and no such model on the Hub: check the spelling "
+         "(a private model needs `hf auth login` or HF_TOKEN)"),
+        (status == 429, "too many requests to the Hub (429): wait some minutes and try again"),
+        (status >= 500, f"the Hub fails ({status}) and its cache here has no full copy: try later"),
+        (status >= 400, f"the Hub refused ({status}), a new `hf auth login` may help: {one_line}"),
+        (_offline() and is_any(errors.IncompleteSnapshotError),
+         "only part of it is in the Hub's cache: unset HF_HUB_OFFLINE once to complete it"),
+        (_offline() and absent,
+         "no such folder here, and not in the Hub's cache: unset HF_HUB_OFFLINE once to "
+         f"download it, {local}"),
+        (unreached,
+         f"no such folder here, and no network to the Hub: check the connection, {local}"),
+        (isinstance(error, (OSError, RuntimeError, errors.HFValidationError)),
+         f"the download failed: {one_line}"),
+    ]:  # fmt: skip
+        if applies:
+            return f"{repo}: {message}"
+    return None
+
+
+# ---- GSM8K ----
+
+
+class DataFile(NamedTuple):
+    bytes: int
+    rows: int
+    sha256: str
+
+
+DATA_FILES = {
+    "train.jsonl": DataFile(
+        4_166_206, 7473, "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
+    "test.jsonl": DataFile(
+        749_738, 1319, "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
+    "train_socratic.jsonl": DataFile(
+        5_401_739, 7473, "153d86551187cfd64ef7afb59bfd0ef75cea3ae9388e7ad31e43920b6dd77872"),
+    "test_socratic.jsonl": DataFile(
+        972_978, 1319, "c96673362fa7a699f4836a9b6474a067448f95fe58064727501ee63ba4c3fdb6"),
+}  # fmt: skip
+# Where each file lies, in order of trial. openai/gsm8k on the Hub is parquet only; the other two
+# are other people's copies, which the digests make safe to try.
+DATA_URLS = [
+    "https://raw.githubusercontent.com/openai/grade-school-math/"
+    "3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/",
+    "https://huggingface.co/datasets/budecosystem/gsm8k/resolve/main/gsm8k/",
+    "https://huggingface.co/datasets/DaertML/gsm8k-jsonl/resolve/main/",
+]
+READ_TIMEOUT = 20.0  # seconds without a byte
+DOWNLOAD_TIMEOUT = 300.0  # seconds for a whole file: ends what trickles, too
+
+
+def cache_folder() -> Path:
+    """Where downloads of ours go: $NANOGSM_CACHE, $XDG_CACHE_HOME/nanogsm or ~/.cache/nanogsm."""
+    folder = os.environ.get("NANOGSM_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "nanogsm"
+    )
+    return Path(os.path.expanduser(folder))
+
+
+def data_file(name: str, data_dir: str | Path | None = None) -> Path:
+    """A GSM8K file (a key of DATA_FILES), SHA-256 verified: from data_dir if given, else from the
+    cache, GitHub or a mirror.
+
+    UserError says what was tried and how to put the file there by hand. Trap: a given data_dir
+    is never left: a missing or changed file in it is an error, not a reason to download.
+    """
+    want, by_hand = DATA_FILES[name], f"download {DATA_URLS[0]}{name} by hand"
+    path = Path(os.path.expanduser(data_dir)) / name if data_dir else cache_folder() / name
+    problem = _file_problem(path, want)
+    if problem is None:
+        return path
+    if data_dir:
+        raise UserError(
+            f"{path}: {problem}; {by_hand} into that folder, or leave out --data-dir "
+            "(and NANOGSM_DATA_DIR) to have it downloaded"
+        )
+    tried = [f"{path}: {problem}"]  # a spoilt copy in the cache is replaced
+    data = _download(name, want, tried)
+    if data is None:
+        raise UserError(
+            f"cannot get {name} (tried {'; '.join(tried)}): {by_hand} into {path.parent}, "
+            "or into any folder and name that with --data-dir"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, data)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; set NANOGSM_CACHE to a folder with room"
+        ) from error
+    return path
+
+
+def _download(name: str, want: DataFile, tried: list[str]) -> bytes | None:
+    """The verified bytes from the first source that has them; what failed is added to `tried`."""
+    if _offline():
+        tried.append("no network: HF_HUB_OFFLINE is set")
+        return None
+    for url in DATA_URLS:
+        print(f"downloading {url}{name}", flush=True)
+        try:
+            data = _fetch(url + name, want.bytes)
+            problem = _problem(data, want)
+        except (OSError, HTTPException) as error:
+            problem = _one_line(error)
+        if problem is None:
+            return data
+        tried.append(f"{url.split('/')[2]}: {problem}")
+    return None
+
+
+def _fetch(url: str, size: int) -> bytes:
+    end, data = time.monotonic() + DOWNLOAD_TIMEOUT, b""
+    with urlopen(url, timeout=READ_TIMEOUT) as response:
+        # read1 returns after one packet; inside read() a trickle would go on unseen
+        while len(data) <= size and (piece := response.read1(1 << 16)):
+            data += piece
+            if time.monotonic() > end:
+                raise TimeoutError(f"not finished after {DOWNLOAD_TIMEOUT:.0f} seconds")
+    return data
+
+
+def _file_problem(path: Path, want: DataFile) -> str | None:
+    try:
+        return _problem(path.read_bytes(), want)
+    except FileNotFoundError:
+        return "no such file"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _problem(data: bytes, want: DataFile) -> str | None:
+    digest = hashlib.sha256(data).hexdigest()
+    if digest == want.sha256:
+        return None
+    return (
+        f"not the expected file ({want.bytes:,} bytes, SHA-256 {want.sha256[:16]}...), "
+        f"but {len(data):,} bytes, {digest[:16]}..."
+    )
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write a whole file or nothing: at no instant, killed or not, is half of it under `path`.
+
+    OSError is the caller's to explain. Trap: a link at `path` is replaced, not followed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # the bytes before the name, also if the power fails
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

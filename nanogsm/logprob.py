@@ -1,0 +1,94 @@
+"""Log-probabilities of chosen tokens, without ever holding the full logits.
+
+Gemma's vocabulary has 256,000 entries: the logits of 8 rows of 300 tokens are 2.5 GB in float32, a
+loss written the usual way needs several such copies, and two tokens of three are prompt or padding
+whose logits nobody asked for. So:
+
+  - supervised positions are selected *before* the projection onto the vocabulary;
+  - the projection goes in chunks of a few hundred positions, whose logits live only for a moment;
+  - backward never needs those logits again when the head is frozen (LoRA): position i's log-prob
+    depends on hidden state i alone, so its derivative, a vector of D numbers, is made at once in
+    the forward pass, and backward only scales it. When the head is trained, each chunk is
+    recomputed in backward instead.
+
+SFT's loss, PPO's old, new and reference log-probs and its entropy bonus are all this function.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def token_logprobs(
+    logits_of: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    chunk: int = 256,
+) -> tuple[Tensor, Tensor | None]:
+    """log p(targets | hidden) and, if asked for, the entropy of the distribution it is taken from.
+
+    hidden (B, T, D) predicts targets (B, T), both already shifted against each other by the caller:
+    `token_logprobs(model.logits, hidden[:, :-1], ids[:, 1:], mask[:, 1:])`. logits_of maps
+    (n, D) -> (n, V). Returns (B, T) float32 in nats, 0 where mask is 0. Logits are divided by
+    temperature, as they are when sampling: a PPO ratio compares like with like only then.
+    Memory: a few times chunk * V * 4 bytes, whatever B and T are.
+    """
+    h, t = hidden[mask], targets[mask]  # (n, D), (n,)
+
+    def score(h: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        logits = logits_of(h).float() / temperature  # (chunk, V)
+        norm = logits.logsumexp(-1)  # (chunk,)
+        logp = logits.gather(-1, t[:, None])[:, 0] - norm
+        if not entropy:
+            return (logp,)
+        probs = (logits - norm[:, None]).exp()
+        return logp, norm - (probs * logits).sum(-1)
+
+    # Asked of no rows at all, the head still tells whether its own weights are being trained.
+    head_is_trained = torch.is_grad_enabled() and logits_of(h[:0].detach()).requires_grad
+    if head_is_trained:
+        parts = [
+            checkpoint(score, h_part, t_part, use_reentrant=False)
+            for h_part, t_part in zip(h.split(chunk), t.split(chunk))
+        ]
+        scores = tuple(torch.cat(column) for column in zip(*parts))
+    elif torch.is_grad_enabled() and h.requires_grad:
+        scores = _ScoreOnce.apply(h, t, score, chunk)
+    else:
+        parts = [score(h_part, t_part) for h_part, t_part in zip(h.split(chunk), t.split(chunk))]
+        scores = tuple(torch.cat(column) for column in zip(*parts))
+
+    full = [torch.zeros(mask.shape, device=h.device).masked_scatter(mask, s) for s in scores]
+    return full[0], full[1] if entropy else None
+
+
+class _ScoreOnce(torch.autograd.Function):
+    """score() by chunks, with every score's derivative by its own hidden state taken on the spot."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, t: Tensor, score, chunk: int) -> tuple[Tensor, ...]:
+        parts, slopes = [], []
+        for h_part, t_part in zip(h.split(chunk), t.split(chunk)):
+            with torch.enable_grad():
+                h_part = h_part.detach().requires_grad_()
+                columns = score(h_part, t_part)
+                # Rows are independent, so the gradient of the sum holds every row's derivative.
+                last = len(columns) - 1
+                grads = [
+                    torch.autograd.grad(c.sum(), h_part, retain_graph=i < last)[0]
+                    for i, c in enumerate(columns)
+                ]
+            parts.append([c.detach() for c in columns])
+            slopes.append(grads)
+        ctx.save_for_backward(*(torch.cat(column) for column in zip(*slopes)))  # each (n, D)
+        return tuple(torch.cat(column) for column in zip(*parts))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        total = sum(g[:, None] * slope for g, slope in zip(grads, ctx.saved_tensors))
+        return total.to(ctx.saved_tensors[0].dtype), None, None, None

@@ -1,0 +1,152 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): learn a low-rank change of a frozen weight.
+
+    x (.., in) --+-- W (out, in), frozen ------------------------+-- y = W x + (alpha / r) B A x
+                 |                                               |
+                 +-- A (r, in) -- B (out, r) -- times alpha / r --+
+
+A starts random and B at zero, so training starts exactly at the base model. Files are in PEFT's
+layout: `peft.PeftModel.from_pretrained(base, folder)` reads what we save, and we read PEFT's.
+Merging is a function called by name, never a side effect of eval().
+"""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nanogsm import UserError
+
+# Listed, not "every nn.Linear": the output head is the embedding, and adapting one adapts both.
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PREFIX = "base_model.model."  # what PEFT puts before the base model's own names
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus its low-rank change. The adapter is float32 even on a bfloat16
+    base, because updates of a bfloat16 weight at LoRA's learning rates get lost in rounding."""
+
+    def __init__(self, base: nn.Linear, r: int, scale: float, generator: torch.Generator | None = None):
+        super().__init__()
+        self.base, self.scale = base, scale
+        device = base.weight.device
+        self.lora_A = nn.Linear(base.in_features, r, bias=False, device="meta")
+        self.lora_B = nn.Linear(r, base.out_features, bias=False, device="meta")
+        bound = 1 / math.sqrt(base.in_features)  # PEFT's start: Kaiming uniform with a = sqrt(5)
+        a = (torch.rand(r, base.in_features, generator=generator) * 2 - 1) * bound  # on the CPU:
+        self.lora_A.weight = nn.Parameter(a.to(device))  # the same start on every device
+        self.lora_B.weight = nn.Parameter(torch.zeros(base.out_features, r, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = F.linear(x, self.lora_A.weight.to(x.dtype))  # (.., r)
+        return self.base(x) + F.linear(low, self.lora_B.weight.to(x.dtype)) * self.scale
+
+    def delta(self) -> Tensor:
+        """(out, in) float32: what the adapter adds to the weight."""
+        return self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float()
+
+
+def add_lora(model: nn.Module, r: int, alpha: float, seed: int = 0) -> list[str]:
+    """Freeze model and put a fresh adapter beside every linear layer of every block; returns the
+    adapted layers' names. (gemma-2b at r 16: 126 layers, 19,611,648 parameters.)"""
+    generator = torch.Generator().manual_seed(seed)
+    names = [n for n, m in model.named_modules() if n.split(".")[-1] in TARGETS]
+    model.requires_grad_(False)
+    for name in names:
+        _replace(model, name, LoRALinear(model.get_submodule(name), r, alpha / r, generator))
+    if not names:
+        raise UserError("the model has no layer to put an adapter on")
+    return names
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def adapters(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Fold every adapter into its base weight: computed in float32, rounded to the base's dtype
+    once. In bfloat16 the rounding is of the size of a small adapter's change: keep the adapter
+    where exactness matters."""
+    for name, layer in adapters(model).items():
+        weight = layer.base.weight
+        weight.copy_(weight.float() + layer.delta())
+        _replace(model, name, layer.base)
+
+
+def save_adapter(model: nn.Module, folder: Path, base_model: str) -> None:
+    """Write adapter_config.json and adapter_model.safetensors; beside and renamed, so that folder
+    is whole or absent. base_model: what `load_model` finds the base under again."""
+    layers = adapters(model)
+    r = next(iter(layers.values())).lora_A.out_features
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",  # without it PEFT builds no generate()
+        "base_model_name_or_path": base_model,
+        "revision": None,
+        "r": r,
+        "lora_alpha": next(iter(layers.values())).scale * r,
+        "target_modules": sorted({name.split(".")[-1] for name in layers}),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+    tensors = {
+        f"{PREFIX}{name}.{side}.weight": getattr(layer, side).weight.detach().cpu().contiguous()
+        for name, layer in layers.items()
+        for side in ("lora_A", "lora_B")
+    }
+    beside = Path(folder).with_name(Path(folder).name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    (beside / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(tensors, beside / "adapter_model.safetensors", metadata={"format": "pt"})
+    if Path(folder).exists():
+        shutil.rmtree(folder)
+    os.rename(beside, folder)
+
+
+def load_adapter(model: nn.Module, folder: Path) -> None:
+    """Put a saved adapter, ours or PEFT's, on model. Raises UserError when it is of a kind we do
+    not compute, or of another model."""
+    file = Path(folder) / "adapter_model.safetensors"
+    try:
+        config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+        r, alpha = config["r"], config["lora_alpha"]
+        tensors = load_file(file)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
+        raise UserError(f"cannot use the adapter in {folder}: {e}") from e
+    kinds = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+    other = [kind for kind in kinds if config.get(kind)]
+    if config.get("peft_type") != "LORA" or other or config.get("bias", "none") != "none":
+        raise UserError(f"the adapter in {folder} is not plain LoRA ({', '.join(other) or 'see bias'})")
+
+    scale = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+    layers = dict(model.named_modules())
+    model.requires_grad_(False)
+    while tensors:
+        key = next(iter(tensors))
+        name = key.removeprefix(PREFIX).rsplit(".lora_", 1)[0]
+        a = tensors.pop(f"{PREFIX}{name}.lora_A.weight", None)
+        b = tensors.pop(f"{PREFIX}{name}.lora_B.weight", None)
+        base = layers.get(name)
+        fits = a is not None and b is not None and isinstance(base, nn.Linear)
+        if not fits or (b.shape[0], a.shape[1]) != (base.out_features, base.in_features):
+            raise UserError(f"the adapter in {folder} is for another model: {key} does not fit")
+        layer = LoRALinear(base, r, scale)
+        layer.lora_A.weight = nn.Parameter(a.float().to(base.weight.device))
+        layer.lora_B.weight = nn.Parameter(b.float().to(base.weight.device))
+        _replace(model, name, layer)

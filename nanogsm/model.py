@@ -1,0 +1,443 @@
+"""Gemma 1, 2 and 3 (text) in one file: config, norm, rotary, attention, MLP, block, model, weights.
+
+The checkpoint's config.json decides which Gemma is built. Module names are the checkpoint's tensor
+names, so loading is a strict `load_state_dict` with no mapping table. What a reader who knows
+Llama should watch for, each with what goes wrong when it is missed:
+
+  all      embeddings times sqrt(hidden_size), the factor rounded to the activations' dtype
+           RMSNorm multiplies by (1 + weight), in float32, and rounds last (Llama rounds first)
+           GELU in its tanh form gates the MLP, whatever older configs call it
+           head_dim is free: heads * head_dim need not equal hidden_size
+           the output head is the embedding matrix; no bias anywhere
+  Gemma 2  scores are soft-capped before the mask, which rules out fused attention; logits too
+           local (sliding window) and global layers alternate, starting local
+  2 and 3  a norm after attention and MLP as well, before the residual addition
+           (`post_attention_layernorm` in Gemma 1 is the norm *before* the MLP: same name, other place)
+  Gemma 3  RMSNorm on queries and keys before rotary; five local layers to one global one, and the
+           two kinds have their own rotary base. A window of W counts the query itself.
+
+Sources: the Gemma reports (arXiv 2403.08295, 2408.00118, 2503.19786); logits are tested against
+transformers for all three (tests/test_model.py).
+
+Shapes   B batch   T tokens   S cached positions   D hidden_size   F intermediate_size   V vocabulary
+         H query heads   K key/value heads   N head_dim
+"""
+
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nanogsm import UserError, hub, lora
+from nanogsm.data import Tokenizer
+
+# ---------------------------------------------------------------------------------------- config
+
+
+@dataclass(frozen=True)
+class Config:
+    """What config.json says, in one spelling. `layer_types[i]` is "full_attention" or
+    "sliding_attention"; `rope[layer_type]` is (theta, factor): positions are divided by factor."""
+
+    model_type: str  # gemma, gemma2 or gemma3_text
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    query_pre_attn_scalar: float
+    layer_types: tuple[str, ...]
+    sliding_window: int | None
+    rope: dict[str, tuple[float, float]]
+    attn_logit_softcapping: float | None
+    final_logit_softcapping: float | None
+    dtype: torch.dtype  # of the weights on disk; what we train is saved in it again
+
+    @property
+    def norms_after(self) -> bool:
+        return self.model_type != "gemma"
+
+    @property
+    def norms_qk(self) -> bool:
+        return self.model_type == "gemma3_text"
+
+
+def read_config(folder: Path) -> Config:
+    """Read folder/config.json as transformers 4 or 5 spells it. Raises UserError on anything this
+    file cannot run, rather than running something else."""
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return _config_from(raw)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        problem = f"missing field {e}" if isinstance(e, KeyError) else str(e)
+        raise UserError(f"cannot use {folder / 'config.json'}: {problem}") from e
+
+
+def _config_from(raw: dict) -> Config:
+    kind = raw["model_type"]
+    if kind not in ("gemma", "gemma2", "gemma3_text"):
+        raise ValueError(f"model_type {kind!r} is not gemma, gemma2 or gemma3_text (text only)")
+    layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
+    for name in ("attention_bias", "use_bidirectional_attention"):
+        if raw.get(name):
+            raise ValueError(f"{name} is set, and not supported")
+    if raw.get("tie_word_embeddings") is False:
+        raise ValueError("an output head of its own (tie_word_embeddings false) is not supported")
+    activation = raw.get("hidden_activation") or raw.get("hidden_act") or "gelu_pytorch_tanh"
+    if activation not in ("gelu", "gelu_pytorch_tanh"):  # "gelu" in old files means the tanh form
+        raise ValueError(f"activation {activation!r} is not supported")
+
+    sliding = {  # layer i (from 0) is local
+        "gemma": lambda i: False,
+        "gemma2": lambda i: i % 2 == 0,
+        "gemma3_text": lambda i: (i + 1) % (raw.get("sliding_window_pattern") or 6) != 0,
+    }[kind]
+    layer_types = raw.get("layer_types") or [
+        "sliding_attention" if sliding(i) else "full_attention" for i in range(layers)
+    ]
+    if len(layer_types) != layers or set(layer_types) - {"full_attention", "sliding_attention"}:
+        raise ValueError("layer_types must name full_attention or sliding_attention per layer")
+
+    config = Config(
+        model_type=kind,
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"],
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=raw["num_key_value_heads"],
+        head_dim=raw["head_dim"],
+        rms_norm_eps=raw["rms_norm_eps"],
+        query_pre_attn_scalar=raw.get("query_pre_attn_scalar") or raw["head_dim"],
+        layer_types=tuple(layer_types),
+        sliding_window=raw.get("sliding_window") if "sliding_attention" in layer_types else None,
+        rope=_rope_from(raw),
+        attn_logit_softcapping=raw.get("attn_logit_softcapping") if kind == "gemma2" else None,
+        final_logit_softcapping=raw.get("final_logit_softcapping") if kind != "gemma" else None,
+        dtype=getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+    )
+    sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
+    for name in (*sizes.split(), "num_key_value_heads", "head_dim"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or not 0 < value < 2**24:
+            raise ValueError(f"{name} is {value!r}")
+    if heads % config.num_key_value_heads or config.head_dim % 2:
+        raise ValueError("heads must divide by key/value heads, and head_dim by 2")
+    if "sliding_attention" in layer_types and not (config.sliding_window or 0) > 0:
+        raise ValueError("there are local layers but no sliding_window")
+    return config
+
+
+def _rope_from(raw: dict) -> dict[str, tuple[float, float]]:
+    def theta_and_factor(r: dict, theta: float) -> tuple[float, float]:
+        rope_type = r.get("rope_type") or r.get("type") or "default"
+        if rope_type not in ("default", "linear"):
+            raise ValueError(f"rope type {rope_type!r} is not supported")
+        return float(r.get("rope_theta") or theta), float(r.get("factor") or 1.0)
+
+    new = raw.get("rope_parameters")
+    if new and "full_attention" in new:  # transformers 5, a table per kind of layer
+        return {kind: theta_and_factor(r, 10_000.0) for kind, r in new.items() if r}
+    everywhere = theta_and_factor(new or raw.get("rope_scaling") or {}, raw.get("rope_theta") or 1e4)
+    local = (float(raw.get("rope_local_base_freq") or 1e4), 1.0)  # old: scaling is for global layers
+    return {
+        "full_attention": everywhere,
+        "sliding_attention": local if raw["model_type"] == "gemma3_text" else everywhere,
+    }
+
+
+# ----------------------------------------------------------------------------------------- model
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * (1 + weight), in float32, rounded to x's dtype last."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = 1.0 + self.weight.float()
+        return F.rms_norm(x.float(), gain.shape, gain, self.eps).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """Without bias; the weight follows the activations' dtype, so that a frozen bfloat16 base can
+    serve a CPU that has no bfloat16 arithmetic. (Where both agree, `to` does nothing.)"""
+
+    def __init__(self, size_in: int, size_out: int):
+        super().__init__(size_in, size_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float, factor: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, (B, 1, T, N) float32, of the rotation of each (position, channel); positions
+    (B, T). Channel i is paired with i + N/2 (half-split, not interleaved)."""
+    channels = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequency = 1.0 / theta ** (channels / head_dim)  # (N/2,)
+    angle = positions[:, None, :, None].float() / factor * frequency  # (B, 1, T, N/2)
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each channel pair of x (B, H, T, N) by its angle."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float | None):
+    """softmax(q k' * scale) v: q (B, H, T, N); k, v (B, K, S, N) -> (B, H, T, N).
+
+    mask (B or 1, 1, T, S) is True where a query may look; None means causal with S = T. With
+    `cap`, scores become cap * tanh(scores / cap) before the mask, which no fused kernel does.
+    """
+    (B, H, T, N), K = q.shape, k.shape[1]
+    if cap is None and T == 1 and mask is not None:
+        # One new token a row: the G = H/K query heads that share a key head become the query axis,
+        # so keys and values are read once instead of being copied G times.
+        out = F.scaled_dot_product_attention(q.view(B, K, H // K, N), k, v, mask, scale=scale)
+        return out.view(B, H, T, N)
+    if K != H:  # a view when K is 1 (Gemma 2B, Gemma 3), a copy otherwise
+        k = k[:, :, None].expand(-1, -1, H // K, -1, -1).reshape(B, H, -1, N)
+        v = v[:, :, None].expand(-1, -1, H // K, -1, -1).reshape(B, H, -1, N)
+    if cap is None:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
+    scores = cap * torch.tanh(q @ k.transpose(2, 3) * (scale / cap))  # (B, H, T, S)
+    scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.layer, self.config = layer, config
+        D, N = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj, self.o_proj = Linear(D, H * N), Linear(H * N, D)
+        self.k_proj, self.v_proj = Linear(D, K * N), Linear(D, K * N)
+        if config.norms_qk:
+            self.q_norm = RMSNorm(N, config.rms_norm_eps)
+            self.k_norm = RMSNorm(N, config.rms_norm_eps)
+
+    def forward(self, x, cos, sin, mask, positions, cache):
+        c, (B, T, _) = self.config, x.shape
+        q = self.q_proj(x).view(B, T, -1, c.head_dim).transpose(1, 2)  # (B, H, T, N)
+        k = self.k_proj(x).view(B, T, -1, c.head_dim).transpose(1, 2)  # (B, K, T, N)
+        v = self.v_proj(x).view(B, T, -1, c.head_dim).transpose(1, 2)
+        if c.norms_qk:
+            q, k = self.q_norm(q), self.k_norm(k)
+        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v, positions)  # (B, K, S, N)
+        out = attend(q, k, v, mask, c.query_pre_attn_scalar**-0.5, c.attn_logit_softcapping)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        D, hidden = config.hidden_size, config.intermediate_size
+        self.gate_proj, self.up_proj = Linear(D, hidden), Linear(D, hidden)
+        self.down_proj = Linear(hidden, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        norm = lambda: RMSNorm(config.hidden_size, config.rms_norm_eps)  # noqa: E731
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()
+        self.norms_after = config.norms_after
+        if config.norms_after:
+            self.pre_feedforward_layernorm = norm()
+            self.post_feedforward_layernorm = norm()
+
+    def forward(self, x, cos, sin, mask, positions, cache):
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, mask, positions, cache)
+        if not self.norms_after:  # Gemma 1: a norm before each half
+            x = x + attended
+            return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.post_attention_layernorm(attended)  # Gemma 2, 3: before and after each half
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class KVCache:
+    """Keys and values of all layers, (L, B, K, S, N). Row b's token at position p lies in slot p,
+    so rows of different lengths share a batch without padding between their tokens. `used` is the
+    number of slots any row can have filled: attention looks no further."""
+
+    def __init__(self, config: Config, batch: int, length: int, dtype, device):
+        K, N = config.num_key_value_heads, config.head_dim
+        self.k = torch.zeros(config.num_hidden_layers, batch, K, length, N, dtype=dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+        self.used = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, K, T, N) at positions (B or 1, T); return all slots in use."""
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        self.k[layer][rows, :, positions] = k.transpose(1, 2).to(self.k.dtype)
+        self.v[layer][rows, :, positions] = v.transpose(1, 2).to(self.v.dtype)
+        return self.k[layer, :, :, : self.used], self.v[layer, :, :, : self.used]
+
+
+class Gemma(nn.Module):
+    """`model(ids) -> hidden` (B, T, D), already final-normed; `model.logits(hidden)` (..., V), capped.
+
+    Rows are padded on the right: the causal mask then already hides padding from real tokens, and
+    what comes out at padding is nobody's business. `activations` (a dtype, None for the weights')
+    and `checkpointing` (recompute each block in the backward pass) are set by the caller.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(
+            dict(
+                embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
+                layers=nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
+                norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
+            )
+        )
+        self.activations: torch.dtype | None = None
+        self.checkpointing = False
+        self.folder: Path | None = None  # where config.json came from
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    def forward(self, ids: Tensor, positions: Tensor | None = None, cache: KVCache | None = None):
+        """ids (B, T) -> hidden (B, T, D). Without positions the rows start at 0. With a cache, set
+        `cache.used` to the highest position + 1 first; positions are (B, T) when decoding."""
+        from_start = positions is None
+        if from_start:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
+        seen = positions if from_start else torch.arange(cache.used, device=ids.device)[None]
+        kinds = set(self.config.layer_types)
+        masks = {kind: self._mask(kind, positions, seen, from_start) for kind in kinds}
+        turns = {kind: rotary(positions, self.config.head_dim, *self.config.rope[kind]) for kind in kinds}
+
+        embedding = self.model.embed_tokens
+        x = embedding(ids).to(self.activations or embedding.weight.dtype)
+        x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype).item()  # rounded as x is
+        recompute = self.checkpointing and torch.is_grad_enabled() and cache is None
+        for block, kind in zip(self.model.layers, self.config.layer_types):
+            args = (x, *turns[kind], masks[kind], positions, cache)
+            x = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
+        return self.model.norm(x)
+
+    def _mask(self, kind: str, queries: Tensor, keys: Tensor, from_start: bool) -> Tensor | None:
+        """True where the query at a position may see the key at a position, (B or 1, 1, T, S):
+
+            full   1 0 0 0    sliding, window 2   1 0 0 0
+                   1 1 0 0                        1 1 0 0
+                   1 1 1 0                        0 1 1 0
+                   1 1 1 1                        0 0 1 1
+
+        None where plain causal attention says the same, so that the fast kernels apply.
+        """
+        window = self.config.sliding_window if kind == "sliding_attention" else None
+        plain = window is None or queries.shape[1] <= window
+        if from_start and plain and self.config.attn_logit_softcapping is None:
+            return None
+        distance = queries[:, None, :, None] - keys[:, None, None, :]
+        return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V): the embedding matrix is the head; Gemma 2 caps what comes out."""
+        logits = F.linear(hidden, self.model.embed_tokens.weight.to(hidden.dtype))
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+# --------------------------------------------------------------------------------------- weights
+
+
+def load_model(
+    name: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", merge: bool = False
+) -> tuple[Gemma, Tokenizer]:
+    """A model and its tokenizer from a Hub id, a folder in the Hub's layout, or a run folder.
+
+    dtype: of the weights, None for what the checkpoint has. A run that trained adapters comes back
+    as base plus adapters (float32); `merge` folds them into the base, which in a 16-bit dtype
+    rounds. Raises UserError for everything a user can cause.
+    """
+    files = hub.find_model(str(name))
+    tokenizer = Tokenizer(files.base)
+    with torch.device("meta"):  # no memory is touched until the weights arrive
+        model = Gemma(read_config(files.base))
+    if max(tokenizer.stop_ids | {tokenizer.bos_id}) >= model.config.vocab_size:
+        raise UserError(f"{files.base}: the tokenizer's ids exceed the model's vocabulary")
+    _load_weights(model, files.base, dtype or model.config.dtype, device)
+    model.folder = files.base
+    if files.adapter:
+        lora.load_adapter(model, files.adapter)
+        if merge:
+            lora.merge(model)
+    return model, tokenizer
+
+
+def _load_weights(model: Gemma, folder: Path, dtype: torch.dtype, device: str) -> None:
+    """Strict: every tensor the model has, none it does not have, each of the right shape."""
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    loaded: dict[str, Tensor] = {}
+    for file in hub.weight_files(folder):
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as tensors:
+                for key in tensors.keys():
+                    if key == "lm_head.weight":  # some exporters repeat the tied embedding
+                        continue
+                    shape = tuple(tensors.get_slice(key).get_shape())
+                    if wanted.get(key) != shape:
+                        need = f"the model needs {wanted[key]}" if key in wanted else "unknown to it"
+                        raise UserError(f"{file}: tensor {key} has shape {shape}, {need}")
+                    loaded[key] = tensors.get_tensor(key).to(dtype)
+        except SafetensorError as e:
+            raise UserError(f"{file} is damaged or incomplete ({e}): fetch it again") from e
+    missing = sorted(wanted.keys() - loaded.keys())
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    model.load_state_dict(loaded, strict=True, assign=True)
+
+
+def save_model(model: Gemma, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write folder in the Hub's layout, for transformers and for us; weights in the dtype the base
+    came in. Written beside and renamed, so that folder is whole or absent. Merge adapters first."""
+    if any(isinstance(m, lora.LoRALinear) for m in model.modules()):
+        raise ValueError("merge the adapters, or save them alone with lora.save_adapter")
+    folder = Path(folder)
+    beside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    # Gemma's own small files go along unchanged: other tools read them as they read the original.
+    for file in (*hub.REQUIRED, *hub.OPTIONAL):
+        for source in (model.folder, tokenizer.folder):
+            if (source / file).exists():
+                shutil.copyfile(source / file, beside / file)
+    weights = {k: p.detach().to("cpu", model.config.dtype).contiguous() for k, p in model.named_parameters()}
+    save_file(weights, beside / "model.safetensors", metadata={"format": "pt"})
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.rename(beside, folder)

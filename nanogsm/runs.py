@@ -1,0 +1,658 @@
+"""The run folder: arguments, metrics, samples, progress line, atomic checkpoint and resume.
+
+    runs/<name>/
+        run_args.json     {"args": compared on continuation, "info": versions, digests, hardware,
+                           "continued": the info of each continuation that differed}
+        metrics.jsonl     a row a step
+        samples.jsonl     prompts with completions and rewards
+        checkpoint/step-N/{tensors.safetensors, state.json, checksums.json}   until the run ends
+        summary.json      written last: its presence is what "finished" means
+        model/ adapter/   the result; the scripts write it before `finish`
+        .lock             held by the running process; the file stays, the lock does not
+
+The promise: the same command again continues, and the result equals an uninterrupted run bit for
+bit. So a checkpoint also records how long the logs were, and loading cuts them back to that;
+a file is written beside its place, forced to disk and renamed, so a kill at any instant leaves
+the older or the newer one, never half of one. No pickle: a checkpoint cannot run code.
+"""
+
+import argparse
+import contextlib
+import datetime
+import errno
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import BinaryIO, Callable, Iterable, Iterator, NoReturn
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from nanogsm import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
+LOGS = ("metrics.jsonl", "samples.jsonl")
+CHECKPOINT_FILES = ("tensors.safetensors", "state.json")
+# What --overwrite may delete, in this order: killed half-way, the folder must neither look
+# finished nor resume onto deleted logs, and must still be known as a run folder by run_args.json.
+OWNED = ("summary.json", "checkpoint", "model", "adapter", "value_head.safetensors",
+         "eval-*.json", "eval-*.jsonl", *LOGS, "run_args.json")  # fmt: skip
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+# ---- files that survive a kill
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force a folder's names to disk: a rename is durable only after this (not on Windows)."""
+    if os.name != "nt":
+        fd = os.open(folder, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or folder; a folder is renamed to .tmp first, so no half of it is believed."""
+    if path.is_dir() and not path.is_symlink():
+        if path.suffix != ".tmp":
+            doomed = path.with_name(path.name + ".tmp")
+            shutil.rmtree(doomed, ignore_errors=True)
+            path = path.rename(doomed)
+        shutil.rmtree(path, ignore_errors=True)  # what stays (NFS, Windows) goes at the next start
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _strict(value):
+    """`value` with every NaN and infinity, which JSON does not have, replaced by None."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _json(obj, indent: int | None = None) -> bytes:
+    # A lone surrogate, which a model can emit, cannot be UTF-8: it stays a JSON escape.
+    text = json.dumps(_strict(obj), indent=indent, allow_nan=False, ensure_ascii=False)
+    return text.encode(errors="backslashreplace") + b"\n"
+
+
+def write_json(path: Path | str, obj) -> None:
+    """Write `obj` as JSON, atomically: a reader sees the old file or the new one.
+
+    NaN and infinity become null: a figure that is undefined once (the explained variance of equal
+    returns) must not end a long run, and a bare NaN would make the file invalid for other readers.
+    """
+    path = Path(path)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        _write_hashed(beside, [_json(obj, indent=1)])
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _append(file: BinaryIO, row: dict) -> None:
+    line = _json(row)
+    while line:  # a nearly full disk takes a part; the next write then says why
+        line = line[file.write(line) :]
+
+
+def _disk_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
+
+
+def _write_hashed(path: Path, chunks: Iterable) -> dict:
+    """Write chunks of bytes and force them to disk; size and SHA-256 of what was handed over."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _safetensors_chunks(tensors: dict[str, Tensor]) -> Iterator:
+    """The bytes of a safetensors file, one tensor at a time.
+
+    safetensors.torch.save_file wants everything on the CPU, contiguous and unshared at once, and
+    reports a full disk as its own error. Here a GPU or strided tensor costs one temporary copy of
+    itself, a plain CPU tensor none; tied tensors are written each and load as separate ones.
+    """
+    # Widest type first: every tensor then starts at a multiple of its own item size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header, offset = {}, 0
+    for name in names:
+        t = tensors[name]
+        end = offset + t.numel() * t.element_size()
+        header[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape),
+                        "data_offsets": [offset, end]}  # fmt: skip
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+# ---- the run
+
+
+class Run:
+    """One run folder, locked for this process until `close`.
+
+    args: JSON values that must be equal to continue, except the names in `may_differ`; info:
+    versions, digests, hardware: recorded, never compared. Raises UserError if the folder is in
+    use, holds something else, or was started with other arguments. Then, in this order: look at
+    `finished`; `load_checkpoint` before the first `log`; `log`, `sample` and `save_checkpoint`;
+    write the result; `finish`. Trap: `overwrite` left in a repeated command starts anew each time.
+    """
+
+    def __init__(self, folder: Path | str, args: dict, info: dict, overwrite: bool = False,
+                 may_differ: tuple[str, ...] = ()):  # fmt: skip
+        self.folder = Path(folder)
+        self._logs: dict[str, BinaryIO] = {}
+        self._lock = _claim(self.folder)
+        try:
+            for pattern in OWNED if overwrite else ():  # whatever else somebody put there stays
+                for path in [*self.folder.glob(pattern), *self.folder.glob(pattern + ".tmp")]:
+                    _remove(path)
+            path = self.folder / "summary.json"
+            self.summary = _read_json(path) if path.exists() else None
+            self.finished = self.summary is not None
+            self._adopt(_strict(args), _strict(info), may_differ)
+            checkpoint = self.folder / "checkpoint"
+            half_made = [self.folder / "checkpoint.tmp", self.folder / "summary.json.tmp"]
+            for stale in [*half_made, *checkpoint.glob("step-*.tmp")]:
+                _remove(stale)
+            if self.finished:
+                _remove(checkpoint)
+            else:
+                # Without a checkpoint the run starts over, so whatever it logged before goes.
+                # Unbuffered: a row is with the system as soon as it is written.
+                mode = "ab" if self._steps() else "wb"
+                self._logs = {name: open(self.folder / name, mode, buffering=0) for name in LOGS}
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the logs and release the lock; the end of the process does the same."""
+        for file in self._logs.values():
+            file.close()
+        if self._lock is not None:
+            os.close(self._lock)
+        self._logs, self._lock = {}, None
+
+    def log(self, row: dict) -> None:
+        """Append one row to metrics.jsonl. NaN becomes null, as in `write_json`."""
+        _append(self._logs["metrics.jsonl"], row)
+
+    def sample(self, row: dict) -> None:
+        """Append one row to samples.jsonl."""
+        _append(self._logs["samples.jsonl"], row)
+
+    def _adopt(self, args: dict, info: dict, may_differ: tuple[str, ...]) -> None:
+        """Record a new run's arguments, or refuse to continue one that had others."""
+        path = self.folder / "run_args.json"
+        if not path.exists():
+            write_json(path, {"args": args, "info": info})
+            return
+        record = _read_json(path)
+        old = record["args"]
+        changed = []
+        for name in sorted((old.keys() | args.keys()) - set(may_differ)):
+            # As text, because in Python 1 == 1.0 == True.
+            was, now = (json.dumps(a[name], sort_keys=True) if name in a else "absent"
+                        for a in (old, args))  # fmt: skip
+            if was != now:
+                changed.append(f"{name} was {was}, now {now}")
+        if changed:
+            raise UserError(
+                f"{self.folder} was started with other arguments ({'; '.join(changed)}): "
+                "give the old ones to continue, another run folder, or --overwrite to start anew"
+            )
+        seen = record.get("continued") or [record["info"]]
+        if info != seen[-1]:  # e.g. another machine: bit-for-bit equality is no longer promised
+            record.setdefault("continued", []).append(info)
+        if not self.finished:  # a finished run is looked at, not changed
+            write_json(path, {**record, "args": args})
+
+    def _steps(self) -> list[int]:
+        """The steps that have a checkpoint, ascending."""
+        names = [path.name for path in (self.folder / "checkpoint").glob("step-*")]
+        return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d+", name))
+
+    def save_checkpoint(self, step: int, tensors: dict[str, Tensor], state: dict) -> None:
+        """Write checkpoint/step-<step>, then delete older ones: a kill leaves one that loads.
+
+        tensors: weights, optimizer moments, RNG states, on any device. state: JSON values; NaN and
+        infinity survive, but tuples return as lists and keys as strings. Needs room on disk for
+        two checkpoints and in memory for one more tensor; SHA-256 takes about a second per GB.
+        Raises UserError if the disk is full (the older checkpoint stays). Trap: a step that is
+        already saved is not written again, so save only at step boundaries.
+        """
+        parent = self.folder / "checkpoint"
+        final, beside = parent / f"step-{step}", parent / f"step-{step}.tmp"
+        if final.exists():  # Ctrl-C right after a regular save
+            return
+        try:
+            beside.mkdir(parents=True)
+            self._write_checkpoint(beside, step, tensors, state)
+            beside.rename(final)
+            _sync_folder(parent)
+            _sync_folder(self.folder)  # the first time, checkpoint/ itself is new
+        except BaseException as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            if isinstance(error, OSError) and _disk_full(error):
+                raise UserError(
+                    f"disk full while writing the checkpoint of step {step} in {parent} "
+                    f"({error.strerror}): free some space, then run the same command again"
+                ) from error
+            raise
+        for older in self._steps():
+            if older != step:
+                _remove(parent / f"step-{older}")
+
+    def _write_checkpoint(self, folder: Path, step: int, tensors: dict, state: dict) -> None:
+        lengths = {}
+        for name, file in self._logs.items():
+            os.fsync(file.fileno())  # the logs must be at least this long after a power cut too
+            lengths[name] = os.fstat(file.fileno()).st_size
+        # Not _strict: `best = inf` must come back as it was. Python alone reads this file.
+        text = json.dumps({"step": step, "logs": lengths, "state": state}).encode()
+        contents = zip(CHECKPOINT_FILES, (_safetensors_chunks(tensors), [text]))
+        write_json(
+            folder / "checksums.json",
+            {name: _write_hashed(folder / name, chunks) for name, chunks in contents},
+        )
+
+    def load_checkpoint(self) -> tuple[int, dict[str, Tensor], dict] | None:
+        """(step, tensors, state) of the newest checkpoint, or None if the run is to start.
+
+        Cuts metrics.jsonl and samples.jsonl back to that step, so that no row is there twice. The
+        tensors are on the CPU. Raises UserError naming the file if one byte is not as it was
+        written. Trap: the tensors are mapped from the file; copy them (load_state_dict does).
+        """
+        steps = self._steps()
+        if self.finished or not steps:
+            return None
+        folder = self.folder / "checkpoint" / f"step-{steps[-1]}"
+        older = f"delete {folder} to continue from step {steps[-2]}, or " if steps[1:] else ""
+        advice = f"; {older}use --overwrite to start anew"
+        _verify(folder, advice)
+        saved = json.loads((folder / "state.json").read_bytes())
+        sizes = {name: os.fstat(file.fileno()).st_size for name, file in self._logs.items()}
+        for name, length in saved["logs"].items():  # all are checked before one is changed
+            if sizes[name] < length:
+                raise UserError(f"{self.folder / name} is shorter than at step {saved['step']} "
+                                f"({sizes[name]} of {length} bytes){advice}")  # fmt: skip
+        for name, length in saved["logs"].items():
+            self._logs[name].truncate(length)
+        tensors = safetensors.torch.load_file(folder / "tensors.safetensors")
+        return saved["step"], tensors, saved["state"]
+
+    def finish(self, summary: dict) -> None:
+        """Mark the run as finished, then drop the checkpoint. Call it when the result is saved."""
+        for file in self._logs.values():
+            os.fsync(file.fileno())
+        write_json(self.folder / "summary.json", summary)
+        self.summary, self.finished = _strict(summary), True
+        _remove(self.folder / "checkpoint")
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        obj = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is unreadable ({error}); use --overwrite to start anew") from error
+    if path.name == "run_args.json" and not {"args", "info"} <= set(obj):
+        raise UserError(f"{path} is not a run's; use another folder or --overwrite to start anew")
+    return obj
+
+
+def _verify(folder: Path, advice: str) -> None:
+    """Compare every file of a checkpoint with its recorded size and SHA-256."""
+    try:
+        sums = json.loads((folder / "checksums.json").read_bytes())
+        expected = {name: (sums[name]["size"], sums[name]["sha256"]) for name in CHECKPOINT_FILES}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'checksums.json'} is missing or damaged{advice}") from error
+    for name, (size, digest) in expected.items():
+        path = folder / name
+        if not path.exists():
+            raise UserError(f"{path} is missing{advice}")
+        if path.stat().st_size != size:
+            raise UserError(f"{path} has {path.stat().st_size} bytes instead of {size}{advice}")
+        actual = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                actual.update(block)
+        if actual.hexdigest() != digest:
+            raise UserError(f"{path} is damaged: its SHA-256 is not the recorded one{advice}")
+
+
+def _claim(folder: Path) -> int | None:
+    """Make the folder if needed and lock it; the descriptor that holds the lock (None: no lock).
+
+    The system drops the lock with the process, however it ends: nothing stale is left to clean.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in folder.iterdir()}
+        # Before the lock file, so that not even that is put into somebody's folder.
+        if "run_args.json" not in names and names - {".lock", "run_args.json.tmp"}:
+            raise UserError(f"{folder} is not empty and not a run folder: choose another")
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be a run folder: {error.strerror}") from error
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:  # Windows forbids others to read locked bytes: lock one far behind the pid
+            os.lseek(lock, 1 << 20, os.SEEK_SET)
+            msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        if error.errno in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):
+            os.close(lock)  # some network drives: better unlocked than unusable
+            print(f"warning: {folder} cannot be locked here: start no second run in it")
+            return None
+        os.lseek(lock, 0, os.SEEK_SET)
+        pid = os.read(lock, 20).decode(errors="replace").strip()
+        os.close(lock)
+        by = f" by process {pid}" if pid.isdigit() else ""
+        raise UserError(f"{folder} is in use{by}: wait for it, or choose another folder") from error
+    os.ftruncate(lock, 0)
+    os.lseek(lock, 0, os.SEEK_SET)
+    os.write(lock, str(os.getpid()).encode())
+    return lock
+
+
+# ---- stopping
+
+
+class Interrupt:
+    """Whether somebody asked to stop: `requested` is the signal's number, or None."""
+
+    requested: int | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """What the script returns: 130 after Ctrl-C, 143 after SIGTERM, 0 if nobody asked."""
+        return 128 + self.requested if self.requested else 0
+
+    def message(self, step: int) -> str:
+        """How to go on; print it after the checkpoint of `step` is written."""
+        return (f"stopped by {signal.Signals(self.requested).name}: "
+                f"run the same command again to continue from step {step}")  # fmt: skip
+
+    def _handle(self, number: int, frame) -> None:
+        if number == signal.SIGINT and self.requested:
+            raise KeyboardInterrupt
+        self.requested = number
+        # os.write: print() may be what the signal interrupted, and is not re-entrant.
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+
+
+@contextlib.contextmanager
+def graceful_stop() -> Iterator[Interrupt]:
+    """`with graceful_stop() as stop`: SIGINT and SIGTERM only set `stop.requested`.
+
+    The loop looks at it at each step boundary, saves and leaves. A Ctrl-C after that raises
+    KeyboardInterrupt at once. Trap: outside the main thread Python allows no handlers; then, and
+    for a signal the parent had us ignore (nohup, `&`), nothing is changed.
+    """
+    stop, previous = Interrupt(), {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                previous[number] = signal.signal(number, stop._handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+# ---- the console
+
+
+def printable(text: str) -> str:
+    """`text` with everything but line feeds, tabs and visible characters as backslash escapes.
+
+    A model can emit escape sequences, and a terminal would obey them.
+    """
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+class Progress:
+    """One updating console line; to a file or pipe, a line at most every ten seconds.
+
+    Use as `with Progress(total_steps) as progress:` so that the line is ended whatever happens.
+    """
+
+    SECONDS = 10.0
+
+    def __init__(self, total_steps: int):
+        self.total = total_steps
+        self.terminal = sys.stdout.isatty()
+        self.line = ""  # what the terminal's last line shows
+        self.printed = -math.inf  # when a line was last printed
+        self.first: tuple[int, float] | None = None  # step and time of the first update
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def update(self, step: int, **figures: float | str | None) -> None:
+        """Show step/total, the figures in the order given, and the time left.
+
+        `memory` is in bytes, `tokens_per_s` a rate; None is left out. The time left is measured
+        between this process's first update and now: steps of earlier processes do not count.
+        """
+        now = time.monotonic()
+        self.first = self.first or (step, now)
+        parts = [f"step {step}/{self.total}"]
+        parts += [_figure(name, value) for name, value in figures.items() if value is not None]
+        if step > self.first[0]:
+            left = (self.total - step) * (now - self.first[1]) / (step - self.first[0])
+            parts.append(f"ETA {datetime.timedelta(seconds=round(left))}")
+        text = printable("  ".join(parts))
+        if self.terminal:
+            self.line = text[: shutil.get_terminal_size().columns - 1]  # \r cannot undo a wrap
+            print(f"\r\x1b[K{self.line}", end="", flush=True)
+        elif step >= self.total or now - self.printed >= self.SECONDS:
+            print(text, flush=True)
+            self.printed = now
+
+    def note(self, text: str) -> None:
+        """Print whole lines above the progress line; control characters are made visible."""
+        print(("\r\x1b[K" if self.line else "") + printable(text))
+        print(self.line, end="", flush=True)
+
+    def close(self) -> None:
+        """End the line, so that what follows starts on its own."""
+        if self.line:
+            print(flush=True)
+        self.line = ""
+
+
+def _figure(name: str, value: float | str) -> str:
+    if name == "memory":
+        return f"{value / 2**30:.2f} GiB"
+    if name == "tokens_per_s":
+        return f"{value:,.0f} tokens/s"
+    return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+
+
+# ---- where it ran
+
+
+def peak_memory(device: torch.device | str) -> int:
+    """Most bytes held so far: of tensors on a GPU, of the whole process on the CPU, 0 if unknown.
+
+    Trap: Apple's GPU reports no peak; this is what it holds now.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if kind == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def environment() -> dict:
+    """Versions, hardware and commit: what one must know to repeat a run's numbers."""
+    env = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("torch", "numpy", "safetensors", "tokenizers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            env[package] = importlib.metadata.version(package)
+    env["cpu"] = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, AttributeError):  # only Linux has this file
+        model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        env["cpu"] = model.group(1)
+    env |= {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    env["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    root = Path(__file__).parents[1]
+    # Not in an enclosing project's checkout (a virtual environment's): its commit is not ours.
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if (root / ".git").exists():
+            env |= {"commit": _git(root, "rev-parse", "HEAD"),
+                    "dirty": bool(_git(root, "status", "--porcelain"))}  # fmt: skip
+    return env
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
+# ---- where it runs
+
+def add_compute_flags(parser: argparse.ArgumentParser) -> None:
+    """--device and --precision, to be resolved by `pick_compute`."""
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu; auto takes the first there is")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
+                        help="of matrix products; auto is bf16 where the hardware has it")  # fmt: skip
+
+
+def add_data_dir_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data-dir", default=os.environ.get("NANOGSM_DATA_DIR"),
+                        help="folder with GSM8K's .jsonl files (default: $NANOGSM_DATA_DIR, "
+                        "else downloaded once)")  # fmt: skip
+
+
+def pick_compute(device: str, precision: str) -> tuple[str, str]:
+    """("cuda" | "mps" | "cpu", "bf16" | "fp32") for what the two flags say."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name, present in there.items() if present)
+    if not there.get(device.split(":")[0]):
+        have = ", ".join(name for name, present in there.items() if present)
+        raise UserError(f"--device {device}: not here; there is {have}")
+    if precision == "auto":
+        precision = "bf16" if _has_bf16(device) else "fp32"
+    return device, precision
+
+
+def _has_bf16(device: str) -> bool:
+    """Without the instructions bfloat16 still computes, but on a CPU several times slower than
+    float32. MPS emulates part of it, too."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not public, so may be absent
+    return device == "cpu" and any(getattr(torch.cpu, ask, lambda: False)() for ask in asks)
+
+
+# ---- the way in and out
+
+MEMORY_ADVICE = (
+    "out of memory: lower it with a smaller --micro-batch or --max-seq-length, or with --lora "
+    "(evaluate.py: a smaller --batch-size)"
+)
+
+
+def entry(main: Callable[[], int | None]) -> NoReturn:
+    """`if __name__ == "__main__": entry(main)`: run main and exit with what it returns.
+
+    One line on stderr and status 2 for a UserError, a full disk or too little memory; 130 after
+    Ctrl-C, 141 if the reader of our output left. Everything else keeps its traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a console that cannot show a character stops nothing
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        code = _fail(str(error))
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit and would complain about it there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except OSError as error:
+        if not _disk_full(error):
+            raise
+        code = _fail(f"disk full ({error}): free some space, then run the same command again")
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        code = _fail(MEMORY_ADVICE)
+    sys.exit(code)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """PyTorch has an exception for the CUDA allocator only; elsewhere the text must tell."""
+    texts = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or any(text in str(error) for text in texts)
+
+
+def _fail(message: str) -> int:
+    print("error: " + printable(" ".join(message.split())), file=sys.stderr)
+    return 2

@@ -1,0 +1,629 @@
+"""hub.py finds the right folder, says in one line what is wrong, and never leaves half a file.
+
+No test reaches the internet: the Hub's client is replaced (it raises its real exceptions), its
+cache is a folder made here, and downloads come from a server on this machine.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants, errors
+
+from nanogsm import UserError, hub
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    """An empty cache, no settings of the machine's, nowhere to go but 127.0.0.1."""
+    for name in ("HF_HUB_OFFLINE", "NANOGSM_DATA_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NANOGSM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(hub, "DATA_URLS", ["http://127.0.0.1:1/"])
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    monkeypatch.chdir(tmp_path)
+
+
+def fill(folder: Path, *names: str, **contents) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(b"{}")
+    for name, content in contents.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def model_folder(folder: Path) -> Path:
+    return fill(folder, "config.json", "tokenizer.json", "model.safetensors")
+
+
+def adapter_folder(folder: Path, base) -> Path:
+    config = {"base_model_name_or_path": base}
+    return fill(folder, "adapter_model.safetensors", adapter_config=config)
+
+
+def message(call, *args, **kwargs) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*args, **kwargs)
+    text = str(caught.value)
+    assert text and "\n" not in text, "a user's error is one line"
+    return text
+
+
+# ---- local models ----
+
+
+def test_plain_folder(tmp_path):
+    folder = model_folder(tmp_path / "gemma")
+    assert hub.find_model(str(folder)) == (folder, None, str(folder))
+    # what is written down must not depend on where the script was started
+    assert hub.find_model("gemma").name == str(folder)
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = model_folder(tmp_path / "gemma")
+    assert hub.find_model("~/gemma") == (folder, None, str(folder))
+
+
+def test_run_folder_model_wins_over_adapter(tmp_path):
+    run, base = tmp_path / "run", model_folder(tmp_path / "base")
+    adapter_folder(run / "adapter", str(base))
+    assert hub.find_model(str(run)) == (base, run / "adapter", str(base))
+    model_folder(run / "model")
+    assert hub.find_model(str(run)) == (run / "model", None, str(run / "model"))
+
+
+def test_adapter_folder_and_its_base(tmp_path, monkeypatch):
+    base = model_folder(tmp_path / "sft" / "model")
+    adapter = adapter_folder(tmp_path / "adapter-only", str(tmp_path / "sft"))
+    assert hub.find_model(str(adapter)) == (base, adapter, str(base))
+    # an adapter_config.json decides even with a config.json beside it
+    fill(adapter, "config.json")
+    assert hub.find_model(str(adapter)).adapter == adapter
+    # a base on the Hub keeps its Hub id as the name
+    snapshot = model_folder(tmp_path / "snapshot")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(snapshot))
+    adapter_folder(adapter, "owner/base")
+    assert hub.find_model(str(adapter)) == (snapshot, adapter, "owner/base")
+
+
+def test_broken_adapters(tmp_path):
+    adapter = adapter_folder(tmp_path / "a", None)
+    assert "base_model_name_or_path" in message(hub.find_model, str(adapter))
+    adapter_folder(adapter, str(tmp_path / "gone"))
+    text = message(hub.find_model, str(adapter))
+    assert "no such folder" in text and str(adapter / "adapter_config.json") in text
+    adapter_folder(adapter, str(adapter))  # its own base: must end, not recurse for ever
+    assert "another adapter" in message(hub.find_model, str(adapter))
+    adapter_folder(adapter, str(model_folder(tmp_path / "base")))
+    (adapter / "adapter_model.safetensors").unlink()
+    assert "adapter_model.safetensors" in message(hub.find_model, str(adapter))
+    assert hub.find_model(str(adapter), weights=False).adapter == adapter
+    (adapter / "adapter_config.json").write_text("{")
+    assert "cannot read" in message(hub.find_model, str(adapter))
+
+
+@pytest.mark.parametrize("sign", ["run_args.json", "checkpoint"])
+def test_unfinished_run(tmp_path, sign):
+    run = fill(tmp_path / "run")
+    assert "is not a model" in message(hub.find_model, str(run))
+    (run / sign).mkdir()
+    if sign == "run_args.json":
+        (run / sign).rmdir()
+        fill(run, sign)
+    assert "training has not finished; run the same training command" in message(
+        hub.find_model, str(run)
+    )
+
+
+@pytest.mark.parametrize("gone", ["tokenizer.json", "model.safetensors"])
+def test_incomplete_folder_names_what_is_missing(tmp_path, gone):
+    folder = model_folder(tmp_path / "m")
+    (folder / gone).unlink()
+    assert gone in message(hub.find_model, str(folder))
+
+
+def test_dry_run_needs_no_weights(tmp_path):
+    folder = fill(tmp_path / "m", "config.json", "tokenizer.json")
+    assert hub.find_model(str(folder), weights=False).base == folder
+    (folder / "tokenizer.json").unlink()
+    assert "tokenizer.json" in message(hub.find_model, str(folder), weights=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "gemma", "./gemma", "/no/gemma", "~/gemma", "a/b/c", "a/", "/x", "../x", "a/.b"]
+)
+def test_what_is_no_hub_id_is_never_asked_for(name):
+    text = message(hub.find_model, name)  # snapshot_download is None: a call would be a TypeError
+    assert "no such folder" in text and "owner/name" in text
+
+
+def test_a_file_is_not_a_model(tmp_path):
+    fill(tmp_path, "model.safetensors")
+    assert "is a file" in message(hub.find_model, "model.safetensors")
+
+
+# ---- weights ----
+
+
+def shards(folder: Path, weight_map, *names: str) -> Path:
+    fill(folder, *names)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def test_index_says_which_tensors_each_file_holds(tmp_path):
+    folder = shards(tmp_path, {"a": "x.safetensors", "b": "y.safetensors", "c": "x.safetensors"},
+                    "x.safetensors", "y.safetensors")  # fmt: skip
+    assert hub.weight_files(folder) == {
+        folder / "x.safetensors": {"a", "c"}, folder / "y.safetensors": {"b"}
+    }  # fmt: skip
+    fill(folder, "model.safetensors")  # the single file wins, as in transformers
+    assert hub.weight_files(folder) == {folder / "model.safetensors": None}
+
+
+def test_missing_shards_are_named(tmp_path):
+    shards(tmp_path, {"a": "1.safetensors", "b": "2.safetensors", "c": "3.safetensors"},
+           "2.safetensors")  # fmt: skip
+    text = message(hub.weight_files, tmp_path)
+    assert "1.safetensors, 3.safetensors" in text and "2.safetensors" not in text
+
+
+@pytest.mark.parametrize(
+    "target", ["../x.safetensors", "/abs.safetensors", "sub/x.safetensors", "..", "x.bin", "",
+               "a\\b.safetensors", "x.safetensors\n", ".safetensors", 3, None, ["x.safetensors"]]
+)  # fmt: skip
+def test_index_cannot_point_elsewhere(tmp_path, target):
+    folder = shards(tmp_path / "m", {"a": target}, "x.safetensors", "x.bin")
+    fill(folder / "sub", "x.safetensors")
+    fill(tmp_path, "x.safetensors")
+    assert "plain name" in message(hub.weight_files, folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "{}", '{"weight_map": []}', '{"weight_map": {}}',
+                                  "\xff", "[" * 100_000])  # fmt: skip
+def test_broken_index(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_bytes(text.encode("latin1"))
+    assert "index.json" in message(hub.weight_files, tmp_path)
+
+
+def test_pickle_and_gguf_are_no_weights(tmp_path):
+    fill(tmp_path, "pytorch_model.bin", "gemma.gguf")
+    assert "no safetensors weights" in message(hub.weight_files, tmp_path)
+
+
+def test_link_out_of_the_folder_is_refused(tmp_path):
+    fill(tmp_path, "secret.safetensors")
+    folder = fill(tmp_path / "m")
+    (folder / "model.safetensors").symlink_to("../secret.safetensors")
+    assert "out of its folder" in message(hub.weight_files, folder)
+    (tmp_path / "secret.safetensors").unlink()
+    assert "missing: model.safetensors" in message(hub.weight_files, folder)
+
+
+def hf_cache(cache: Path, repo: str = "owner/name") -> Path:
+    """The cache as huggingface_hub 2.4 leaves it; returns the snapshot's folder."""
+    root = cache / f"models--{repo.replace('/', '--')}"
+    fill(root / "blobs", "c", "t")
+    fill(cache / "blobs" / "ab", "shared")
+    (root / "blobs" / "w").symlink_to("../../blobs/ab/shared")
+    snapshot = fill(root / "snapshots" / ("0" * 40))
+    for name, blob in {"config.json": "c", "tokenizer.json": "t", "model.safetensors": "w"}.items():
+        (snapshot / name).symlink_to(f"../../blobs/{blob}")
+    fill(root / "refs")
+    (root / "refs" / "main").write_text("0" * 40)
+    return snapshot
+
+
+def test_hub_cache_links_are_followed_but_only_within_the_cache(tmp_path):
+    snapshot = hf_cache(tmp_path / "hf")
+    shard = snapshot / "model.safetensors"
+    assert hub.weight_files(snapshot) == {shard: None}  # through the store all repositories share
+    for target in ("../../blobs/c", "../../../blobs/ab/shared"):
+        shard.unlink()
+        shard.symlink_to(target)
+        assert hub.weight_files(snapshot) == {shard: None}
+    other = hf_cache(tmp_path / "hf", "other/repo").parents[1] / "blobs" / "c"
+    for target in (fill(tmp_path, "secret") / "secret", other):
+        shard.unlink()
+        shard.symlink_to(target)
+        assert "out of its folder" in message(hub.weight_files, snapshot)
+
+
+@pytest.mark.parametrize("place", ["name/snapshots/0", "models--name/other/0"])
+def test_only_the_caches_own_layout_may_link_to_blobs(tmp_path, place):
+    folder = fill(tmp_path / place)
+    fill(folder.parents[1] / "blobs", "w")
+    (folder / "model.safetensors").symlink_to("../../blobs/w")
+    assert "out of its folder" in message(hub.weight_files, folder)
+
+
+# ---- the Hub ----
+
+
+def answer(kind, status: int):
+    """An error of the Hub's client that comes with a response."""
+    return kind("text\nof the client", response=SimpleNamespace(
+        status_code=status, headers={}, request=None))  # fmt: skip
+
+
+def caused_by(error: Exception, cause: Exception | None) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+NOT_HERE = errors.LocalEntryNotFoundError
+PARTIAL = errors.IncompleteSnapshotError("missing", snapshot_path="x")
+
+
+@pytest.mark.parametrize(
+    "error, parts",
+    [
+        (answer(errors.GatedRepoError, 403),
+         ["gated", "https://huggingface.co/owner/name", "hf auth login", "HF_TOKEN", "--model"]),
+        (answer(errors.RepositoryNotFoundError, 404), ["no such folder", "spelling", "HF_TOKEN"]),
+        (NOT_HERE("not cached"), ["no network", "--model PATH"]),
+        (caused_by(NOT_HERE("x"), answer(errors.HfHubHTTPError, 503)), ["(503)", "later"]),
+        (answer(errors.HfHubHTTPError, 429), ["(429)", "wait"]),
+        (answer(errors.HfHubHTTPError, 401), ["(401)", "hf auth login"]),
+        (errors.HTTPError("connect"), ["no network"]),
+        (ConnectionResetError("reset"), ["no network"]),
+        (OSError(errno.ENOSPC, "voll"), ["disk full", "HF_HOME"]),
+        (RuntimeError("Data error: No space left on device (os error 28)"), ["disk full"]),
+        (PermissionError(errno.EACCES, "Permission denied"), ["download failed", "Permission"]),
+        (errors.HFValidationError("bad id"), ["download failed", "bad id"]),
+    ],
+)  # fmt: skip
+def test_hub_errors_in_one_line(monkeypatch, error, parts):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", raiser(error))
+    text = message(hub.find_model, "owner/name")
+    assert text.startswith("owner/name: ") and all(part in text for part in parts), text
+    if not isinstance(error, errors.GatedRepoError):
+        assert "gated" not in text
+
+
+def raiser(error):
+    def snapshot_download(repo, *, local_files_only=False, **kwargs):
+        raise NOT_HERE("cached: nothing") if local_files_only and not hub._offline() else error
+
+    return snapshot_download
+
+
+@pytest.mark.parametrize("error, part", [(NOT_HERE("x"), "not in"), (PARTIAL, "only part")])
+def test_offline_errors(monkeypatch, error, part):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", raiser(error))
+    text = message(hub.find_model, "owner/name")
+    assert part in text and "unset HF_HUB_OFFLINE" in text
+
+
+def test_offline_setting_reaches_the_client(tmp_path, monkeypatch):
+    # it reads the variable only when imported; a notebook may set it later
+    folder, asked = model_folder(tmp_path / "m"), []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download",  # fmt: skip
+                        lambda *a, **k: asked.append(k["local_files_only"]) or str(folder))
+    for value in ("", "0", "1", "true"):
+        monkeypatch.setenv("HF_HUB_OFFLINE", value)
+        hub.find_model("owner/name")
+    assert asked == [False, False, True, True]
+
+
+def test_circle_of_causes_ends():
+    first, second = RuntimeError("first"), RuntimeError("second")
+    first.__cause__, second.__cause__ = second, first
+    assert hub._hub_problem("owner/name", first) == "owner/name: the download failed: first"
+
+
+def test_our_bugs_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", raiser(TypeError("ours")))
+    with pytest.raises(TypeError):
+        hub.find_model("owner/name")
+
+
+def test_only_the_files_needed_are_asked_for(tmp_path, monkeypatch):
+    from fnmatch import fnmatch
+
+    folder, asked = model_folder(tmp_path / "m"), []
+
+    def snapshot_download(repo, *, allow_patterns, **kwargs):
+        asked.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert hub.find_model("owner/name") == (folder, None, "owner/name")
+    hub.find_model("owner/name", weights=False)
+    index, shard = "model.safetensors.index.json", "model-00001-of-00002.safetensors"
+    for names, both in [
+        (["config.json", "tokenizer.json", "tokenizer_config.json"], [1, 1]),
+        (["generation_config.json", "chat_template.jinja"], [1, 1]),
+        ([index, shard, "model.safetensors"], [1, 0]),
+        (["pytorch_model.bin", "gemma-2b-it.gguf", "training_args.bin"], [0, 0]),
+    ]:
+        for name in names:
+            assert [any(fnmatch(name, p) for p in patterns) for patterns in asked] == both, name
+
+
+def test_repository_without_safetensors(tmp_path, monkeypatch):
+    folder = fill(tmp_path / "m", "config.json", "tokenizer.json")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(folder))
+    text = message(hub.find_model, "owner/name")
+    assert text.startswith("owner/name: ") and "no safetensors weights" in text
+
+
+def test_cached_model_is_found_without_network(tmp_path, monkeypatch):
+    monkeypatch.undo()  # the real client, on a cache of its own layout
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    snapshot = hf_cache(tmp_path / "hf")
+    assert hub.find_model("owner/name") == (snapshot, None, "owner/name")
+    (snapshot / "model.safetensors").unlink()
+    assert "HF_HUB_OFFLINE" in message(hub.find_model, "owner/name")
+    assert "not in the Hub's cache" in message(hub.find_model, "owner/other")
+
+
+def test_cached_model_is_used_when_the_hub_fails(tmp_path, monkeypatch):
+    folder = model_folder(tmp_path / "m")
+
+    def snapshot_download(repo, *, local_files_only=False, **kwargs):
+        if not local_files_only:
+            raise errors.HTTPError("proxy")  # one the client itself does not fall back on
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert hub.find_model("owner/name").base == folder
+    (folder / "model.safetensors").unlink()  # half a copy is no copy
+    assert "no network" in message(hub.find_model, "owner/name")
+
+
+def test_import_leaves_huggingface_hub_alone():
+    code = "import sys, nanogsm.hub; sys.exit('huggingface_hub' in sys.modules)"
+    root = Path(__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+
+# ---- data ----
+
+CONTENT = b'{"question": "q", "answer": "#### 1"}\n' * 5000
+
+
+@contextmanager
+def server(reply):
+    """A server on this machine; reply(handler) answers each GET. Gives (url, paths asked for)."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            try:
+                reply(self)
+            except OSError:
+                pass  # the client went away
+
+        def log_message(self, *args):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads, http.block_on_close = True, False
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{http.server_port}/", asked
+    finally:
+        http.shutdown()
+        thread.join()
+        http.server_close()
+
+
+def sends(content: bytes, status: int = 200):
+    def reply(handler):
+        handler.send_response(status)
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    return reply
+
+
+@pytest.fixture
+def small_file(monkeypatch):
+    """train.jsonl is CONTENT for this test."""
+    entry = hub.DataFile(len(CONTENT), 5000, hashlib.sha256(CONTENT).hexdigest())
+    monkeypatch.setitem(hub.DATA_FILES, "train.jsonl", entry)
+    return entry
+
+
+def test_data_files_table():
+    """Sizes and rows of the published files; the digests' first digits guard against a slip."""
+    table = {name: (f.bytes, f.rows, f.sha256[:8]) for name, f in hub.DATA_FILES.items()}
+    assert table == {
+        "train.jsonl": (4166206, 7473, "17f347dc"),
+        "test.jsonl": (749738, 1319, "3730d312"),
+        "train_socratic.jsonl": (5401739, 7473, "153d8655"),
+        "test_socratic.jsonl": (972978, 1319, "c9667336"),
+    }
+    assert all(len(bytes.fromhex(f.sha256)) == 32 for f in hub.DATA_FILES.values())
+
+
+def test_download_is_pinned_to_a_commit():
+    code = "from nanogsm import hub; print(hub.DATA_URLS[0])"
+    root = Path(__file__).parents[1]
+    url = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert url.stdout.strip() == (
+        "https://raw.githubusercontent.com/openai/grade-school-math/"
+        "3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/"
+    )
+
+
+def test_data_dir_is_used_as_it_is(tmp_path, small_file):
+    (tmp_path / "train.jsonl").write_bytes(CONTENT)
+    assert hub.data_file("train.jsonl", tmp_path) == tmp_path / "train.jsonl"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_data_dir_never_falls_through(tmp_path, small_file, monkeypatch):
+    with server(sends(CONTENT)) as (url, asked):
+        monkeypatch.setattr(hub, "DATA_URLS", [url])
+        text = message(hub.data_file, "train.jsonl", tmp_path)
+        assert str(tmp_path / "train.jsonl") in text and "no such file" in text
+        (tmp_path / "train.jsonl").write_bytes(CONTENT[:-1])
+        text = message(hub.data_file, "train.jsonl", str(tmp_path))
+    found = hashlib.sha256(CONTENT[:-1]).hexdigest()
+    for part in (f"{len(CONTENT):,} bytes", f"{len(CONTENT) - 1:,} bytes", found[:16],
+                 small_file.sha256[:16], f"{url}train.jsonl", "--data-dir"):  # fmt: skip
+        assert part in text, part
+    assert asked == []
+
+
+def test_download_once_then_cache(tmp_path, small_file, monkeypatch):
+    with server(sends(CONTENT)) as (url, asked):
+        monkeypatch.setattr(hub, "DATA_URLS", [url])
+        path = hub.data_file("train.jsonl", "")  # an empty NANOGSM_DATA_DIR is none
+        assert path == tmp_path / "cache" / "train.jsonl" and path.read_bytes() == CONTENT
+        assert hub.data_file("train.jsonl") == path
+        assert asked == ["/train.jsonl"]
+        path.write_bytes(b"spoilt")
+        assert hub.data_file("train.jsonl").read_bytes() == CONTENT
+    assert os.listdir(path.parent) == ["train.jsonl"]
+
+
+def test_cache_folder_order(tmp_path, monkeypatch):
+    assert hub.cache_folder() == tmp_path / "cache"
+    monkeypatch.delenv("NANOGSM_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert hub.cache_folder() == tmp_path / "xdg" / "nanogsm"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert hub.cache_folder() == tmp_path / ".cache" / "nanogsm"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [sends(CONTENT[:-9]), sends(CONTENT + b"x"), sends(CONTENT[::-1]), sends(b"", 404)],
+    ids=["short", "long", "same length", "404"],
+)
+def test_wrong_bytes_are_refused_and_the_next_source_asked(
+    tmp_path, small_file, monkeypatch, wrong
+):
+    with server(wrong) as (bad, _), server(sends(CONTENT)) as (good, _):
+        monkeypatch.setattr(hub, "DATA_URLS", [bad])
+        text = message(hub.data_file, "train.jsonl")
+        for part in (f"{bad}train.jsonl", str(tmp_path / "cache"), "--data-dir", "127.0.0.1"):
+            assert part in text
+        assert not list(tmp_path.rglob("*.jsonl*")), "something stayed behind"
+        monkeypatch.setattr(hub, "DATA_URLS", [bad, good])
+        assert hub.data_file("train.jsonl").read_bytes() == CONTENT
+
+
+def test_endless_answer_is_cut_off(small_file, monkeypatch):
+    def reply(handler):
+        sends(b"")(handler)
+        while True:
+            handler.wfile.write(CONTENT)
+
+    with server(reply) as (url, _):
+        monkeypatch.setattr(hub, "DATA_URLS", [url])
+        assert "not the expected file" in message(hub.data_file, "train.jsonl")
+
+
+def test_stalled_server_ends(small_file, monkeypatch):
+    leave = threading.Event()
+
+    def reply(handler):
+        sends(CONTENT[:100])(handler)
+        handler.wfile.flush()
+        leave.wait(5)
+
+    monkeypatch.setattr(hub, "READ_TIMEOUT", 0.1)
+    with server(reply) as (url, _):
+        monkeypatch.setattr(hub, "DATA_URLS", [url])
+        text = message(hub.data_file, "train.jsonl")
+        assert not leave.is_set() and "timed out" in text
+        leave.set()
+
+
+def test_trickling_server_ends(small_file, monkeypatch):
+    leave = threading.Event()
+
+    def reply(handler):
+        sends(b"")(handler)
+        while not leave.wait(0.02):  # never silent for long: only the total can end it
+            handler.wfile.write(b"x")
+
+    monkeypatch.setattr(hub, "DOWNLOAD_TIMEOUT", 0.2)
+    with server(reply) as (url, _):
+        monkeypatch.setattr(hub, "DATA_URLS", [url])
+        text = message(hub.data_file, "train.jsonl")
+        leave.set()
+    assert "not finished" in text
+
+
+def test_offline_asks_nobody(tmp_path, small_file, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with server(sends(CONTENT)) as (url, asked):
+        monkeypatch.setattr(hub, "DATA_URLS", [url])
+        assert "HF_HUB_OFFLINE" in message(hub.data_file, "train.jsonl")
+    assert asked == []
+
+
+def test_two_downloads_at_once_give_one_whole_file(tmp_path, small_file, monkeypatch):
+    together, results = threading.Barrier(2), []
+
+    def reply(handler):
+        together.wait(5)  # both have asked before either is answered
+        sends(CONTENT)(handler)
+
+    with server(reply) as (url, asked):
+        monkeypatch.setattr(hub, "DATA_URLS", [url])
+        threads = [threading.Thread(target=lambda: results.append(hub.data_file("train.jsonl")))
+                   for _ in range(2)]  # fmt: skip
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+    path = tmp_path / "cache" / "train.jsonl"
+    assert results == [path, path] and len(asked) == 2 and path.read_bytes() == CONTENT
+    assert os.listdir(path.parent) == ["train.jsonl"]
+
+
+def test_full_disk_is_said_and_leaves_nothing(tmp_path, small_file, monkeypatch):
+    def fsync(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with server(sends(CONTENT)) as (url, _):
+        monkeypatch.setattr(hub, "DATA_URLS", [url])
+        text = message(hub.data_file, "train.jsonl")
+    assert "No space left" in text and "NANOGSM_CACHE" in text
+    assert os.listdir(tmp_path / "cache") == []
+
+
+def test_atomic_write_keeps_the_old_file_until_the_new_is_whole(tmp_path, monkeypatch):
+    path, seen, replace = tmp_path / "f", [], os.replace
+    path.write_bytes(b"old")
+
+    def watch(source, target):
+        seen.append((Path(source).parent, Path(source).read_bytes(), path.read_bytes()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watch)
+    hub.atomic_write(path, b"new")
+    assert seen == [(tmp_path, b"new", b"old")] and path.read_bytes() == b"new"
+
+    def interrupt(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        hub.atomic_write(path, b"newer")
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["f"]
