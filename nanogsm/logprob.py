@@ -1,7 +1,7 @@
 """Log-probabilities of chosen tokens, without ever holding the full logits.
 
 Gemma's vocabulary has 256,000 entries: the logits of 8 rows of 300 tokens are 2.5 GB in float32, a
-loss written the usual way needs several such copies, and two tokens of three are prompt or padding
+loss written the usual way needs several such copies, and one token of three is prompt or padding
 whose logits nobody asked for. So:
 
   - supervised positions are selected *before* the projection onto the vocabulary;
@@ -32,42 +32,67 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """log p(targets | hidden) and, if asked for, the entropy of the distribution it is taken from.
 
-    hidden (B, T, D) predicts targets (B, T), both already shifted against each other by the caller:
+    hidden (B, T, D) predicts targets (B, T), already shifted against each other by the caller:
     `token_logprobs(model.logits, hidden[:, :-1], ids[:, 1:], mask[:, 1:])`. logits_of maps
     (n, D) -> (n, V). Returns (B, T) float32 in nats, 0 where mask is 0. Logits are divided by
     temperature, as they are when sampling: a PPO ratio compares like with like only then.
-    Memory: a few times chunk * V * 4 bytes, whatever B and T are.
+    Memory: two or three times chunk * V * 4 bytes, whatever B and T are.
     """
     h, t = hidden[mask], targets[mask]  # (n, D), (n,)
 
     def score(h: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        logits = logits_of(h).float() / temperature  # (chunk, V)
-        norm = logits.logsumexp(-1)  # (chunk,)
-        logp = logits.gather(-1, t[:, None])[:, 0] - norm
-        if not entropy:
-            return (logp,)
-        probs = (logits - norm[:, None]).exp()
-        return logp, norm - (probs * logits).sum(-1)
+        logits = logits_of(h).float()  # (chunk, V)
+        return _Scores.apply(logits if temperature == 1 else logits / temperature, t, entropy)
 
     # Asked of no rows at all, the head still tells whether its own weights are being trained.
     head_is_trained = torch.is_grad_enabled() and logits_of(h[:0].detach()).requires_grad
-    if head_is_trained:
+    if torch.is_grad_enabled() and h.requires_grad and not head_is_trained:
+        scores = _ScoresAndSlopes.apply(h, t, score, chunk)
+    else:
         parts = [
             checkpoint(score, h_part, t_part, use_reentrant=False)
+            if head_is_trained
+            else score(h_part, t_part)
             for h_part, t_part in zip(h.split(chunk), t.split(chunk))
         ]
-        scores = tuple(torch.cat(column) for column in zip(*parts))
-    elif torch.is_grad_enabled() and h.requires_grad:
-        scores = _ScoreOnce.apply(h, t, score, chunk)
-    else:
-        parts = [score(h_part, t_part) for h_part, t_part in zip(h.split(chunk), t.split(chunk))]
-        scores = tuple(torch.cat(column) for column in zip(*parts))
+        scores = [torch.cat(column) for column in zip(*parts)]
 
     full = [torch.zeros(mask.shape, device=h.device).masked_scatter(mask, s) for s in scores]
     return full[0], full[1] if entropy else None
 
 
-class _ScoreOnce(torch.autograd.Function):
+class _Scores(torch.autograd.Function):
+    """log softmax(logits)[t] and, with entropy, -sum p log p; logits (n, V) -> (n,) each.
+
+    With z the logits and p = softmax(z):  d logp / dz = onehot(t) - p,  dH / dz = -p (log p + H).
+    Trap: works in the memory of `logits`, which the caller must not use again. At 256,000 columns
+    every fresh copy costs more than the arithmetic in it.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, t: Tensor, entropy: bool) -> tuple[Tensor, ...]:
+        top = logits.amax(-1, keepdim=True)
+        chosen = logits.gather(-1, t[:, None]) - top
+        total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+        probs = logits.div_(total)
+        logp = (chosen - total.log())[:, 0]
+        h = -torch.xlogy(probs, probs).sum(-1) if entropy else None
+        ctx.save_for_backward(probs, t, h)
+        return (logp, h) if entropy else (logp,)
+
+    @staticmethod
+    def backward(ctx, g_logp: Tensor, g_h: Tensor | None = None):
+        probs, t, h = ctx.saved_tensors
+        if h is None:
+            grad = probs.mul_(-g_logp[:, None])  # nobody needs the probabilities after this
+        else:
+            grad = -g_logp[:, None] * probs - g_h[:, None] * (
+                torch.xlogy(probs, probs) + probs * h[:, None]
+            )
+        return grad.scatter_add_(-1, t[:, None], g_logp[:, None]), None, None
+
+
+class _ScoresAndSlopes(torch.autograd.Function):
     """score() by chunks, with every score's derivative by its own hidden state taken on the spot."""
 
     @staticmethod

@@ -84,7 +84,7 @@ def encode(x, dtype, offset):
     # A block of zeros must not divide 0 by 0.
     code = code.div_(scale.clamp_min(torch.finfo(torch.float32).tiny)).sqrt_().sqrt_()
     # The upper bound is needed: in float32 255 + 0.9999999 is 256, which wraps round to 0.
-    code = code.mul_(levels).add_(offset).clamp_(0 if dtype == torch.int8 else 1, levels)
+    code = code.mul_(levels).add_(offset).clamp_(0 if dtype == torch.int8 else 16, levels)
     return code.copysign_(x).to(dtype), scale  # the cast rounds towards zero
 
 
