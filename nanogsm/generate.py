@@ -34,6 +34,10 @@ from nanogsm.data import (
 from nanogsm.model import Gemma, KVCache
 
 
+# Decode steps between two looks at the new tokens: looking makes the host wait for a GPU.
+LOOK_EVERY = {"cpu": 1, "cuda": 8, "mps": 8}
+
+
 class Completion(NamedTuple):
     ids: list[int]  # generated tokens, with the stop token if one came
     truncated: bool  # max_new_tokens came first
@@ -63,7 +67,6 @@ def generate(
     if temperature:
         uniform = torch.rand(n, max_new_tokens, generator=torch.Generator().manual_seed(seed))
         uniform = uniform.to(device)
-    burst = 1 if device.type == "cpu" else 8  # decode steps between two looks at the tokens
 
     waiting = deque(sorted(range(n), key=lambda i: -len(prompts[i])))  # alike lengths prefill alike
     request = [-1] * batch  # which prompt a slot is working on; -1: none
@@ -89,7 +92,7 @@ def generate(
             if over or len(new[r]) == max_new_tokens:
                 done[r] = Completion(new[r], truncated=not over)
                 request[slot] = -1
-                break  # a burst may have run past the end
+                break  # steps since the last look may have run past the end
 
     while len(done) < n:
         free = [s for s in range(len(request)) if request[s] < 0]
@@ -111,7 +114,7 @@ def generate(
 
         slots, drawn = list(range(len(request))), []
         longest = max(len(prompts[r]) + len(new[r]) for r in request if r >= 0)
-        for ahead in range(burst):
+        for ahead in range(LOOK_EVERY[device.type]):
             cache.used = min(longest + ahead, room)
             hidden = model(token[:, None], position[:, None], cache)  # (b, 1, D)
             token = draw(hidden[:, 0], slots, ahead)

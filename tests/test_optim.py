@@ -150,6 +150,7 @@ def test_zeros_stay_zero_and_sqrt_v_has_a_floor():
     expected = torch.tensor([[0.0, -2.0, 0.0, 0.0], [0.0] * 4])
     torch.testing.assert_close(decode(code, scale), expected, rtol=FLOAT32_ROUNDING, atol=0)
     code, scale = encode(x.abs(), torch.uint8, torch.zeros_like(x))
+    assert code.tolist() == [[16, 255, 16, 16], [16] * 4]
     floor = 2 * (16 / 255) ** 4
     expected = torch.tensor([[floor, 2.0, floor, floor], [0.0] * 4])
     torch.testing.assert_close(decode(code, scale), expected, rtol=FLOAT32_ROUNDING, atol=0)
@@ -203,23 +204,42 @@ def test_a_row_is_untouched_by_what_happens_in_other_rows():
     assert not torch.equal(results[0][5], results[1][5])
 
 
-def test_rare_rows_keep_their_pace_and_straddling_blocks_would_stop_them():
-    shape, rare = (16, 640), [5, 11]
+def rare_word_gradients(step):
+    """16 words of width 640: row 5 is rare, and when it has a gradient, that is small."""
+    g = torch.randn(16, 640, generator=torch.Generator().manual_seed(step))
+    g[5] *= 1e-5 if step % 40 == 20 else 0
+    return g
 
-    def gradient(step):  # rows 5 and 11 are rare words with small gradients
-        g = torch.randn(shape, generator=torch.Generator().manual_seed(step))
-        g[5] *= 1e-5 if step % 40 == 20 else 0
-        g[11] *= 1e-5 if step % 40 == 27 else 0
-        return g
 
-    exact = largest_updates(gradient, shape, 200, bits=32)
-    eight = largest_updates(gradient, shape, 200, bits=8)
-    ratio = eight[rare] / exact[rare]
-    assert 0.9 < ratio.min() and ratio.max() < 1.1
-    # The same numbers cut into blocks of 256 without regard to rows: row 5 starts within a block.
-    straddling = largest_updates(gradient, shape, 200, bits=8, view=(40, 256))
-    shared = straddling[5, :128] / exact[5, :128]
-    assert shared.median() < 0.5
+def test_a_rare_row_keeps_its_pace_and_straddling_blocks_would_stop_it():
+    exact = largest_updates(rare_word_gradients, (16, 640), 200, bits=32)[5]
+    eight = largest_updates(rare_word_gradients, (16, 640), 200, bits=8)[5]
+    assert 0.9 < (eight / exact).min() and (eight / exact).max() < 1.1
+    # The same numbers as rows of 256: the first 128 of row 5 share a block with row 4.
+    straddling = largest_updates(rare_word_gradients, (16, 640), 200, bits=8, view=(40, 256))[5]
+    assert (straddling / exact)[:128].median() < 0.5
+
+
+def test_straddling_blocks_explode_if_v_can_round_to_zero(monkeypatch):
+    # What the rows and the floor protect from, shown with the plainest code there is for sqrt(v):
+    # 255 even steps, to nearest. In blocks that end with the row it merely is imprecise.
+    ours = encode, decode
+
+    def even_encode(x, dtype, offset):
+        if dtype == torch.int8:
+            return ours[0](x, dtype, offset)
+        scale = x.amax(-1, keepdim=True)
+        return (x / scale.clamp_min(1e-37) * 255).round().to(dtype), scale
+
+    def even_decode(code, scale):
+        return ours[1](code, scale) if code.dtype == torch.int8 else code.float() / 255 * scale
+
+    monkeypatch.setattr(optim, "encode", even_encode)
+    monkeypatch.setattr(optim, "decode", even_decode)
+    in_rows = largest_updates(rare_word_gradients, (16, 640), 200, bits=8)[5]
+    straddling = largest_updates(rare_word_gradients, (16, 640), 200, bits=8, view=(40, 256))[5]
+    assert in_rows.max() < 2 * ADAM_BOUND
+    assert straddling.max() > 20 * ADAM_BOUND
 
 
 @pytest.mark.parametrize("decades", [3, 6, 9])
@@ -299,8 +319,8 @@ def test_8_bits_train_a_language_model_like_32_bits():
         )
         optimizer = AdamW(model.named_parameters(), lr=5e-3, weight_decay=0.01, bits=bits)
         curve = []
-        for step in range(300):
-            optimizer.lr = cosine_with_min_lr(step, 300, 5e-3, 5e-4, warmup_steps=20)
+        for step in range(250):
+            optimizer.lr = cosine_with_min_lr(step, 250, 5e-3, 5e-4, warmup_steps=20)
             at = torch.randint(len(text) - 2, (128,), generator=generator.manual_seed(step))
             context = torch.stack([text[at], text[at + 1]], 1)
             loss = torch.nn.functional.cross_entropy(model(context), text[at + 2])
@@ -318,7 +338,7 @@ def test_8_bits_train_a_language_model_like_32_bits():
 
 def test_state_bytes():
     wide, b_of_lora, norm = (512, 2048), (2048, 16), (2048,)
-    named = [(str(shape), torch.nn.Parameter(torch.zeros(shape))) for shape in (wide, b_of_lora, norm)]
+    named = [(str(s), torch.nn.Parameter(torch.zeros(s))) for s in (wide, b_of_lora, norm)]
     bytes_of = {n: AdamW([(n, p)], lr=1.0).state_bytes() for n, p in named}
     # Two codes an entry and two float32 scales a block; 32-bit moments take 8 bytes an entry.
     assert bytes_of[str(wide)] == 512 * 2048 * 2 + 512 * 8 * 8  # 2.03 bytes an entry: 25.4%

@@ -1,0 +1,556 @@
+"""evaluate.py: statistics against numbers worked by hand, the comparison of two hand-made
+evaluations, and the whole script in process on the fixture model."""
+
+import itertools
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import evaluate
+from evaluate import main, majority, mcnemar, parse_args, resolve, summarise, wilson
+from nanogsm import UserError, data, generate
+from nanogsm.data import Problem, Prompt
+from nanogsm.generate import Completion
+
+GEMMA = Path(__file__).parent / "fixtures" / "gemma3"
+FOUR_DIGITS = 5e-5  # of what is quoted from tables
+FLOAT64_ROUNDING = 1e-12
+QUESTIONS = [("How many clips?", 72), ("Half of 24?", 12), ("3 boxes of 12?", 36), ("Minus 5?", -5)]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """Results without --out go to runs/ below the current folder."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.delenv("NANOGSM_DATA_DIR", raising=False)
+
+
+@pytest.fixture
+def mine(tmp_path) -> str:
+    rows = [{"question": q, "answer": f"So it is {n}.\n#### {n}"} for q, n in QUESTIONS]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def run_folder(folder: Path, prompt: dict, model: bool = False) -> str:
+    """What a training run leaves: its prompt, and its model if that is to be loaded."""
+    folder.mkdir(parents=True)
+    (folder / "run_args.json").write_text(json.dumps({"args": {}, "info": {"prompt": prompt}}))
+    if model:
+        shutil.copytree(GEMMA, folder / "model")
+    return str(folder)
+
+
+def flags(mine, out=None, model=GEMMA, **more) -> list[str]:
+    given = {"model": model, "data": mine, "n": 4, "max_new_tokens": 6, "device": "cpu"}
+    given |= {"precision": "fp32", "out": out} | more
+    return [
+        text
+        for key, value in given.items()
+        if value is not None
+        for text in (f"--{key.replace('_', '-')}", str(value))
+    ]
+
+
+def read(folder: Path, name: str) -> tuple[dict, list[dict]]:
+    """(figures, rows) as written."""
+    figures = json.loads((folder / f"{name}.json").read_text())
+    return figures, [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+# Statistics
+
+
+@pytest.mark.parametrize(
+    "correct, n, low, high",
+    [
+        # z^2 = 3.8415. 0 of n: [0, z^2 / (n + z^2)] = 3.8415 / 13.8415; n of n is its mirror.
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        # half of n: 1/2 -+ z / (2 sqrt(n + z^2)) = 1/2 -+ 1.9600 / (2 * 3.7204)
+        (5, 10, 0.2366, 0.7634),
+        # p = 0.30859, z^2 / n = 0.015006: (0.31610 -+ 0.05708) / 1.015006
+        (79, 256, 0.2552, 0.3677),
+        (0, 1, 0.0, 0.7935),
+    ],
+)
+def test_wilson_by_hand(correct, n, low, high):
+    assert wilson(correct, n) == pytest.approx((low, high), abs=FOUR_DIGITS)
+
+
+def test_wilson_bounds_are_where_the_score_test_just_rejects():
+    # |correct / n - p| = z * sqrt(p (1 - p) / n) defines both
+    for correct, n in [(1, 10), (3, 10), (79, 256), (409, 1319), (1318, 1319)]:
+        for p in wilson(correct, n):
+            score = abs(correct / n - p) / math.sqrt(p * (1 - p) / n)
+            assert score == pytest.approx(1.959963984540054, rel=1e-9)
+
+
+def test_wilson_stays_inside_and_around_the_proportion():
+    for n in (1, 7, 1319):
+        for correct in range(0, n + 1, max(1, n // 7)):
+            low, high = wilson(correct, n)
+            assert 0 <= low < high <= 1
+            assert low - FLOAT64_ROUNDING <= correct / n <= high + FLOAT64_ROUNDING
+
+
+@pytest.mark.parametrize(
+    "only_a, only_b, p",
+    [
+        (0, 0, 1.0),
+        (1, 0, 1.0),  # 2 * 1/2
+        (5, 0, 0.0625),  # 2 * 1/32
+        (3, 1, 0.625),  # 2 * (1 + 4)/16
+        (10, 2, 0.03857421875),  # 2 * (1 + 12 + 66)/4096
+        (2, 2, 1.0),  # 2 * (1 + 4 + 6)/16 is above 1
+    ],
+)
+def test_mcnemar_by_hand(only_a, only_b, p):
+    assert mcnemar(only_a, only_b) == mcnemar(only_b, only_a) == p
+
+
+def test_mcnemar_counts_the_coin_tosses_at_least_as_uneven():
+    for n in range(1, 9):
+        tosses = [sum(toss) for toss in itertools.product((0, 1), repeat=n)]
+        for a in range(n + 1):
+            uneven = [abs(2 * heads - n) >= abs(2 * a - n) for heads in tosses]
+            assert mcnemar(a, n - a) == sum(uneven) / 2**n
+
+
+def test_mcnemar_of_large_counts_is_near_the_normal_approximation():
+    # (|600 - 500| - 1) / sqrt(1100) = 2.985 standard deviations; 2**1100 is no float
+    assert mcnemar(600, 500) == pytest.approx(math.erfc(2.98496 / math.sqrt(2)), rel=0.02)
+    assert 0 < mcnemar(900, 400) < 1e-40
+
+
+def figure_row(answer=None, gold=7.0, flexible=False, truncated=False, tokens=10) -> dict:
+    return {
+        "answer": answer,
+        "gold": gold,
+        "correct": answer == gold,
+        "flexible": flexible,
+        "truncated": truncated,
+        "tokens": tokens,
+    }
+
+
+def test_summary_of_greedy_answers():
+    rows = [
+        figure_row(7.0, flexible=True, tokens=20),
+        figure_row(8.0, flexible=True, tokens=30),
+        figure_row(None, flexible=True, truncated=True, tokens=40),
+        figure_row(9.0, tokens=10),
+    ]
+    figures = summarise(rows, 1)
+    low, high = figures.pop("ci_low"), figures.pop("ci_high")
+    assert (low, high) == pytest.approx((0.0456, 0.6994), abs=FOUR_DIGITS)  # Wilson of 1 in 4
+    assert figures == {
+        "n": 4,
+        "correct": 1,
+        "accuracy": 0.25,
+        "flexible_accuracy": 0.75,
+        "truncated": 0.25,
+        "formatted": 0.75,
+        "mean_tokens": 25,
+    }
+
+
+def test_summary_of_samples_has_pass_and_majority():
+    rows = [figure_row(a) for a in (7.0, 7.0, 8.0)]  # majority right
+    rows += [figure_row(a) for a in (8.0, 8.0, 7.0)]  # right once, outvoted
+    rows += [figure_row(a) for a in (8.0, None, 9.0)]  # never right
+    rows += [figure_row(a) for a in (None, None, 7.0)]  # what gives no answer has no vote
+    figures = summarise(rows, 3)
+    assert (figures["n"], figures["correct"]) == (4, 4)
+    assert figures["accuracy"] == pytest.approx(4 / 12)
+    assert figures["pass@3"] == 0.75
+    assert figures["maj@3"] == 0.5
+    # Shares right are 2/3, 1/3, 0, 1/3: variance (1/9 + 0 + 1/9 + 0) / 3 = 2/27, so the mean's
+    # standard error is sqrt(2/27) / 2 = 0.13608 and the interval 1/3 -+ 1.95996 * 0.13608.
+    assert figures["ci_low"] == pytest.approx(0.0666, abs=FOUR_DIGITS)
+    assert figures["ci_high"] == pytest.approx(0.6001, abs=FOUR_DIGITS)
+
+
+def test_greedy_summary_has_no_pass_or_majority():
+    assert not [key for key in summarise([figure_row(7.0)], 1) if "@" in key]
+
+
+def test_interval_of_one_sampled_problem_says_nothing():
+    figures = summarise([figure_row(7.0), figure_row(8.0)], 2)
+    assert (figures["ci_low"], figures["ci_high"]) == (0.0, 1.0)
+
+
+def test_majority_tie_goes_to_the_earliest():
+    def votes(*answers):
+        return majority([figure_row(a) for a in answers])
+
+    assert votes(7.0, 8.0) and not votes(8.0, 7.0)
+    assert votes(7.0, 8.0, 8.0, 7.0) and not votes(8.0, 7.0, 7.0, 8.0)
+    assert votes(8.0, 7.0, 7.0)
+    assert votes(None, None, 7.0)
+    assert not votes(None, None)
+
+
+# Prompt and file names
+
+
+def resolved(*argv) -> tuple[Prompt, str, str]:
+    prompt, folder, name = resolve(parse_args(list(argv)))
+    return prompt, folder.as_posix(), name
+
+
+def test_untuned_model_is_asked_with_one_shot_and_instruction():
+    folder = "runs/eval-gemma-2b-it-plain-one-shot-instruction"
+    assert resolved("--n", "8") == (Prompt("plain", 1, True), folder, "eval-test-8")
+
+
+def test_untuned_models_other_prompts_have_other_folders():
+    prompt, folder, _ = resolved("--shots", "0", "--no-instruction", "--style", "chat")
+    assert (prompt, folder) == (Prompt("chat", 0, False), "runs/eval-gemma-2b-it-chat-zero-shot")
+    found = {
+        resolved("--style", style, "--shots", shots, instruction)[1]
+        for style in ("plain", "chat")
+        for shots in ("0", "1")
+        for instruction in ("--instruction", "--no-instruction")
+    }
+    assert len(found) == 8
+
+
+def test_run_is_asked_as_it_was_trained_and_results_go_to_its_folder(tmp_path):
+    run = run_folder(tmp_path / "run", {"style": "chat", "shots": 0, "instruction": True})
+    own = (Prompt("chat", 0, True), run, "eval-test-8")
+    assert resolved("--model", run, "--n", "8") == own
+    # naming what is the run's own anyway changes nothing
+    same = ("--style", "chat", "--shots", "0", "--instruction")
+    assert resolved("--model", run, "--n", "8", *same) == own
+
+
+@pytest.mark.parametrize(
+    "argv, name",
+    [
+        (["--n", "9"], "eval-test-9"),
+        (["--split", "validation"], "eval-validation-8"),
+        (["--data", "socratic"], "eval-test-8-socratic"),
+        (["--data", "there/mine.jsonl"], "eval-mine-8"),
+        (["--shots", "1"], "eval-test-8-plain-one-shot"),
+        (["--instruction"], "eval-test-8-plain-zero-shot-instruction"),
+        (["--style", "chat"], "eval-test-8-chat-zero-shot"),
+        (["--temperature", "0.7"], "eval-test-8-1x-t0.7-seed0"),
+        (["--temperature", "1", "--samples", "4", "--seed", "3"], "eval-test-8-4x-t1-seed3"),
+        (["--seed", "3"], "eval-test-8"),  # greedy: the seed is of no effect
+        (["--batch-size", "2"], "eval-test-8"),
+    ],
+)
+def test_what_is_not_the_runs_own_evaluation_is_named_in_the_file(tmp_path, argv, name):
+    run = run_folder(tmp_path / "run", Prompt()._asdict())
+    assert resolved("--model", run, "--n", "8", *argv)[1:] == (run, name)
+
+
+def test_out_chooses_the_folder(tmp_path):
+    run = run_folder(tmp_path / "run", Prompt()._asdict())
+    assert resolved("--model", run, "--out", "there")[1] == "there"
+    assert resolved("--out", "there")[1] == "there"
+
+
+@pytest.mark.parametrize(
+    "record", ["", "{", "[]", '{"info": {}}', '{"info": {"prompt": 3}}',
+               '{"info": {"prompt": {"style": "chat", "colour": 1}}}'],
+)  # fmt: skip
+def test_a_folder_without_a_readable_prompt_is_an_untuned_model(tmp_path, record):
+    (tmp_path / "run_args.json").write_text(record)
+    assert resolved("--model", str(tmp_path))[0] == Prompt("plain", 1, True)
+
+
+def test_test_split_is_sampled_and_validation_is_what_training_held_out(monkeypatch):
+    everything, asked = [Problem(f"q{i}", "#### 1", i) for i in range(40)], []
+
+    def load_problems(*given):
+        asked.append(given)
+        return everything
+
+    monkeypatch.setattr(data, "load_problems", load_problems)
+    test = evaluate.choose_problems(parse_args(["--n", "7"]))
+    assert test == data.subset(everything, 7)
+    validation = evaluate.choose_problems(parse_args(["--n", "7", "--split", "validation"]))
+    assert validation == data.split_validation(everything, 7)[1]
+    assert asked == [("main", "test", None), ("main", "train", None)]
+
+
+# Flags
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--n", "0"], "--n is 0"),
+        (["--samples", "0"], "--samples is 0"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--max-new-tokens", "-1"], "--max-new-tokens is -1"),
+        (["--temperature", "-1"], "--temperature is -1"),
+        (["--temperature", "nan"], "--temperature is nan"),
+        (["--temperature", "inf"], "--temperature is inf"),
+        (["--samples", "2"], "--samples above 1 needs --temperature"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--data", "mian"], "--data mian"),
+        (["--data", "none.jsonl"], "cannot read none.jsonl"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--model", "./none"], "no such folder: './none'"),
+        (["--split", "validation"], "there are 4 training problems"),
+    ],
+)
+def test_bad_flags_are_user_errors_and_nothing_is_written(mine, tmp_path, argv, message):
+    with pytest.raises(UserError) as error:
+        main(flags(mine, tmp_path / "out") + argv)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("argv", [["--shots", "2"], ["--style", "verse"], ["--compare", "one"]])
+def test_values_outside_the_choices_are_refused_by_the_parser(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(argv)
+    assert stopped.value.code == 2 and argv[0] in capsys.readouterr().err
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    for flag in ("model n split data data-dir shots instruction style samples temperature "
+                 "max-new-tokens batch-size seed out ask compare device precision").split():  # fmt: skip
+        assert f"--{flag} " in shown or f"--{flag}," in shown or f"--{flag}]" in shown, flag
+
+
+# The whole script
+
+
+def test_evaluation_of_the_fixture_writes_figures_and_a_row_a_problem(mine, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(flags(mine, out)) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["eval-mine-4.json", "eval-mine-4.jsonl"]
+    figures, rows = read(out, "eval-mine-4")
+    contract = {"n", "correct", "accuracy", "ci_low", "ci_high", "flexible_accuracy", "truncated",
+                "tokens_per_s", "seed", "indices", "prompt", "model"}  # fmt: skip
+    assert contract <= figures.keys()
+    assert (figures["n"], figures["indices"], figures["seed"]) == (4, [0, 1, 2, 3], 0)
+    assert figures["model"] == str(GEMMA)
+    assert figures["prompt"] == {"style": "plain", "shots": 1, "instruction": True}
+    assert figures["tokens_per_s"] > 0
+    assert [r["index"] for r in rows] == [0, 1, 2, 3]
+    assert [r["gold"] for r in rows] == [72, 12, 36, -5]
+    for r, (question, _) in zip(rows, QUESTIONS):
+        assert r["question"] == question
+        assert 1 <= r["tokens"] <= 6 and (r["truncated"] is False or r["tokens"] == 6)
+    shown = capsys.readouterr().out
+    assert "4 problems, plain, one-shot, instruction, greedy" in shown
+    assert "exact match" in shown and "eval-mine-4.json" in shown
+
+
+def answers(monkeypatch, texts: list[str], truncated: list[bool] | None = None) -> list[dict]:
+    """Let the model answer these texts; what it was asked is recorded."""
+    calls, tokenizer = [], data.Tokenizer(GEMMA)
+
+    def fake(model, prompts, stop_ids, max_new_tokens, batch_size=64, temperature=0.0, seed=0, **_):
+        calls.append(
+            {
+                "prompts": [tokenizer.decode(ids) for ids in prompts],
+                "limit": max_new_tokens,
+                "temperature": temperature,
+                "seed": seed,
+            }
+        )
+        cuts = truncated or [False] * len(texts)
+        return [Completion(tokenizer.encode(t) + [1] * (not c), c) for t, c in zip(texts, cuts)]
+
+    monkeypatch.setattr(generate, "generate", fake)
+    return calls
+
+
+def test_figures_are_of_the_models_answers(mine, tmp_path, monkeypatch):
+    texts = [" 70 + 2\n#### 72", " so 12", " #### 35\nQuestion: #### 36", " 1 2 3"]
+    answers(monkeypatch, texts, [False, False, False, True])
+    main(flags(mine, tmp_path / "out"))
+    figures, rows = read(tmp_path / "out", "eval-mine-4")
+    assert [r["correct"] for r in rows] == [True, False, False, False]
+    assert [r["flexible"] for r in rows] == [True, True, False, False]
+    assert [r["answer"] for r in rows] == [72, None, 35, None]
+    assert [r["completion"] for r in rows] == texts
+    # all these are single characters to the fixture's tokenizer, and the last has no end token
+    assert rows[3]["tokens"] == len(" 1 2 3")
+    assert (figures["correct"], figures["accuracy"]) == (1, 0.25)
+    assert (figures["flexible_accuracy"], figures["truncated"]) == (0.5, 0.25)
+    total = sum(r["tokens"] for r in rows)
+    assert figures["tokens_per_s"] * figures["seconds"] == pytest.approx(total, rel=FLOAT64_ROUNDING)
+
+
+def test_prompt_settings_reach_the_model(mine, tmp_path, monkeypatch):
+    calls = answers(monkeypatch, ["#### 1"] * 4)
+    main(flags(mine, tmp_path / "out"))
+    main(flags(mine, tmp_path / "out", shots=0) + ["--no-instruction"])
+    main(flags(mine, tmp_path / "out", shots=0, style="chat", seed=5, temperature=0.5) + ["--no-instruction"])  # fmt: skip
+    full, bare, chat = (call["prompts"][1] for call in calls)
+    assert full.startswith(data.INSTRUCTION) and "#### 72\n\nQuestion: Half of 24?\nAnswer:" in full
+    assert bare == "Question: Half of 24?\nAnswer:"
+    assert chat == "user\nHalf of 24?\nmodel\n"  # decoded without the special tokens
+    assert [(c["limit"], c["temperature"], c["seed"]) for c in calls] == [
+        (6, 0.0, 0),
+        (6, 0.0, 0),
+        (6, 0.5, 5),
+    ]
+
+
+def test_run_folder_is_evaluated_with_its_own_prompt_into_itself(mine, tmp_path, monkeypatch):
+    run = Path(run_folder(tmp_path / "run", Prompt("chat", 0, False)._asdict(), model=True))
+    calls = answers(monkeypatch, ["#### 72"] * 4)
+    main(flags(mine, model=run))
+    main(flags(mine, model=run, shots=1))
+    assert [call["prompts"][0].count("user\n") for call in calls] == [1, 2]
+    assert sorted(p.name for p in run.glob("eval-*.json")) == [
+        "eval-mine-4-chat-one-shot.json",
+        "eval-mine-4.json",
+    ]
+    assert read(run, "eval-mine-4")[0]["prompt"] == Prompt("chat", 0, False)._asdict()
+
+
+def test_fewer_problems_than_asked_for_are_counted_as_they_are(mine, tmp_path, monkeypatch):
+    answers(monkeypatch, ["#### 72"] * 4)
+    main(flags(mine, tmp_path / "out", n=100))
+    assert read(tmp_path / "out", "eval-mine-4")[0]["n"] == 4
+
+
+def test_sampling_twice_gives_the_same_file_and_another_seed_another(mine, tmp_path):
+    kept = {}
+    for folder, seed in (("one", 0), ("two", 0), ("three", 1)):
+        main(flags(mine, tmp_path / folder, samples=2, temperature=1, seed=seed))
+        kept[folder] = (tmp_path / folder / f"eval-mine-4-2x-t1-seed{seed}.jsonl").read_bytes()
+    assert kept["one"] == kept["two"] != kept["three"]
+    figures, rows = read(tmp_path / "one", "eval-mine-4-2x-t1-seed0")
+    assert [r["index"] for r in rows] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert any(a["completion"] != b["completion"] for a, b in zip(rows[::2], rows[1::2]))
+    assert (figures["n"], figures["samples"], figures["temperature"]) == (4, 2, 1)
+    assert {"pass@2", "maj@2"} <= figures.keys()
+
+
+def test_ask_prints_an_answer_and_writes_nothing(tmp_path, capsys):
+    assert main(flags(None, ask="How many clips?")) == 0
+    assert "\n-> " in capsys.readouterr().out
+    assert not list((tmp_path / "here").iterdir())
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        (" 70 + 2\n#### 72\nQuestion: next?", "70 + 2\n#### 72\n-> 72\n"),
+        (" I am not sure", "I am not sure\n-> no '#### number' in it\n"),
+        (" \x1b[2Jgone\n#### 1.5", "\\x1b[2Jgone\n#### 1.5\n-> 1.5\n"),
+    ],
+)
+def test_ask_shows_the_completion_and_its_number(monkeypatch, capsys, text, shown):
+    calls = answers(monkeypatch, [text])
+    main(flags(None, ask="  How many clips? "))
+    assert calls[0]["prompts"][0].endswith("Question: How many clips?\nAnswer:")
+    assert capsys.readouterr().out == shown
+
+
+# Comparison
+
+
+def result(index, correct, completion=None, gold=None) -> dict:
+    return {
+        "index": index,
+        "question": f"What is question {index}?",
+        "correct": correct,
+        "gold": float(index) if gold is None else gold,
+        "completion": completion or f"first line\n#### {index if correct else -1}",
+    }
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_compare_counts_pairs_and_prints_what_changed_in_full(tmp_path, capsys):
+    # both right 0-2; only A 3; only B 4-9; both wrong 10, 11. 50 is A's alone, 60 is B's.
+    right_a, right_b = {0, 1, 2, 3, 50}, {0, 1, 2, 4, 5, 6, 7, 8, 9}
+    rows_a = [result(i, i in right_a, f"A says\nof {i}") for i in [*range(12), 50]]
+    rows_b = [result(i, i in right_b, f"B says\nof {i}") for i in [60, *reversed(range(12))]]
+    a, b = write_rows(tmp_path / "a.jsonl", rows_a), write_rows(tmp_path / "b.jsonl", rows_b)
+    assert main(["--compare", a, b]) == 0
+    shown = capsys.readouterr().out
+    fixed, regressed = shown.split("=== regressed: A right where B is wrong: 1 ===")
+    regressed, table = regressed.split(f"\nA  {a}\nB  {b}\n12 problems in common\n")
+    assert "=== fixed: B right where A was wrong: 6 ===" in fixed
+    for i in range(4, 10):
+        assert (
+            f"--- problem {i}, answer {i}\nWhat is question {i}?\n"
+            f"[A] A says\nof {i}\n[B] B says\nof {i}\n"
+        ) in fixed
+    assert regressed.strip() == (
+        "--- problem 3, answer 3\nWhat is question 3?\n[A] A says\nof 3\n[B] B says\nof 3"
+    )
+    assert fixed.count("--- problem") == 6
+    head, first, second, last = table.strip().splitlines()
+    assert head.split() == ["B", "right", "B", "wrong"]
+    assert first.split() == ["A", "right", "3", "1"]
+    assert second.split() == ["A", "wrong", "6", "2"]
+    # 2 * (1 + 7)/2**7
+    assert last == "A 33.3%, B 75.0%: +41.7 points, exact McNemar p = 0.125"
+
+
+def test_compare_takes_the_newest_evaluation_of_a_folder(tmp_path, capsys):
+    old, new = tmp_path / "run" / "eval-test-4.jsonl", tmp_path / "run" / "eval-test-3.jsonl"
+    write_rows(new, [result(1, True)])
+    write_rows(old, [result(1, False)])
+    write_rows(tmp_path / "run" / "metrics.jsonl", [{"loss": 1.0}])
+    os.utime(old, (1_000, 1_000))
+    os.utime(new, (2_000, 2_000))
+    other = write_rows(tmp_path / "b.jsonl", [result(1, False)])
+    main(["--compare", str(tmp_path / "run"), other])
+    shown = capsys.readouterr().out
+    assert f"A  {new}\n" in shown and "A 100.0%, B 0.0%: -100.0 points" in shown
+
+
+def test_compare_lets_no_terminal_escape_through(tmp_path, capsys):
+    bad = "\x1b[2J\x1b]0;title\x07\rgone\x9b5m"
+    a = write_rows(tmp_path / "a.jsonl", [result(1, True, bad) | {"question": bad}])
+    b = write_rows(tmp_path / "b.jsonl", [result(1, False, bad)])
+    main(["--compare", a, b])
+    shown = capsys.readouterr().out
+    assert not {"\x1b", "\x07", "\r", "\x9b"} & set(shown)
+    assert shown.count(r"\x1b[2J\x1b]0;title\x07\rgone\x9b5m") == 3
+
+
+def test_compare_refuses_what_cannot_be_paired(tmp_path):
+    good = write_rows(tmp_path / "good.jsonl", [result(1, True), result(2, True)])
+    other = write_rows(tmp_path / "other.jsonl", [result(1, True), result(2, True, gold=99.0)])
+    with pytest.raises(UserError, match=r"different problems: answers differ at \[2\]"):
+        main(["--compare", good, other])
+    apart = write_rows(tmp_path / "apart.jsonl", [result(7, True)])
+    with pytest.raises(UserError, match="no problem in common"):
+        main(["--compare", good, apart])
+    sampled = write_rows(tmp_path / "sampled.jsonl", [result(1, True), result(1, False)])
+    for pair in ([good, sampled], [sampled, good]):
+        with pytest.raises(UserError, match="several samples a problem"):
+            main(["--compare", *pair])
+
+
+def test_compare_refuses_what_is_no_evaluation(tmp_path):
+    good = write_rows(tmp_path / "good.jsonl", [result(1, True)])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="has no evaluation yet: python evaluate.py --model"):
+        main(["--compare", good, str(tmp_path / "empty")])
+    with pytest.raises(UserError, match="cannot read an evaluation from .*none.jsonl"):
+        main(["--compare", str(tmp_path / "none.jsonl"), good])
+    for content in ("{", "[1]\n", '{"index": 1}\n', "3\n"):
+        (tmp_path / "bad.jsonl").write_text(content)
+        with pytest.raises(UserError, match="cannot read an evaluation from .*bad.jsonl"):
+            main(["--compare", good, str(tmp_path / "bad.jsonl")])

@@ -1,0 +1,128 @@
+"""generate.py against transformers' greedy continuations, and the promise that a completion does
+not depend on the batch it was made in."""
+
+import pytest
+import torch
+from conftest import FIXTURES
+from safetensors.torch import load_file
+
+from nanogsm import generate as g
+from nanogsm.data import Problem, Prompt
+
+FAMILIES = ["gemma1", "gemma2", "gemma3"]
+NEVER = frozenset()
+
+
+def prompts(n=9):
+    """Rows of 1 to 17 ids, so that prefill pads and some rows exceed the window of 8."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = [1 + (7 * i) % 17 for i in range(n)]
+    return [[2] + torch.randint(7, 380, (k,), generator=generator).tolist() for k in lengths]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_tokens_equal_those_of_transformers(gemma, name):
+    model, _ = gemma(name)
+    want = load_file(FIXTURES / name / "expected.safetensors")
+    done = g.generate(model, [want["prompt"].tolist()], NEVER, 12)
+    assert done[0].ids == want["continuation"].tolist() and done[0].truncated
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_completions_do_not_depend_on_the_batch_size(gemma, name, temperature):
+    """Some rows stop early, so slots are refilled and the tail is compacted on the way."""
+    model, _ = gemma(name)
+    stops = frozenset(range(7, 60))
+    alone = g.generate(model, prompts(), stops, 11, 1, temperature, seed=5)
+    lengths = {len(c.ids) for c in alone}
+    assert len(lengths) > 2 and {c.truncated for c in alone} == {True, False}
+    for batch_size in (2, 4, 9, 64):
+        assert g.generate(model, prompts(), stops, 11, batch_size, temperature, seed=5) == alone
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_looking_at_the_tokens_less_often_changes_nothing(gemma, monkeypatch, temperature):
+    """As on a GPU: rows run on past their end until the next look, and the rest is cut."""
+    model, _ = gemma("gemma3")
+    stops = frozenset(range(7, 60))
+    every_step = g.generate(model, prompts(), stops, 11, 4, temperature, seed=5)
+    monkeypatch.setitem(g.LOOK_EVERY, "cpu", 5)
+    assert g.generate(model, prompts(), stops, 11, 4, temperature, seed=5) == every_step
+
+
+def test_a_stop_token_ends_the_row_and_is_part_of_it(gemma):
+    model, _ = gemma("gemma3")
+    want = load_file(FIXTURES / "gemma3/expected.safetensors")
+    row, ids = want["prompt"].tolist(), want["continuation"].tolist()
+    for stops in ({ids[4], 383}, {383, ids[4], ids[9]}):  # whichever of several comes first
+        done = g.generate(model, [row], frozenset(stops), 12)[0]
+        assert done.ids == ids[: ids.index(ids[4]) + 1] and not done.truncated
+    at_the_limit = g.generate(model, [row], frozenset({ids[4]}), ids.index(ids[4]) + 1)[0]
+    assert not at_the_limit.truncated  # a stop token as the last one allowed is a proper end
+
+
+def test_is_over_ends_a_row_without_calling_it_truncated(gemma):
+    model, _ = gemma("gemma3")
+    done = g.generate(model, prompts(3), NEVER, 12, is_over=lambda ids: len(ids) == 5)
+    assert [len(c.ids) for c in done] == [5, 5, 5] and not any(c.truncated for c in done)
+
+
+def test_one_new_token_and_no_prompts(gemma):
+    model, _ = gemma("gemma3")
+    assert [len(c.ids) for c in g.generate(model, prompts(5), NEVER, 1, 2)] == [1] * 5
+    assert g.generate(model, [], NEVER, 5) == []
+
+
+def test_greedy_ignores_the_seed_and_sampling_follows_it(gemma):
+    model, _ = gemma("gemma3")
+    sample = lambda t, seed: g.generate(model, prompts(4), NEVER, 8, 4, t, seed)  # noqa: E731
+    assert sample(0.0, 1) == sample(0.0, 2)
+    assert sample(1.0, 1) == sample(1.0, 1) != sample(1.0, 2)
+
+
+def test_first_tokens_of_one_prompt_follow_its_distribution(gemma):
+    """4,000 requests of one prompt, temperature 2: shares within 4 standard errors, float64."""
+    model, _ = gemma("gemma3")
+    row, n = prompts(3)[2], 4000
+    done = g.generate(model, [row] * n, NEVER, 1, 500, temperature=2.0, seed=0)
+    seen = torch.bincount(torch.tensor([c.ids[0] for c in done]), minlength=384).double() / n
+    with torch.no_grad():
+        p = (model.logits(model(torch.tensor([row])))[0, -1].double() / 2).softmax(-1)
+    assert ((seen - p).abs() <= 4 * (p * (1 - p) / n).sqrt() + 1 / n).all()
+
+
+def test_inverse_cdf_by_hand():
+    """p = 0.2, 0, 0.5, 0.3: uniform numbers up to 0.2, 0.7 and 1 fall on tokens 0, 2 and 3."""
+    logits = torch.tensor([[0.2, 0.0, 0.5, 0.3]]).log().expand(7, 4)
+    uniform = torch.tensor([0.0, 0.199, 0.201, 0.699, 0.701, 0.999, 1.0])
+    assert g.inverse_cdf(logits, 1.0, uniform).tolist() == [0, 0, 2, 2, 3, 3, 3]
+
+
+def test_sampling_under_bfloat16_autocast_runs(gemma):
+    model, _ = gemma("gemma3")
+    with torch.autocast("cpu", torch.bfloat16):
+        done = g.generate(model, prompts(3), NEVER, 4, 2, temperature=1.0)
+    assert [len(c.ids) for c in done] == [4, 4, 4]
+
+
+def test_exact_match_rows_are_in_the_order_of_the_problems(gemma):
+    model, tokenizer = gemma("gemma3")
+    problems = [Problem(f"{'How ' * i}many?", f"#### {i}", 10 + i) for i in range(4)]
+    rows = g.exact_match(model, tokenizer, problems, Prompt(), 3, 2, 1.0, samples=2)
+    assert [r["index"] for r in rows] == [10, 10, 11, 11, 12, 12, 13, 13]
+    assert [r["gold"] for r in rows] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert all(r["tokens"] <= 3 and r["truncated"] == (r["tokens"] == 3) for r in rows)
+
+
+def test_exact_match_ends_a_completion_that_starts_a_new_question(gemma, monkeypatch):
+    """The model is made to say a text: its answer, then a question of its own."""
+    model, tokenizer = gemma("gemma3")
+    said = tokenizer.encode(" 7\n#### 7\n\nQuestion: What? #### 8")
+    steps = iter(said)
+    monkeypatch.setattr(
+        model, "logits", lambda h: torch.nn.functional.one_hot(torch.tensor([next(steps)]), 384).float()
+    )
+    row = g.exact_match(model, tokenizer, [Problem("?", "#### 7", 0)], Prompt(), 99)[0]
+    assert row["correct"] and row["flexible"] and not row["truncated"]
+    assert row["tokens"] < len(said) and row["completion"].endswith("Question:")

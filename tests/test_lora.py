@@ -1,0 +1,172 @@
+"""lora.py against peft's files and logits, and its own promises."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import FIXTURES
+from safetensors.torch import load_file
+
+from nanogsm import UserError, lora
+from nanogsm.model import load_model
+
+TIGHT = 1e-5
+IDS = load_file(FIXTURES / "gemma3_peft/expected.safetensors")["ids"]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.logits(model(IDS))
+
+
+def randomise(model):
+    """Adapters that do something: B starts at zero."""
+    generator = torch.Generator().manual_seed(1)
+    for layer in lora.adapters(model).values():
+        layer.lora_B.weight.data = torch.randn(layer.lora_B.weight.shape, generator=generator) * 0.1
+
+
+def test_pefts_adapter_gives_pefts_logits(gemma):
+    model, _ = gemma("gemma3")
+    plain = logits(model)
+    lora.load_adapter(model, FIXTURES / "gemma3_peft")
+    want = load_file(FIXTURES / "gemma3_peft/expected.safetensors")["logits"]
+    assert (plain - want).abs().max() > 0.05  # the adapter does something
+    assert (logits(model) - want).abs().max() <= TIGHT
+
+
+def test_our_files_are_those_of_peft(gemma, tmp_path):
+    """Same keys, shapes and required fields, so that peft reads them (checked with peft itself by
+    tests/fixtures/check_with_transformers.py, by hand)."""
+    model, _ = gemma("gemma3")
+    lora.load_adapter(model, FIXTURES / "gemma3_peft")
+    lora.save_adapter(model, tmp_path / "adapter", "google/gemma-3-270m")
+    ours = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    peft = load_file(FIXTURES / "gemma3_peft/adapter_model.safetensors")
+    assert ours.keys() == peft.keys()
+    assert all(torch.equal(ours[k], peft[k]) for k in peft)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    theirs = json.loads((FIXTURES / "gemma3_peft/adapter_config.json").read_text())
+    for field in ("peft_type", "task_type", "r", "lora_alpha", "target_modules", "bias"):
+        assert config[field] == theirs[field], field
+    assert config["base_model_name_or_path"] == "google/gemma-3-270m"
+
+
+def test_lora_is_the_identity_at_the_start(gemma):
+    model, _ = gemma("gemma3")
+    before = logits(model)
+    lora.add_lora(model, 4, 8)
+    assert torch.equal(logits(model), before)
+
+
+def test_the_seven_linear_layers_of_every_block_are_adapted_and_nothing_else(gemma):
+    model, _ = gemma("gemma3")
+    adapted = lora.add_lora(model, 4, 8)
+    assert len(adapted) == 6 * 7
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{n}.lora_{side}.weight" for n in adapted for side in "AB"}
+    assert not any("embed" in n or "norm" in n for n in trained)
+
+
+def test_the_start_depends_on_the_seed_alone(gemma):
+    first, second, other = (gemma("gemma3")[0] for _ in range(3))
+    for model, seed in ((first, 0), (second, 0), (other, 1)):
+        torch.manual_seed(seed + 17)
+        lora.add_lora(model, 4, 8, seed)
+    a, b, c = (next(iter(lora.adapters(m).values())).lora_A.weight for m in (first, second, other))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert a.abs().max() <= 24**-0.5 and a.std() > 0.5 * 24**-0.5 / 3**0.5
+
+
+def test_the_change_is_scaled_by_alpha_over_r(gemma):
+    """One layer by hand in float64: y = W x + alpha / r * B (A x)."""
+    model, _ = gemma("gemma3")
+    lora.add_lora(model, 4, 12)
+    randomise(model)
+    layer = lora.adapters(model)["model.layers.0.mlp.up_proj"]
+    x = torch.randn(3, 24)
+    a, b = layer.lora_A.weight.double(), layer.lora_B.weight.double()
+    want = x.double() @ layer.base.weight.double().T + 3.0 * (x.double() @ a.T @ b.T)
+    assert (layer(x) - want).abs().max() <= TIGHT
+
+
+def test_merging_preserves_outputs_and_leaves_plain_layers(gemma):
+    model, _ = gemma("gemma3")
+    names = {n for n, _ in model.named_parameters()}
+    lora.add_lora(model, 4, 8)
+    randomise(model)
+    before = logits(model)
+    lora.merge(model)
+    assert {n for n, _ in model.named_parameters()} == names
+    assert (logits(model) - before).abs().max() <= TIGHT
+    again = logits(model)
+    lora.merge(model)  # nothing left to merge
+    assert torch.equal(logits(model), again)
+
+
+def test_merging_into_bfloat16_rounds_once(gemma):
+    model, _ = gemma("gemma3", torch.bfloat16)
+    lora.add_lora(model, 4, 8)
+    randomise(model)
+    layer = lora.adapters(model)["model.layers.2.self_attn.v_proj"]
+    want = (layer.base.weight.float() + layer.delta()).bfloat16()
+    lora.merge(model)
+    assert torch.equal(model.get_parameter("model.layers.2.self_attn.v_proj.weight"), want)
+
+
+def test_every_adapter_learns_under_checkpointing_and_the_base_never_does(gemma):
+    grads = {}
+    for checkpointing in (False, True):
+        model, _ = gemma("gemma3")
+        lora.add_lora(model, 4, 8)
+        randomise(model)
+        model.checkpointing = checkpointing
+        model.logits(model(IDS)).logsumexp(-1).mean().backward()
+        grads[checkpointing] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert len(grads[True]) == 2 * 42 and grads[True].keys() == grads[False].keys()
+    for name, grad in grads[False].items():
+        assert torch.equal(grad, grads[True][name]) and grad.abs().max() > 0, name
+
+
+def test_saved_and_loaded_again_through_a_run_folder(gemma, tmp_path):
+    model, _ = gemma("gemma3")
+    lora.add_lora(model, 4, 8)
+    randomise(model)
+    lora.save_adapter(model, tmp_path / "run/adapter", str((FIXTURES / "gemma3").resolve()))
+    again, _ = load_model(tmp_path / "run", torch.float32)
+    assert torch.equal(logits(again), logits(model))
+    merged, _ = load_model(tmp_path / "run", torch.float32, merge=True)
+    assert not lora.adapters(merged)
+    assert (logits(merged) - logits(model)).abs().max() <= TIGHT
+
+
+def test_rank_stabilised_scaling_is_read(gemma, tmp_path):
+    shutil.copytree(FIXTURES / "gemma3_peft", tmp_path / "a")
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text()) | {"use_rslora": True}
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(config))
+    model, _ = gemma("gemma3")
+    lora.load_adapter(model, tmp_path / "a")
+    assert next(iter(lora.adapters(model).values())).scale == 8 / 4**0.5
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"peft_type": "IA3"}, "not plain LoRA"),
+        ({"bias": "all"}, "not plain LoRA"),
+    ],
+)
+def test_adapters_of_other_kinds_are_refused(gemma, tmp_path, change, says):
+    shutil.copytree(FIXTURES / "gemma3_peft", tmp_path / "a")
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text()) | change
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=says):
+        lora.load_adapter(gemma("gemma3")[0], tmp_path / "a")
+
+
+def test_an_adapter_for_another_model_is_refused(gemma):
+    with pytest.raises(UserError, match="another model"):
+        lora.load_adapter(gemma("gemma1")[0], FIXTURES / "gemma3_peft")

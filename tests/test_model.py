@@ -1,0 +1,298 @@
+"""model.py against transformers' logits (tests/fixtures, made by make_fixtures.py), and itself."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import FIXTURES
+from safetensors.torch import load_file, save_file
+
+from nanogsm import UserError
+from nanogsm.lora import add_lora
+from nanogsm.model import Gemma, KVCache, load_model, read_config, save_model
+
+TIGHT = 1e-5  # float32 against float32, logits of a few units
+FAMILIES = ["gemma1", "gemma2", "gemma3"]
+
+
+def expected(name):
+    return load_file(FIXTURES / name / "expected.safetensors")
+
+
+def logits(model, ids, **kw):
+    with torch.no_grad():
+        return model.logits(model(ids, **kw))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_and_hidden_states_equal_those_of_transformers(gemma, name):
+    model, _ = gemma(name)
+    want = expected(name)
+    assert want["ids"].shape[1] > (model.config.sliding_window or 0)  # else no window is tested
+    with torch.no_grad():
+        hidden = model(want["ids"])
+    assert (hidden - want["hidden"]).abs().max() <= TIGHT
+    assert (model.logits(hidden) - want["logits"]).abs().max() <= TIGHT
+
+
+def test_the_fixtures_cover_both_kinds_of_layer_and_of_key_heads(gemma):
+    kinds = {name: gemma(name)[0].config for name in FAMILIES}
+    for name in ("gemma2", "gemma3"):
+        assert set(kinds[name].layer_types) == {"full_attention", "sliding_attention"}
+    assert {c.num_key_value_heads for c in kinds.values()} == {1, 2}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_old_spelling_of_config_means_the_same(gemma, name, tmp_path):
+    shutil.copytree(FIXTURES / name, tmp_path / name)
+    shutil.copy(tmp_path / name / "config_old.json", tmp_path / name / "config.json")
+    assert read_config(tmp_path / name) == read_config(FIXTURES / name)
+
+
+def test_soft_caps_are_read_from_the_config(tmp_path):
+    shutil.copytree(FIXTURES / "gemma2", tmp_path / "m")
+    shutil.copy(tmp_path / "m/config_small_caps.json", tmp_path / "m/config.json")
+    model, _ = load_model(tmp_path / "m", torch.float32)
+    want = expected("gemma2")
+    assert (logits(model, want["ids"]) - want["logits_small_caps"]).abs().max() <= TIGHT
+
+
+@pytest.mark.parametrize(
+    "config, parameters, tensors",
+    [
+        (dict(model_type="gemma", vocab_size=256000, hidden_size=2048, intermediate_size=16384,
+              num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1),
+         2_506_172_416, 164),
+        (dict(model_type="gemma2", vocab_size=256000, hidden_size=2304, intermediate_size=9216,
+              num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4,
+              sliding_window=4096, query_pre_attn_scalar=256, attn_logit_softcapping=50.0,
+              final_logit_softcapping=30.0),
+         2_614_341_888, 288),
+        (dict(model_type="gemma3_text", vocab_size=262144, hidden_size=640, intermediate_size=2048,
+              num_hidden_layers=18, num_attention_heads=4, num_key_value_heads=1,
+              sliding_window=512, query_pre_attn_scalar=256),
+         268_098_176, 236),
+        (dict(model_type="gemma3_text", vocab_size=262144, hidden_size=1152, intermediate_size=6912,
+              num_hidden_layers=26, num_attention_heads=4, num_key_value_heads=1,
+              sliding_window=512, query_pre_attn_scalar=256),
+         999_885_952, 340),
+    ],
+    ids=["gemma-2b", "gemma-2-2b", "gemma-3-270m", "gemma-3-1b"],
+)  # fmt: skip
+def test_parameter_and_tensor_counts_of_the_real_models(tmp_path, config, parameters, tensors):
+    config |= {"head_dim": 256, "rms_norm_eps": 1e-6}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        model = Gemma(read_config(tmp_path))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert len(model.state_dict()) == tensors
+    if config["hidden_size"] == 2048:
+        assert len(add_lora(model, 16, 32)) == 126
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 19_611_648
+
+
+def test_layer_kinds_of_gemma_3_270m_and_1b(tmp_path):
+    base = json.loads((FIXTURES / "gemma3/config_old.json").read_text())
+    for layers, full in ((18, [5, 11, 17]), (26, [5, 11, 17, 23])):
+        config = base | {"num_hidden_layers": layers, "sliding_window_pattern": 6}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        kinds = read_config(tmp_path).layer_types
+        assert [i for i, kind in enumerate(kinds) if kind == "full_attention"] == full
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"model_type": "llama"}, "llama"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"hidden_size": 10**9}, "hidden_size"),
+        ({"num_hidden_layers": None}, "config.json"),
+        ({"num_key_value_heads": 3}, "heads"),
+        ({"head_dim": "wide"}, "head_dim"),
+        ({"hidden_activation": "silu"}, "silu"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"layer_types": ["full_attention"]}, "layer_types"),
+        ({"sliding_window": None}, "sliding_window"),
+        ({"dtype": "complex7"}, "complex7"),
+    ],
+)
+def test_a_config_we_cannot_run_is_refused_by_name(tmp_path, change, says):
+    config = json.loads((FIXTURES / "gemma3/config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=says):
+        read_config(tmp_path)
+
+
+def test_a_missing_config_field_is_named(tmp_path):
+    config = json.loads((FIXTURES / "gemma3/config.json").read_text())
+    del config["rms_norm_eps"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="rms_norm_eps"):
+        read_config(tmp_path)
+
+
+# ------------------------------------------------------------------------- padding, cache, dtype
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_padding_on_the_right_changes_nothing_before_it(gemma, name):
+    model, _ = gemma(name)
+    ids = expected(name)["ids"]
+    padded = torch.cat((ids[:, :15], torch.randint(7, 380, (2, 9))), dim=1)
+    assert (logits(model, padded)[:, :15] - logits(model, ids[:, :15])).abs().max() <= TIGHT
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decoding_token_by_token_equals_one_forward_pass(gemma, name):
+    """Rows of different lengths share the cache: row 0 has 13 tokens of prompt, row 1 has 9."""
+    model, _ = gemma(name)
+    ids, full = expected(name)["ids"], expected(name)["logits"]
+    cache = KVCache(model.config, 2, 24, torch.float32, "cpu")
+    cache.used = 13
+    out = logits(model, ids[:, :13], cache=cache)
+    assert (out[0] - full[0, :13]).abs().max() <= TIGHT
+    assert (out[1, :9] - full[1, :9]).abs().max() <= TIGHT
+    positions = torch.tensor([13, 9])
+    for _ in range(11):
+        cache.used = int(positions.max()) + 1
+        token = ids[torch.arange(2), positions][:, None]
+        out = logits(model, token, positions=positions[:, None], cache=cache)
+        want = full[torch.arange(2), positions]
+        assert (out[:, 0] - want).abs().max() <= TIGHT
+        positions += 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prefill_in_two_pieces_equals_one(gemma, name):
+    model, _ = gemma(name)
+    ids, full = expected(name)["ids"], expected(name)["logits"]
+    cache = KVCache(model.config, 2, 24, torch.float32, "cpu")
+    cache.used = 10
+    logits(model, ids[:, :10], cache=cache)
+    cache.used = 24
+    rest = logits(model, ids[:, 10:], positions=torch.arange(10, 24)[None], cache=cache)
+    assert (rest - full[:, 10:]).abs().max() <= TIGHT
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_checkpointing_preserves_loss_and_every_gradient(gemma, name):
+    ids = expected(name)["ids"]
+    grads = {}
+    for checkpointing in (False, True):
+        model, _ = gemma(name)
+        model.checkpointing = checkpointing
+        model.logits(model(ids)).logsumexp(-1).mean().backward()
+        grads[checkpointing] = {n: p.grad for n, p in model.named_parameters()}
+    for name, grad in grads[False].items():
+        assert grad is not None and torch.equal(grad, grads[True][name]), name
+
+
+def test_the_embedding_scale_is_rounded_as_the_activations_are(gemma):
+    """sqrt(24) = 4.899 is 4.90625 in bfloat16: transformers multiplies by the rounded number."""
+    model, _ = gemma("gemma3", torch.bfloat16)
+    seen = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    ids = torch.tensor([[2, 40]])
+    model(ids)
+    assert torch.equal(seen[0], model.model.embed_tokens(ids) * 4.90625)
+
+
+def test_a_bfloat16_base_computes_in_float32_when_told_to(gemma):
+    low, _ = gemma("gemma3", torch.bfloat16)
+    low.activations = torch.float32
+    high, _ = gemma("gemma3")
+    with torch.no_grad():
+        for name, p in high.named_parameters():
+            p.copy_(low.get_parameter(name))
+    ids = expected("gemma3")["ids"]
+    assert low(ids).dtype == torch.float32
+    assert torch.equal(logits(low, ids), logits(high, ids))
+
+
+# --------------------------------------------------------------------------------- save and load
+
+
+def test_saved_and_loaded_again_gives_identical_logits_and_the_same_files(gemma, tmp_path):
+    model, tokenizer = gemma("gemma3")
+    save_model(model, tokenizer, tmp_path / "out")
+    again, _ = load_model(tmp_path / "out")
+    ids = expected("gemma3")["ids"]
+    assert torch.equal(logits(model, ids), logits(again, ids))
+    for file in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (FIXTURES / "gemma3" / file).read_bytes()
+    assert "lm_head.weight" not in load_file(tmp_path / "out/model.safetensors")
+
+
+def test_a_model_trained_in_float32_is_saved_in_the_dtype_it_came_in(tmp_path):
+    shutil.copytree(FIXTURES / "gemma3", tmp_path / "bf16")
+    config = json.loads((tmp_path / "bf16/config.json").read_text()) | {"dtype": "bfloat16"}
+    (tmp_path / "bf16/config.json").write_text(json.dumps(config))
+    model, tokenizer = load_model(tmp_path / "bf16", torch.float32)
+    save_model(model, tokenizer, tmp_path / "out")
+    saved = load_file(tmp_path / "out/model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.bfloat16}
+
+
+def shards(folder):
+    """The fixture's weights as two files and an index, as the Hub has the larger Gemmas."""
+    folder.mkdir()
+    for file in ("config.json", "tokenizer.json"):
+        shutil.copy(FIXTURES / "gemma3" / file, folder)
+    weights = load_file(FIXTURES / "gemma3/model.safetensors")
+    names = sorted(weights)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, keys in parts.items():
+        save_file({k: weights[k] for k in keys}, folder / file)
+    index = {"weight_map": {k: file for file, keys in parts.items() for k in keys}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return parts
+
+
+def test_sharded_weights_load_like_a_single_file(gemma, tmp_path):
+    shards(tmp_path / "m")
+    model, _ = load_model(tmp_path / "m")
+    ids = expected("gemma3")["ids"]
+    assert torch.equal(logits(model, ids), logits(gemma("gemma3")[0], ids))
+
+
+def test_a_redundant_output_head_is_ignored(tmp_path):
+    shutil.copytree(FIXTURES / "gemma3", tmp_path / "m")
+    weights = load_file(tmp_path / "m/model.safetensors")
+    weights["lm_head.weight"] = torch.zeros(384, 24)
+    save_file(weights, tmp_path / "m/model.safetensors")
+    model, _ = load_model(tmp_path / "m")
+    assert logits(model, expected("gemma3")["ids"]).abs().max() > 1
+
+
+@pytest.mark.parametrize(
+    "spoil, says",
+    [
+        (lambda w: w.pop("model.norm.weight"), "model.norm.weight"),
+        (lambda w: w.update({"model.extra.weight": torch.zeros(3)}), "model.extra.weight"),
+        (lambda w: w.update({"model.norm.weight": torch.zeros(25)}), r"model.norm.weight.*25"),
+    ],
+)
+def test_loading_is_strict_and_names_the_tensor(tmp_path, spoil, says):
+    shutil.copytree(FIXTURES / "gemma3", tmp_path / "m")
+    weights = load_file(tmp_path / "m/model.safetensors")
+    spoil(weights)
+    save_file(weights, tmp_path / "m/model.safetensors")
+    with pytest.raises(UserError, match=says):
+        load_model(tmp_path / "m")
+
+
+def test_a_truncated_weight_file_is_one_clear_error(tmp_path):
+    shutil.copytree(FIXTURES / "gemma3", tmp_path / "m")
+    file = tmp_path / "m/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="damaged or incomplete"):
+        load_model(tmp_path / "m")
+
+
+def test_a_tokenizer_with_ids_beyond_the_vocabulary_is_refused(tmp_path):
+    shutil.copytree(FIXTURES / "gemma3", tmp_path / "m")
+    (tmp_path / "m/generation_config.json").write_text('{"eos_token_id": [1, 384]}')
+    with pytest.raises(UserError, match="vocabulary"):
+        load_model(tmp_path / "m")

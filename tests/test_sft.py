@@ -1,0 +1,307 @@
+"""train_sft.py: the same steps as transformers' Trainer and peft, and the promises of a run."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import FIXTURES
+from safetensors.torch import load_file
+
+import train_sft
+from nanogsm import UserError, data, lora
+from nanogsm.model import load_model
+from nanogsm.optim import AdamW, cosine_with_min_lr
+
+PLAIN = lambda: torch.autocast("cpu", torch.bfloat16, enabled=False)  # noqa: E731
+
+
+def trainer_examples():
+    rows = json.loads((FIXTURES / "trainer/examples.json").read_text())
+    return [
+        data.Example(r["ids"], [0] * r["prompt_len"] + [1] * (len(r["ids"]) - r["prompt_len"]), i)
+        for i, r in enumerate(rows)
+    ]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_twenty_steps_equal_those_of_trainer_and_peft(gemma, method, checkpointing):
+    record = json.loads((FIXTURES / f"trainer/{method}_losses.json").read_text())
+    model, tokenizer = gemma("gemma3")
+    model.checkpointing = checkpointing
+    if method == "lora":
+        lora.load_adapter(model, adapter_folder("lora_init"))
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    optimizer = AdamW(trained, lr=1e-3, bits=32)
+    examples = trainer_examples()
+    for step, want in enumerate(record["steps"]):
+        optimizer.lr = cosine_with_min_lr(step, 20, 1e-3, 1e-4)
+        chosen = examples[8 * step : 8 * step + 8]
+        loss = train_sft.backward_step(model, chosen, 4, tokenizer.pad_id, PLAIN)
+        norm = torch.nn.utils.clip_grad_norm_([p for _, p in trained], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert optimizer.lr == pytest.approx(want["learning_rate"], rel=1e-9)
+        assert loss == pytest.approx(want["loss"], abs=1e-5), step
+        assert norm.item() == pytest.approx(want["grad_norm"], rel=1e-4), step
+    final = load_file(FIXTURES / f"trainer/{method}_expected.safetensors")
+    with torch.no_grad():
+        assert (model.logits(model(final["ids"])) - final["logits"]).abs().max() <= 1e-4
+
+
+def adapter_folder(name):
+    """One of the trainer fixture's adapters as a folder in peft's layout."""
+    import tempfile
+    from pathlib import Path
+
+    folder = Path(tempfile.mkdtemp())
+    shutil.copy(FIXTURES / "gemma3_peft/adapter_config.json", folder)
+    shutil.copy(FIXTURES / f"trainer/{name}.safetensors", folder / "adapter_model.safetensors")
+    return folder
+
+
+# ---------------------------------------------------------------------------------- one gradient
+
+
+def test_the_loss_is_the_mean_over_answer_tokens_by_hand(gemma):
+    """Each example alone, all logits, float64; then one division by the tokens of the step."""
+    model, tokenizer = gemma("gemma3", torch.float64)
+    examples = trainer_examples()[:5]
+    total, count = 0.0, 0
+    for e in examples:
+        logp = torch.log_softmax(model.logits(model(torch.tensor([e.ids])))[0], -1)
+        for position, supervised in enumerate(e.mask):
+            if supervised:
+                total -= logp[position - 1, e.ids[position]].item()
+                count += 1
+    loss = train_sft.backward_step(model, examples, 2, tokenizer.pad_id, PLAIN)
+    assert loss == pytest.approx(total / count, rel=1e-6)
+    assert train_sft.mean_loss(model, examples, 3, 0, PLAIN) == pytest.approx(total / count, rel=1e-6)
+
+
+def test_the_cut_into_micro_batches_changes_neither_loss_nor_gradient(gemma):
+    examples = trainer_examples()[:8]
+    results = []
+    for micro_batch in (1, 3, 8):
+        model, tokenizer = gemma("gemma3", torch.float64)
+        loss = train_sft.backward_step(model, examples, micro_batch, tokenizer.pad_id, PLAIN)
+        results.append((loss, {n: p.grad for n, p in model.named_parameters()}))
+    for loss, grads in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-6)
+        for name, grad in grads.items():
+            assert (grad - results[0][1][name]).abs().max() < 1e-6, name
+
+
+def test_prompt_tokens_are_predicted_by_nobody(gemma):
+    """Another first prompt token to predict leaves the loss alone; another answer token does not."""
+    model, tokenizer = gemma("gemma3", torch.float64)
+    e = next(e for e in trainer_examples() if sum(e.mask) > 3)
+    start = e.mask.index(1)
+    hidden = model(torch.tensor([e.ids]))
+
+    def loss(targets):
+        batch = data.collate([e], 0)
+        logp, _ = train_sft.token_logprobs(model.logits, hidden[:, :-1], targets[:, 1:], batch.mask[:, 1:])
+        return logp.sum().item()
+
+    ids = torch.tensor([e.ids])
+    for place, matters in ((start - 1, False), (start, True), (len(e.ids) - 1, True)):
+        other = ids.clone()
+        other[0, place] = 99 if ids[0, place] != 99 else 98
+        assert (loss(other) != loss(ids)) == matters, place
+
+
+def test_every_epoch_is_its_own_permutation_of_the_examples():
+    examples = list(range(10))
+    step = lambda i, seed=0: train_sft.examples_of_step(examples, i, 4, seed)  # noqa: E731
+    epochs = [step(0) + step(1) + step(2), step(3) + step(4) + step(5)]
+    assert [sorted(e) for e in epochs] == [examples, examples] and epochs[0] != epochs[1]
+    assert len(step(2)) == len(step(5)) == 2  # the rest of an epoch is a smaller step
+    assert step(4) == step(4) != step(4, seed=1)
+
+
+# ------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """Twelve small problems in a file; the arguments of a short run on them."""
+    rows = [
+        {"question": f"Tom has {i} apples and buys {i + 1}. How many?",
+         "answer": f"{i}+{i + 1} = <<{i}+{i + 1}={2 * i + 1}>>{2 * i + 1}\n#### {2 * i + 1}"}
+        for i in range(12)
+    ]  # fmt: skip
+    file = tmp_path / "sums.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return [
+        "--model", str(FIXTURES / "gemma3"), "--data", str(file), "--lr", "1e-3", "--epochs", "2",
+        "--micro-batch", "2", "--val-examples", "2", "--max-new-tokens", "4", "--device", "cpu",
+        "--precision", "fp32",
+    ]  # fmt: skip
+
+
+def metrics(folder):
+    """The rows of a run without what depends on the clock and the machine."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory")} for row in rows]
+
+
+def weights(folder):
+    return load_file(next(folder.glob("*/*model.safetensors")))
+
+
+@pytest.mark.parametrize("method", [[], ["--lora"]], ids=["full", "lora"])
+def test_a_killed_and_continued_run_equals_an_uninterrupted_one(problems, method, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    argv = [*problems, *method, "--save-every", "2", "--val-every", "2"]
+    assert train_sft.main([*argv, "--out", str(whole)]) == 0
+
+    real = cosine_with_min_lr
+    for die_at in (1, 3, 4):  # before the first checkpoint, after one, after another
+
+        def dies(step, *rest, die_at=die_at):
+            if step == die_at:
+                raise RuntimeError("killed")
+            return real(step, *rest)
+
+        monkeypatch.setattr(train_sft, "cosine_with_min_lr", dies)
+        with pytest.raises(RuntimeError, match="killed"):
+            train_sft.main([*argv, "--out", str(cut)])
+    monkeypatch.setattr(train_sft, "cosine_with_min_lr", real)
+    assert train_sft.main([*argv, "--out", str(cut)]) == 0
+
+    assert metrics(cut) == metrics(whole) and len(metrics(whole)) == 6
+    a, b = weights(whole), weights(cut)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert not (cut / "checkpoint").exists()
+
+
+def test_a_finished_run_is_reported_and_other_arguments_are_refused(problems, tmp_path, capsys):
+    argv = [*problems, "--lora", "--out", str(tmp_path / "run")]
+    assert train_sft.main(argv) == 0
+    before = metrics(tmp_path / "run")
+    assert train_sft.main(argv) == 0 and "is finished" in capsys.readouterr().out
+    assert metrics(tmp_path / "run") == before
+    with pytest.raises(UserError, match="seed was 0, now 1"):
+        train_sft.main([*argv, "--seed", "1"])
+    assert train_sft.main([*argv, "--seed", "1", "--overwrite"]) == 0
+    assert metrics(tmp_path / "run") != before
+
+
+def test_changed_data_is_not_continued(problems, tmp_path):
+    argv = [*problems, "--lora", "--out", str(tmp_path / "run")]
+    train_sft.main(argv)
+    file = tmp_path / "sums.jsonl"
+    file.write_text(file.read_text().replace("apples", "pears"))
+    with pytest.raises(UserError, match="data_sha256"):
+        train_sft.main(argv)
+
+
+def test_a_run_learns_and_writes_what_evaluate_reads(problems, tmp_path):
+    train_sft.main([*problems, "--epochs", "8", "--lr", "1e-2", "--out", str(tmp_path / "run")])
+    rows = metrics(tmp_path / "run")
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert {"val_loss", "val_exact_match", "val_truncated"} <= rows[-1].keys()
+    assert (tmp_path / "run/samples.jsonl").read_text().count("\n") == 2
+    args = json.loads((tmp_path / "run/run_args.json").read_text())
+    assert args["info"]["prompt"] == {"style": "plain", "shots": 0, "instruction": False}
+    load_model(tmp_path / "run")
+
+
+def test_merge_writes_a_model_beside_the_adapter(problems, tmp_path):
+    train_sft.main([*problems, "--lora", "--merge", "--out", str(tmp_path / "run")])
+    merged, _ = load_model(tmp_path / "run")
+    kept, _ = load_model(tmp_path / "run/adapter")
+    ids = torch.tensor([[2, 40, 50, 60]])
+    assert not lora.adapters(merged) and lora.adapters(kept)
+    assert (merged(ids) - kept(ids)).abs().max() < 1e-5
+
+
+def test_keep_best_keeps_the_weights_of_the_best_validation(problems, tmp_path, monkeypatch):
+    scores = iter([0.25, 0.75, 0.5])  # of the three validations, at steps 2, 4 and 6
+    rows = lambda *a, **k: [{"correct": next(scores), "truncated": False}]  # noqa: E731
+    monkeypatch.setattr(train_sft.generate, "exact_match", rows)
+    seen = {}
+    real = lora.save_adapter
+
+    def save(model, folder, base):
+        real(model, folder, base)
+        seen[len(seen)] = {n: p.clone() for n, p in model.named_parameters() if "lora_B" in n}
+
+    monkeypatch.setattr(lora, "save_adapter", save)
+    out = tmp_path / "run"
+    train_sft.main([*problems, "--lora", "--val-every", "2", "--keep", "best", "--out", str(out)])
+    assert len(seen) == 2  # 0.25, then 0.75; not 0.5
+    saved = load_file(out / "adapter/adapter_model.safetensors")
+    for name, p in seen[1].items():
+        assert torch.equal(saved[lora.PREFIX + name], p)
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_the_problems(problems, tmp_path):
+    with pytest.raises(UserError, match=r"at step \d.*problems \[\d+, .*lower --lr"):
+        train_sft.main([*problems, "--lr", "1e30", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_examples_over_the_limit_are_left_out_aloud_and_never_cut(problems, tmp_path, capsys):
+    tokenizer = data.Tokenizer(FIXTURES / "gemma3")
+    rows = data.read_jsonl(tmp_path / "sums.jsonl")
+    lengths = [len(data.encode(tokenizer, data.Prompt(), p.question, p.answer)[0]) for p in rows]
+    kept = train_sft.encode_all(tokenizer, rows, data.Prompt(), sorted(lengths)[5])
+    assert max(len(e.ids) for e in kept) == sorted(lengths)[5] and len(kept) < 12
+    assert all(e.ids[-1] == tokenizer.eos_id for e in kept)
+    assert f"left out {12 - len(kept)} of 12" in capsys.readouterr().out
+    with pytest.raises(UserError, match="every example is longer than --max-seq-length 5"):
+        train_sft.main([*problems, "--max-seq-length", "5", "--out", str(tmp_path / "run")])
+
+
+def test_dry_run_needs_no_weights_and_writes_nothing(problems, tmp_path, capsys):
+    model = tmp_path / "no-weights"
+    shutil.copytree(FIXTURES / "gemma3", model, ignore=shutil.ignore_patterns("*.safetensors"))
+    argv = [*problems, "--model", str(model), "--lora", "--dry-run", "--out", str(tmp_path / "run")]
+    assert train_sft.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "50,328 parameters" not in out and "43,008 trained" in out  # 93,336 with adapters
+    assert "6 of 2 x 2 examples" in out and "GiB" in out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--epochs", "0"], "--epochs"),
+        (["--micro-batch", "-1"], "--micro-batch"),
+        (["--lr", "-1"], "--lr"),
+        (["--lr", "nan"], "--lr"),
+        (["--min-lr", "1"], "--min-lr"),
+        (["--warmup", "2"], "--warmup"),
+        (["--clip", "0"], "--clip"),
+        (["--merge"], "--merge goes with --lora"),
+        (["--keep", "best"], "--val-every"),
+        (["--val-examples", "99"], "--val-examples 99"),
+        (["--device", "tpu"], "--device tpu"),
+        (["--model", "no/such/folder"], "no such folder"),
+        (["--data", "grade-school"], "main, socratic or a .jsonl"),
+    ],
+)
+def test_bad_flags_are_named(problems, flags, says, tmp_path):
+    with pytest.raises(UserError, match=says):
+        train_sft.main([*problems, "--out", str(tmp_path / "run"), *flags])
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_is_not_trained_on_top_of_an_adapter(problems, tmp_path):
+    train_sft.main([*problems, "--lora", "--out", str(tmp_path / "a")])
+    with pytest.raises(UserError, match="--merge"):
+        train_sft.main([*problems, "--lora", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "b")])
+
+
+def test_recipes_set_what_is_not_given():
+    args = train_sft.parse_args(["--device", "cpu"])
+    assert (args.lr, args.min_lr, args.warmup) == (1e-5, pytest.approx(1e-6), 0.0)
+    assert (args.micro_batch, args.accumulation, args.epochs) == (8, 2, 1)
+    assert (args.optim, args.checkpointing, args.out) == ("adamw8bit", True, "runs/sft-full-main")
+    tuned = train_sft.parse_args(["--device", "cpu", "--lora", "--recipe", "tuned", "--warmup", "0"])
+    assert (tuned.lr, tuned.warmup, tuned.out) == (2e-4, 0.0, "runs/sft-lora-main")
+    assert (tuned.lora_r, tuned.lora_alpha) == (16, 32.0)
