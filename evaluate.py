@@ -15,10 +15,11 @@ import argparse
 import collections
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
-from statistics import NormalDist, fmean, stdev
+from statistics import NormalDist, fmean
 
 import torch
 
@@ -55,19 +56,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("n", "samples", "batch_size", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
-    if not 0 <= args.temperature < 100:
+    if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
         raise UserError(f"--temperature is {args.temperature}: give 0 (greedy) or, say, 0.7")
     if args.samples > 1 and args.temperature == 0:
         raise UserError("--samples above 1 needs --temperature above 0: greedy answers are all alike")
-    if args.seed < 0:
-        raise UserError(f"--seed is {args.seed}: give 0 or more")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed is {args.seed}: give 0 or more, below 2**63")
+    if args.ask is not None and not args.ask.strip():
+        raise UserError("--ask needs a question")
+    args.model = os.path.expanduser(args.model)
     return args
 
 
 # ------------------------------------------------------------------------------------ statistics
 
 
-def wilson(correct: int, n: int) -> tuple[float, float]:
+def wilson(correct: float, n: int) -> tuple[float, float]:
     """95% Wilson score interval of a proportion. Unlike p +- 1.96 s.e. it stays inside [0, 1] and
     holds near 0, where untuned models are."""
     p, z2n = correct / n, Z95**2 / n
@@ -89,20 +93,15 @@ def majority(rows: list[dict]) -> bool:
 
 
 def summarise(rows: list[dict], samples: int) -> dict:
-    """Figures of an evaluation from its rows (samples a problem, together). With several samples
-    the interval is over problems, whose completions are not independent of each other."""
+    """Figures of an evaluation from its rows (samples a problem, together). The interval is over
+    problems: several completions of one are not independent, so with samples it is a little wide."""
     groups = [rows[i : i + samples] for i in range(0, len(rows), samples)]
-    means = [fmean(r["correct"] for r in g) for g in groups]
-    correct = sum(r["correct"] for r in rows)
-    if samples == 1:
-        low, high = wilson(correct, len(groups))
-    else:
-        half = Z95 * stdev(means) / math.sqrt(len(means)) if len(means) > 1 else 1.0
-        low, high = max(0.0, fmean(means) - half), min(1.0, fmean(means) + half)
+    accuracy = fmean(r["correct"] for r in rows)
+    low, high = wilson(accuracy * len(groups), len(groups))
     figures = {
         "n": len(groups),
-        "correct": correct,
-        "accuracy": fmean(means),
+        "correct": sum(r["correct"] for r in rows),
+        "accuracy": accuracy,
         "ci_low": low,
         "ci_high": high,
         "flexible_accuracy": fmean(r["flexible"] for r in rows),
@@ -119,35 +118,44 @@ def summarise(rows: list[dict], samples: int) -> dict:
 # ------------------------------------------------------------------------------------ evaluation
 
 
-def trained_prompt(model: str) -> data.Prompt | None:
-    """The prompt a run was trained with; None for a model that is no run of ours."""
-    try:
-        record = json.loads((Path(model) / "run_args.json").read_text(encoding="utf-8"))
-        return data.Prompt(**record["info"]["prompt"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def run_of(model: str) -> tuple[Path, dict] | None:
+    """(folder, run_args.json) of the run that --model names, itself or its model/ or adapter/."""
+    for folder in (Path(model), Path(model).parent):
+        try:
+            record = json.loads((folder / "run_args.json").read_text(encoding="utf-8"))
+            data.Prompt(**record["info"]["prompt"]), record["args"]["val_examples"]
+            return folder, record
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
 def resolve(args: argparse.Namespace) -> tuple[data.Prompt, Path, str]:
     """(prompt, folder, file name without ending) of this evaluation."""
-    own = trained_prompt(args.model)
-    usual = own or data.Prompt("plain", 1, True)
+    run = run_of(args.model)
+    usual = data.Prompt(**run[1]["info"]["prompt"]) if run else data.Prompt("plain", 1, True)
     given = {k: getattr(args, k) for k in ("style", "shots", "instruction")}
     prompt = usual._replace(**{k: v for k, v in given.items() if v is not None})
     tag = str(prompt).replace(", ", "-")
-    name = f"eval-{args.split if args.data in ('main', 'socratic') else Path(args.data).stem}-{args.n}"
-    if args.data == "socratic":
-        name += "-socratic"
-    if own and prompt != own:
-        name += f"-{tag}"
+    own_data = Path(args.data).stem if args.data not in ("main", "socratic") else ""
+    parts = ["eval", own_data or args.split, *["validation"] * bool(own_data and args.split != "test")]
+    parts += [str(args.n), *["socratic"] * (args.data == "socratic")]
+    if prompt != usual or (args.out and not run):
+        parts.append(tag)
     if args.temperature:
-        name += f"-{args.samples}x-t{args.temperature:g}-seed{args.seed}"
-    folder = args.model if own else f"runs/eval-{args.model.rstrip('/').split('/')[-1]}-{tag}"
-    return prompt, Path(args.out or folder), name
+        parts.append(f"{args.samples}x-t{args.temperature:g}-seed{args.seed}")
+    if args.max_new_tokens:
+        parts.append(f"max{args.max_new_tokens}")
+    untuned = f"runs/eval-{args.model.strip('/').replace('/', '--')}-{tag}"
+    return prompt, Path(args.out or (run[0] if run else untuned)), "-".join(parts)
 
 
 def choose_problems(args: argparse.Namespace) -> list[data.Problem]:
     if args.split == "validation":
+        run = run_of(args.model)
+        if run and run[1]["args"]["val_examples"] != args.n:
+            raise UserError(f"{args.model} held out {run[1]['args']['val_examples']} problems, not "
+                            f"{args.n}: another slice would hold problems it was trained on")  # fmt: skip
         return data.split_validation(data.load_problems(args.data, "train", args.data_dir), args.n)[1]
     return data.subset(data.load_problems(args.data, "test", args.data_dir), args.n)
 
@@ -157,6 +165,10 @@ def evaluate(args: argparse.Namespace) -> int:
     args.n = len(problems)
     prompt, folder, name = resolve(args)
     limit = args.max_new_tokens or (512 if args.data == "socratic" else 320)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # now, not when the work is done
+    except OSError as e:
+        raise UserError(f"cannot write to {folder}: {e.strerror}") from e
     model, tokenizer = load_for_inference(args)
     print(f"{args.model}: {len(problems)} problems, {prompt}, "
           f"{'greedy' if not args.temperature else f'{args.samples} samples at {args.temperature:g}'}, "
@@ -188,7 +200,6 @@ def evaluate(args: argparse.Namespace) -> int:
         "precision": args.precision,
         "environment": runs.environment(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     hub.atomic_write(folder / f"{name}.jsonl", lines.encode())
     runs.write_json(folder / f"{name}.json", figures)
@@ -227,7 +238,7 @@ def ask(args: argparse.Namespace) -> int:
     text = data.cut(tokenizer.decode(done[0].ids))
     print(runs.printable(text))
     answer = data.extract_answer(text)
-    print(f"-> {answer:g}" if answer is not None else "-> no '#### number' in it")
+    print(f"-> {answer:.15g}" if answer is not None else "-> no '#### number' in it")
     return 0
 
 
@@ -243,9 +254,11 @@ def read_rows(where: str) -> tuple[str, list[dict]]:
             raise UserError(f"{where} has no evaluation yet: python evaluate.py --model {where}")
         path = found[-1]
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        kinds = {"index": int, "correct": bool, "gold": (int, float), "question": str, "completion": str}
         for row in rows:
-            row["index"], row["correct"], row["completion"], row["gold"]
+            if wrong := [k for k, kind in kinds.items() if not isinstance(row[k], kind)]:
+                raise ValueError(f"a row's {wrong[0]} is {row[wrong[0]]!r}")
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"cannot read an evaluation from {path}: {e}") from e
     return str(path), rows
@@ -261,9 +274,9 @@ def compare(args: argparse.Namespace) -> int:
     common = sorted(a.keys() & b.keys())
     if not common:
         raise UserError(f"{path_a} and {path_b} have no problem in common")
-    differ = [i for i in common if a[i]["gold"] != b[i]["gold"]]
+    differ = [i for i in common if a[i]["question"] != b[i]["question"]]
     if differ:
-        raise UserError(f"the two are about different problems: answers differ at {differ[:5]}")
+        raise UserError(f"the two are about different problems: questions {differ[:5]} differ")
     cells = collections.Counter((a[i]["correct"], b[i]["correct"]) for i in common)
     only_a, only_b = cells[True, False], cells[False, True]
     fixed = [i for i in common if b[i]["correct"] and not a[i]["correct"]]
@@ -272,7 +285,7 @@ def compare(args: argparse.Namespace) -> int:
                            ("regressed: A right where B is wrong", broken)):  # fmt: skip
         print(f"\n=== {title}: {len(indices)} ===")
         for i in indices:
-            print(f"\n--- problem {i}, answer {a[i]['gold']:g}\n{runs.printable(a[i]['question'])}")
+            print(f"\n--- problem {i}, answer {a[i]['gold']:.15g}\n{runs.printable(a[i]['question'])}")
             print(f"[A] {runs.printable(a[i]['completion'].strip())}")
             print(f"[B] {runs.printable(b[i]['completion'].strip())}")
     print(f"\nA  {path_a}\nB  {path_b}\n{len(common)} problems in common")
@@ -291,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.compare:
         return compare(args)
     args.device, args.precision = runs.pick_compute(args.device, args.precision)
-    return ask(args) if args.ask else evaluate(args)
+    return ask(args) if args.ask is not None else evaluate(args)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def load_problems(data: str, split: str, data_dir: str | None = None) -> list[Pr
 def read_jsonl(path: Path) -> list[Problem]:
     """One object a line with the texts "question" and "answer", the answer ending in "#### n"."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.expanduser().read_text(encoding="utf-8-sig")  # Windows editors add a mark
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
     except UnicodeDecodeError as e:
@@ -68,12 +68,15 @@ def read_jsonl(path: Path) -> list[Problem]:
         try:
             row = json.loads(line)
             question, answer = row["question"].strip(), row["answer"].strip()
+            (question + answer).encode()  # half a surrogate pair is JSON, but not text
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise UserError(
                 f'{path} line {number}: not a JSON object with "question" and "answer" texts'
             ) from e
+        if not question:
+            raise UserError(f"{path} line {number}: the question is empty")
         if extract_answer(answer) is None:
-            raise UserError(f'{path} line {number}: the answer does not end in "#### number"')
+            raise UserError(f'{path} line {number}: the answer has no "#### number"')
         problems.append(Problem(question, answer, len(problems)))
     if not problems:
         raise UserError(f"{path} has no problems in it")
@@ -262,10 +265,12 @@ def micro_batches(rows: list[Example], size: int) -> list[list[Example]]:
 
 # ------------------------------------------------------------------------------------- answers
 
-# Commas count only where thousands have them: "1,234" is one number, "3, 5" and "1,5" are two.
-_DIGITS = r"((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
-_AFTER_MARKER = re.compile(r"\s*([-$ ]*)" + _DIGITS)  # "#### 72", "####$72", "#### -$72"
-_ANYWHERE = re.compile(r"(-?\$?)" + _DIGITS)
+# Commas count only where thousands have them: "1,234" is one number, "3, 5" and "1,5" are two. No
+# two parts of a pattern can match the same character, so a long run of spaces costs no more than
+# its length. A minus after a digit is a subtraction: the last number of "10-3" is 3.
+_DIGITS = r"([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+_AFTER_MARKER = re.compile(r"([-$\s]*)" + _DIGITS)  # "#### 72", "####$72", "#### -$72"
+_ANYWHERE = re.compile(r"((?:(?<![0-9])-)?\$?)" + _DIGITS)
 TOLERANCE = 1e-6
 STOP_TEXT = "Question:"  # a completion that starts a new question has run past its answer
 

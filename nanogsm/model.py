@@ -181,6 +181,9 @@ class Linear(nn.Linear):
     def __init__(self, size_in: int, size_out: int):
         super().__init__(size_in, size_out, bias=False)
 
+    def reset_parameters(self) -> None:
+        """Nothing: weights come from a checkpoint, and PyTorch's random start takes time."""
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
@@ -313,9 +316,12 @@ class Gemma(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        V, D = config.vocab_size, config.hidden_size
         self.model = nn.ModuleDict(
             dict(
-                embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
+                # Given a weight, nn.Embedding draws none: even on the meta device that would
+                # import PyTorch's compiler, 3 seconds of every start.
+                embed_tokens=nn.Embedding(V, D, _weight=torch.empty(V, D)),
                 layers=nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
                 norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
             )

@@ -3,7 +3,7 @@ library and transformers' chat template, and every way a user's own file can be 
 
 The last two tests read real files and run where they are named:
 
-    NANOGSM_DATA_DIR=folder-of-gsm8k NANOGSM_GEMMA=folder-with-tokenizer.json pytest tests/test_data.py
+    NANOGSM_DATA_DIR=gsm8k NANOGSM_GEMMA=folder-of-tokenizer.json pytest tests/test_data.py
 """
 
 import json
@@ -60,12 +60,12 @@ PAIRS = [
 ]
 # From DESIGN.md, by hand
 INSTRUCTION = (
-    "You are a helpful math assistant. Please provide a step-by-step derivation and end your answer "
-    "with the final numerical result in the format '#### <number>'."
+    "You are a helpful math assistant. Please provide a step-by-step derivation and end your "
+    "answer with the final numerical result in the format '#### <number>'."
 )
 NATALIA = (
-    "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "
-    "How many clips did Natalia sell altogether in April and May?"
+    "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in "
+    "May. How many clips did Natalia sell altogether in April and May?"
 )
 NATALIA_SOLVED = (
     "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n"
@@ -660,7 +660,7 @@ def test_gsm8k_has_integer_answers_disjoint_splits_and_passes_its_own_check():
     assert not {p.question for p in train} & {p.question for p in test}
 
 
-@pytest.mark.skipif(not (DATA_DIR and REAL_GEMMA), reason="NANOGSM_DATA_DIR or NANOGSM_GEMMA not set")
+@pytest.mark.skipif(not (DATA_DIR and REAL_GEMMA), reason="needs NANOGSM_GEMMA, too")
 def test_gsm8k_by_a_real_tokenizer(tmp_path):
     shutil.copy(Path(REAL_GEMMA) / "tokenizer.json", tmp_path)
     tokenizer, longest = Tokenizer(tmp_path), 0

@@ -61,7 +61,8 @@ def flags(mine, out=None, model=GEMMA, **more) -> list[str]:
 def read(folder: Path, name: str) -> tuple[dict, list[dict]]:
     """(figures, rows) as written."""
     figures = json.loads((folder / f"{name}.json").read_text())
-    return figures, [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    lines = (folder / f"{name}.jsonl").read_text().splitlines()
+    return figures, [json.loads(line) for line in lines]
 
 
 # Statistics
@@ -323,8 +324,11 @@ def test_help_names_every_flag(capsys):
         main(["--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    for flag in ("model n split data data-dir shots instruction style samples temperature "
-                 "max-new-tokens batch-size seed out ask compare device precision").split():  # fmt: skip
+    flags_there_are = (
+        "model n split data data-dir shots instruction style samples temperature max-new-tokens "
+        "batch-size seed out ask compare device precision"
+    )
+    for flag in flags_there_are.split():
         assert f"--{flag} " in shown or f"--{flag}," in shown or f"--{flag}]" in shown, flag
 
 
@@ -387,17 +391,19 @@ def test_figures_are_of_the_models_answers(mine, tmp_path, monkeypatch):
     assert (figures["correct"], figures["accuracy"]) == (1, 0.25)
     assert (figures["flexible_accuracy"], figures["truncated"]) == (0.5, 0.25)
     total = sum(r["tokens"] for r in rows)
-    assert figures["tokens_per_s"] * figures["seconds"] == pytest.approx(total, rel=FLOAT64_ROUNDING)
+    timed = figures["tokens_per_s"] * figures["seconds"]
+    assert timed == pytest.approx(total, rel=FLOAT64_ROUNDING)
 
 
 def test_prompt_settings_reach_the_model(mine, tmp_path, monkeypatch):
     calls = answers(monkeypatch, ["#### 1"] * 4)
+    bare = ["--shots", "0", "--no-instruction"]
     main(flags(mine, tmp_path / "out"))
-    main(flags(mine, tmp_path / "out", shots=0) + ["--no-instruction"])
-    main(flags(mine, tmp_path / "out", shots=0, style="chat", seed=5, temperature=0.5) + ["--no-instruction"])  # fmt: skip
-    full, bare, chat = (call["prompts"][1] for call in calls)
+    main(flags(mine, tmp_path / "out") + bare)
+    main(flags(mine, tmp_path / "out", style="chat", seed=5, temperature=0.5) + bare)
+    full, zero_shot, chat = (call["prompts"][1] for call in calls)
     assert full.startswith(data.INSTRUCTION) and "#### 72\n\nQuestion: Half of 24?\nAnswer:" in full
-    assert bare == "Question: Half of 24?\nAnswer:"
+    assert zero_shot == "Question: Half of 24?\nAnswer:"
     assert chat == "user\nHalf of 24?\nmodel\n"  # decoded without the special tokens
     assert [(c["limit"], c["temperature"], c["seed"]) for c in calls] == [
         (6, 0.0, 0),
