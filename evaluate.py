@@ -23,7 +23,7 @@ from statistics import NormalDist, fmean
 
 import torch
 
-from nanogsm import UserError, data, generate, hub, runs
+from nanogsm import UserError, console, data, generate, hub, runs
 from nanogsm.model import load_model
 
 Z95 = NormalDist().inv_cdf(0.975)
@@ -36,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--split", choices=("test", "validation"), default="test",
                    help="validation: the slice of train that --val-examples N holds out")  # fmt: skip
     p.add_argument("--data", default="main", help="main, socratic or a .jsonl file of your own")
-    runs.add_data_dir_flag(p)
+    console.add_data_dir_flag(p)
     # the prompt: unset values are the run's own, or one-shot + instruction for an untuned model
     p.add_argument("--shots", type=int, choices=(0, 1), help="worked examples before the question")
     p.add_argument("--instruction", action=argparse.BooleanOptionalAction, default=None)
@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--out", help="folder for the result (default: the run's; untuned: runs/eval-...)")
     p.add_argument("--ask", metavar="QUESTION", help="answer one question and stop")
     p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two runs or eval .jsonl files")
-    runs.add_compute_flags(p)
+    console.add_compute_flags(p)
     args = p.parse_args(argv)
     for name in ("n", "samples", "batch_size", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -120,12 +120,13 @@ def summarise(rows: list[dict], samples: int) -> dict:
 
 def run_of(model: str) -> tuple[Path, dict] | None:
     """(folder, run_args.json) of the run that --model names, itself or its model/ or adapter/."""
-    for folder in (Path(model), Path(model).parent):
+    path = Path(os.path.abspath(model))
+    for folder in (path, *[path.parent] * (path.name in ("model", "adapter"))):
         try:
             record = json.loads((folder / "run_args.json").read_text(encoding="utf-8"))
             data.Prompt(**record["info"]["prompt"]), record["args"]["val_examples"]
             return folder, record
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return None
 
@@ -138,6 +139,8 @@ def resolve(args: argparse.Namespace) -> tuple[data.Prompt, Path, str]:
     prompt = usual._replace(**{k: v for k, v in given.items() if v is not None})
     tag = str(prompt).replace(", ", "-")
     own_data = Path(args.data).stem if args.data not in ("main", "socratic") else ""
+    if own_data in ("test", "validation"):
+        own_data = f"own-{own_data}"
     parts = ["eval", own_data or args.split, *["validation"] * bool(own_data and args.split != "test")]
     parts += [str(args.n), *["socratic"] * (args.data == "socratic")]
     if prompt != usual or (args.out and not run):
@@ -165,16 +168,15 @@ def evaluate(args: argparse.Namespace) -> int:
     args.n = len(problems)
     prompt, folder, name = resolve(args)
     limit = args.max_new_tokens or (512 if args.data == "socratic" else 320)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)  # now, not when the work is done
-    except OSError as e:
-        raise UserError(f"cannot write to {folder}: {e.strerror}") from e
+    there = next(f for f in (folder, *folder.absolute().parents) if f.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):  # said now, not when the work is done
+        raise UserError(f"cannot write to {folder}: {there} is no folder, or a read-only one")
     model, tokenizer = load_for_inference(args)
     print(f"{args.model}: {len(problems)} problems, {prompt}, "
           f"{'greedy' if not args.temperature else f'{args.samples} samples at {args.temperature:g}'}, "
           f"{args.device} {args.precision}")  # fmt: skip
     began = time.perf_counter()
-    with runs.Progress(len(problems) * args.samples) as line:
+    with console.Progress(len(problems) * args.samples) as line:
         rows = generate.exact_match(
             model, tokenizer, problems, prompt, limit, args.batch_size, args.temperature,
             args.samples, args.seed,
@@ -186,7 +188,7 @@ def evaluate(args: argparse.Namespace) -> int:
     figures = summarise(rows, args.samples) | {
         "seconds": seconds,
         "tokens_per_s": sum(r["tokens"] for r in rows) / seconds,
-        "peak_memory": runs.peak_memory(args.device),
+        "peak_memory": console.peak_memory(args.device),
         "model": args.model,
         "data": args.data,
         "split": args.split,
@@ -198,8 +200,9 @@ def evaluate(args: argparse.Namespace) -> int:
         "batch_size": args.batch_size,
         "seed": args.seed,
         "precision": args.precision,
-        "environment": runs.environment(),
+        "environment": console.environment(),
     }
+    folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     hub.atomic_write(folder / f"{name}.jsonl", lines.encode())
     runs.write_json(folder / f"{name}.json", figures)
@@ -236,7 +239,7 @@ def ask(args: argparse.Namespace) -> int:
                              temperature=args.temperature, seed=args.seed,
                              is_over=lambda new: data.STOP_TEXT in tokenizer.decode(new[-8:]))  # fmt: skip
     text = data.cut(tokenizer.decode(done[0].ids))
-    print(runs.printable(text))
+    print(console.printable(text))
     answer = data.extract_answer(text)
     print(f"-> {answer:.15g}" if answer is not None else "-> no '#### number' in it")
     return 0
@@ -259,7 +262,7 @@ def read_rows(where: str) -> tuple[str, list[dict]]:
         for row in rows:
             if wrong := [k for k, kind in kinds.items() if not isinstance(row[k], kind)]:
                 raise ValueError(f"a row's {wrong[0]} is {row[wrong[0]]!r}")
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"cannot read an evaluation from {path}: {e}") from e
     return str(path), rows
 
@@ -274,9 +277,9 @@ def compare(args: argparse.Namespace) -> int:
     common = sorted(a.keys() & b.keys())
     if not common:
         raise UserError(f"{path_a} and {path_b} have no problem in common")
-    differ = [i for i in common if a[i]["question"] != b[i]["question"]]
+    differ = [i for i in common if any(a[i][k] != b[i][k] for k in ("question", "gold"))]
     if differ:
-        raise UserError(f"the two are about different problems: questions {differ[:5]} differ")
+        raise UserError(f"the two are about different problems: {differ[:5]} are not the same")
     cells = collections.Counter((a[i]["correct"], b[i]["correct"]) for i in common)
     only_a, only_b = cells[True, False], cells[False, True]
     fixed = [i for i in common if b[i]["correct"] and not a[i]["correct"]]
@@ -285,9 +288,9 @@ def compare(args: argparse.Namespace) -> int:
                            ("regressed: A right where B is wrong", broken)):  # fmt: skip
         print(f"\n=== {title}: {len(indices)} ===")
         for i in indices:
-            print(f"\n--- problem {i}, answer {a[i]['gold']:.15g}\n{runs.printable(a[i]['question'])}")
-            print(f"[A] {runs.printable(a[i]['completion'].strip())}")
-            print(f"[B] {runs.printable(b[i]['completion'].strip())}")
+            print(f"\n--- problem {i}, answer {a[i]['gold']:.15g}\n{console.printable(a[i]['question'])}")
+            print(f"[A] {console.printable(a[i]['completion'].strip())}")
+            print(f"[B] {console.printable(b[i]['completion'].strip())}")
     print(f"\nA  {path_a}\nB  {path_b}\n{len(common)} problems in common")
     print(f"{'':>12}{'B right':>9}{'B wrong':>9}")
     print(f"{'A right':>12}{cells[True, True]:>9}{only_a:>9}")
@@ -303,9 +306,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.compare:
         return compare(args)
-    args.device, args.precision = runs.pick_compute(args.device, args.precision)
+    args.device, args.precision = console.pick_compute(args.device, args.precision)
     return ask(args) if args.ask is not None else evaluate(args)
 
 
 if __name__ == "__main__":
-    sys.exit(runs.entry(main))
+    sys.exit(console.entry(main))

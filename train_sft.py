@@ -10,7 +10,6 @@ command again continues a run that was stopped, and says so of one that is finis
 """
 
 import argparse
-import contextlib
 import math
 import sys
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from nanogsm import UserError, data, generate, hub, lora, runs
+from nanogsm import UserError, console, data, generate, hub, lora, runs
 from nanogsm.logprob import token_logprobs
 from nanogsm.model import Config, Gemma, load_model, read_config, save_model
 from nanogsm.optim import AdamW, cosine_with_min_lr
@@ -42,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--merge", action="store_true", help="also save base and adapters as one model/")
     # data
     p.add_argument("--data", default="main", help="main, socratic or a .jsonl file of your own")
-    runs.add_data_dir_flag(p)
+    console.add_data_dir_flag(p)
     p.add_argument("--style", choices=("plain", "chat"), default="plain", help="of the prompt")
     p.add_argument("--instruction", action="store_true", help="begin prompts with the instruction")
     p.add_argument("--max-seq-length", type=int, default=768, help="longer examples are left out")
@@ -70,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     p.add_argument("--overwrite", action="store_true", help="start anew in a folder that has a run")
     p.add_argument("--dry-run", action="store_true", help="print the plan, load no weights")
-    runs.add_compute_flags(p)
+    console.add_compute_flags(p)
     args = p.parse_args(argv)
 
     recipe, method = RECIPES[args.recipe], "lora" if args.lora else "full"
@@ -79,7 +78,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.warmup = args.warmup if args.warmup is not None else recipe["warmup"]
     args.max_new_tokens = args.max_new_tokens or (512 if args.data == "socratic" else 320)
     args.out = args.out or f"runs/sft-{method}-{Path(args.data).stem}"
-    args.device, args.precision = runs.pick_compute(args.device, args.precision)
+    args.device, args.precision = console.pick_compute(args.device, args.precision)
     check_args(args)
     return args
 
@@ -239,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
 
     settings = {k: v for k, v in vars(args).items() if k not in ("dry_run", "overwrite", "out")}
     settings["data_sha256"] = data.digest(problems + held_out)
-    info = runs.environment() | {"prompt": prompt._asdict()}
+    info = console.environment() | {"prompt": prompt._asdict()}
     may_differ = ("save_every", "data_dir")
     with runs.Run(args.out, settings, info, args.overwrite, may_differ) as run:
         if run.finished:
@@ -250,7 +249,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(args, run, prompt, examples, validation, held_out, steps) -> int:
     bf16 = args.precision == "bf16"
-    autocast = lambda: torch.autocast(args.device, torch.bfloat16, enabled=bf16)  # noqa: E731
+    kind = torch.device(args.device).type  # "cuda:1" is a place, "cuda" a kind
+    autocast = lambda: torch.autocast(kind, torch.bfloat16, enabled=bf16)  # noqa: E731
 
     # Full fine-tuning keeps float32 weights: at these learning rates most updates of a bfloat16
     # weight are smaller than its rounding. A frozen base has no such need.
@@ -303,7 +303,7 @@ def train(args, run, prompt, examples, validation, held_out, steps) -> int:
         best, validated = state["best"], state["validated"]
         print(f"continuing {run.folder} from step {first}")
 
-    with runs.graceful_stop() as stop, runs.Progress(steps) as progress:
+    with console.graceful_stop() as stop, console.Progress(steps) as progress:
         for step in range(first, steps):
             began = time.perf_counter()
             chosen = examples_of_step(examples, step, args.micro_batch * args.accumulation, args.seed)
@@ -323,7 +323,7 @@ def train(args, run, prompt, examples, validation, held_out, steps) -> int:
             row = {
                 "step": step + 1, "loss": loss, "lr": optimizer.lr, "grad_norm": norm,
                 "supervised_tokens": sum(sum(e.mask) for e in chosen), "tokens": tokens,
-                "seconds": seconds, "peak_memory": runs.peak_memory(args.device),
+                "seconds": seconds, "peak_memory": console.peak_memory(args.device),
             }  # fmt: skip
             last = step + 1 == steps
             if held_out and (last or (args.val_every and (step + 1) % args.val_every == 0)):
@@ -353,4 +353,4 @@ def train(args, run, prompt, examples, validation, held_out, steps) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(runs.entry(main))
+    sys.exit(console.entry(main))

@@ -1,6 +1,6 @@
 """What 8-bit moments cost in quality, and what each choice in nanogsm/optim.py is worth.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.adam8bit                # 6 minutes on one core
+    OMP_NUM_THREADS=1 python -m benchmarks.adam8bit                # 10 minutes on one core
     python -m benchmarks.adam8bit --model google/gemma-3-270m      # real gradients as well
     python -m benchmarks.adam8bit --only speed --device cuda
 

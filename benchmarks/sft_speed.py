@@ -3,8 +3,8 @@
     python benchmarks/sft_speed.py --model google/gemma-3-270m --base fp32
     python benchmarks/sft_speed.py --model PATH --data-dir DIR --full --rounds 5 --json OUT.json
 
-Same for both sides: weights, start of the adapters (ours, read by peft), micro-batches of the same
-padded ids in the same order, accumulation, rank 16 and alpha 32 on the seven linear layers of every
+Same for both sides: weights, start of the adapters (ours, read by peft), the examples of every
+step, micro-batch, accumulation, rank 16 and alpha 32 on the seven linear layers of every
 block, float32 adapters, gradient checkpointing (not reentrant), AdamW with 32-bit moments at one
 learning rate, clipping at 1. So the losses must agree, and both are printed. Nothing is evaluated,
 logged or saved inside the timing.
@@ -17,8 +17,9 @@ logged or saved inside the timing.
   step's batches before that callback. Ours pays for collating.
 - Ours's phases are timed as it goes (on CUDA it waits for the GPU at their ends, at its own cost):
   forward; vocabulary (log-probs and, under a frozen head, their slopes); backward; optimizer.
-- What ours does beyond this is lent to the peer: micro-batches come sorted by length, and no
-  attention mask is given (right padding needs none), so that its fastest attention applies.
+- The peer is used as it comes: a step's examples in the order drawn, padded on the right to the
+  longest of each micro-batch, with an attention mask. --lend gives it two of our ideas, so that the
+  rest can be seen alone: micro-batches sorted by length, and no mask (right padding needs none).
 - --base is the dtype of the frozen base. Where the hardware computes in bfloat16, both run a bf16
   base under bf16 autocast. On a CPU that does not, ours casts it to float32 layer by layer and the
   peer computes in bfloat16 all the same, slowly: compare with --base fp32 there. --full keeps float32
@@ -43,7 +44,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_sft  # noqa: E402
-from nanogsm import UserError, data, hub, lora, runs  # noqa: E402
+from nanogsm import UserError, console, data, hub, lora, runs  # noqa: E402
 from nanogsm.model import Linear, load_model  # noqa: E402
 from nanogsm.optim import AdamW  # noqa: E402
 
@@ -55,13 +56,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Time fine-tuning: nanogsm against transformers + peft.")
     p.add_argument("--model", default="google/gemma-3-270m", help="Hub id or folder")
     p.add_argument("--data", default="main", help="main, socratic or a .jsonl file of your own")
-    runs.add_data_dir_flag(p)
+    console.add_data_dir_flag(p)
     p.add_argument("--full", action="store_true", help="train all weights, not adapters")
     p.add_argument("--base", choices=("bf16", "fp32"), default="bf16", help="see above")
     p.add_argument("--steps", type=int, default=1, help="optimizer steps a round")
     p.add_argument("--rounds", type=int, default=3, help="counted rounds of each side")
     p.add_argument("--micro-batch", type=int, default=8)
     p.add_argument("--accumulation", type=int, default=2)
+    p.add_argument("--lend", action="store_true", help="sorted, mask-free batches for the peer too")
     p.add_argument("--device", default="auto", help="cuda or cpu; auto takes the first there is")
     p.add_argument("--json", help="write all figures there")
     p.add_argument("--worker", choices=("ours", "peer"), help=argparse.SUPPRESS)
@@ -70,7 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if min(args.steps, args.rounds, args.micro_batch, args.accumulation) < 1:
         raise UserError("--steps, --rounds, --micro-batch and --accumulation are at least 1")
     args.total = args.steps * (args.rounds + 1)
-    args.device, args.precision = runs.pick_compute(
+    args.device, args.precision = console.pick_compute(
         args.device, "auto" if args.base == "bf16" else "fp32"
     )
     args.dtype = torch.bfloat16 if args.base == "bf16" and not args.full else torch.float32
@@ -103,7 +105,7 @@ class Turns:
         os.dup2(2, 1)  # what libraries print goes to the log
 
     def say(self, **facts) -> None:
-        facts["memory"] = runs.peak_memory(self.args.device)
+        facts["memory"] = console.peak_memory(self.args.device)
         print(json.dumps(facts), file=self.out, flush=True)
 
     def ready(self, **facts) -> None:
@@ -214,7 +216,11 @@ def peer(args, turns: Turns) -> None:
 
     def collate(rows: list[data.Example]) -> dict[str, torch.Tensor]:
         ids, mask = data.collate(rows, tokenizer.pad_id)
-        return {"input_ids": ids, "labels": ids.masked_fill(~mask, -100)}
+        batch = {"input_ids": ids, "labels": ids.masked_fill(~mask, -100)}
+        if not args.lend:
+            lengths = torch.tensor([[len(e.ids)] for e in rows])
+            batch["attention_mask"] = (torch.arange(ids.shape[1]) < lengths).long()
+        return batch
 
     class Trainer(transformers.Trainer):
         loss = 0.0  # of the step: Trainer divides by the supervised tokens of all its micro-batches
@@ -248,7 +254,9 @@ def peer(args, turns: Turns) -> None:
         save_strategy="no", eval_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     steps = steps_of(args, tokenizer)
-    rows = [e for s in steps for part in data.micro_batches(s, args.micro_batch) for e in part]
+    if args.lend:
+        steps = [sum(data.micro_batches(s, args.micro_batch), []) for s in steps]
+    rows = [example for step in steps for example in step]
     trainer = Trainer(model, settings, collate, train_dataset=rows, callbacks=[TakeTurns()])
     trainer.train()
 
@@ -313,7 +321,7 @@ def summary(args, sides: dict[str, Side]) -> dict:
     """Everything reported, warm-up round left out but for its losses."""
     mine, steps = sides["ours"], args.steps * args.rounds
     mean = lambda per_step: sum(per_step[args.steps :]) / steps  # noqa: E731
-    f = {"arguments": vars(args) | {"dtype": str(args.dtype)}, "environment": runs.environment()}
+    f = {"arguments": vars(args) | {"dtype": str(args.dtype)}, "environment": console.environment()}
     f["versions"] = {d.name: d.version for d in importlib.metadata.distributions() if d.name in PACKAGES}
     f["sides"] = {}
     for name, side in sides.items():
@@ -366,4 +374,4 @@ def show(args, f: dict) -> None:
 
 
 if __name__ == "__main__":
-    runs.entry(main)
+    console.entry(main)

@@ -22,6 +22,7 @@ Every mask, every BOS and every EOS of the project is made in this file and nowh
 import hashlib
 import json
 import math
+import os
 import random
 import re
 from pathlib import Path
@@ -56,7 +57,7 @@ def load_problems(data: str, split: str, data_dir: str | None = None) -> list[Pr
 def read_jsonl(path: Path) -> list[Problem]:
     """One object a line with the texts "question" and "answer", the answer ending in "#### n"."""
     try:
-        text = path.expanduser().read_text(encoding="utf-8-sig")  # Windows editors add a mark
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")  # Windows editors add a mark
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
     except UnicodeDecodeError as e:

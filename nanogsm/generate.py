@@ -33,7 +33,6 @@ from nanogsm.data import (
 )
 from nanogsm.model import Gemma, KVCache
 
-
 # Decode steps between two looks at the new tokens: looking makes the host wait for a GPU.
 LOOK_EVERY = {"cpu": 1, "cuda": 8, "mps": 8}
 

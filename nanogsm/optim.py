@@ -5,10 +5,10 @@ AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) keeps a running mean of each 
 plus one float32 scale per block of at most 256 entries, after Dettmers et al. 2021 (arXiv
 2110.02861). Four things differ from that paper; results/adam8bit.md shows what each is worth:
 
-- sqrt(v) is stored, not v, and never as 0: where v rounds to 0 and m does not,
-  m / (sqrt(v) + eps) comes out thousands of times too large.
-- Blocks end where rows end. A row of the embedding is a word, and in a block shared by a frequent
-  and a rare word the rare word's moments drown.
+- sqrt(v) is stored, not v, and never as 0: where v rounds to 0 and m does not, the update
+  m / (sqrt(v) + eps) is hundreds to thousands of times too large.
+- Blocks end where rows end. A row of the embedding is a word; in a block shared by a frequent and
+  a rare word the rare word's moments drown.
 - Rounding is dithered. v changes by at most about 0.1% in a quiet step and its codes are 3% or
   more apart: rounded to nearest it sticks, too large in noise and frozen where gradients vanish.
   An offset that differs in every step makes the rounding right on average.
@@ -194,11 +194,8 @@ class AdamW:
         """Copies in what `state_tensors` gave; the caller sets `step_count`. The run then goes on
         bit for bit as if never stopped. Raises UserError, changing nothing, where it misfits."""
         state = self.state_tensors()
-        wrong = state.keys() ^ tensors.keys() or {
-            key
-            for key, t in state.items()
-            if (t.shape, t.dtype) != (tensors[key].shape, tensors[key].dtype)
-        }
+        layouts = [{(key, t.shape, t.dtype) for key, t in x.items()} for x in (state, tensors)]
+        wrong = {key for key, *_ in layouts[0] ^ layouts[1]}
         if wrong:
             raise UserError(
                 f"the saved optimizer state does not fit: {min(wrong)} and {len(wrong) - 1} more "

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,10 @@ def problems(n: int) -> list[Problem]:
         ("#### -$72", -72),
         ("#### $-72", -72),
         ("#### $ 72", 72),
+        ("#### - 3", -3),
+        ("#### -\t$ 3", -3),
+        ("#### $ - 3", -3),
+        ("#### $\n72", 72),
         ("#### 0", 0),
         ("#### 007", 7),
         ("#### 0.5", 0.5),
@@ -133,7 +138,10 @@ def problems(n: int) -> list[Problem]:
         ("#### 3-5", 3),
         # commas are part of a number only where thousands have them
         ("#### 1,234,567.50", 1234567.5),
+        ("#### 1,234, or so", 1234),
         ("#### 1,5", 1),
+        ("#### 1,2345", 1),
+        ("#### 12,34", 12),
         ("#### 3 5", 3),
         ("#### 3, 5", 3),
         ("#### 1234,567", 1234),
@@ -175,8 +183,18 @@ def test_extracted_answer(text, number):
         ("so it is $1,234.", 1234),
         ("it lost -3", -3),
         ("it lost -$3.50 today", -3.5),
+        # a minus is a sign, but after a digit a subtraction
+        ("is -3", -3),
+        ("-3", -3),
+        ("(-3)", -3),
+        ("x=-3", -3),
+        ("10-3", 3),
+        ("$10-$3", 3),
+        ("10 - 3", 3),
+        ("10--3", -3),
         ("between 3, 5", 5),
         ("1,5", 5),
+        ("1,2345", 2345),
         ("2 + 2 = 4\n", 4),
         ("no number", None),
         ("", None),
@@ -186,6 +204,31 @@ def test_extracted_answer(text, number):
 )
 def test_last_number(text, number):
     assert last_number(text) == number
+
+
+LONG = 20_000  # characters: time that grew with the square would be seconds, and is milliseconds
+
+
+@pytest.mark.parametrize(
+    "run, extracted, last",
+    [
+        (" " * LONG, None, None),
+        ("\n" * LONG, None, None),
+        ("-" * LONG, None, None),
+        ("$" * LONG, None, None),
+        ("- $" * LONG, None, None),
+        (" " * LONG + "72", 72, 72),
+        ("1" + ",234" * LONG + "5", None, 2345),  # the whole is too large to be a float
+        ("1," * LONG, 1, 1),
+        ("7" * LONG, None, None),
+    ],
+    ids=["spaces", "lines", "minus", "dollars", "mixed", "number", "groups", "commas", "digits"],
+)
+def test_answers_take_time_in_proportion_to_the_text(run, extracted, last):
+    began = time.process_time()  # of this process alone: others may have the machine
+    found = extract_answer("#### " + run), last_number("#### " + run)
+    assert time.process_time() - began < 0.5
+    assert found == (extracted, last)
 
 
 def test_numbers_are_compared_with_a_small_tolerance():
@@ -500,6 +543,14 @@ def test_windows_line_ends_are_allowed(tmp_path):
     assert [p.question for p in read_jsonl(path)] == ["a", "b"]
 
 
+def test_utf8_byte_order_mark_is_allowed_where_windows_editors_put_it(tmp_path):
+    path = write(tmp_path, b"\xef\xbb\xbf" + f"{row('a')}\n{row('b')}\n".encode())
+    assert [p.question for p in read_jsonl(path)] == ["a", "b"]
+    path = write(tmp_path, f"{row('a')}\n\ufeff{row('b')}\n")  # two files put together
+    with pytest.raises(UserError, match="line 2: not a JSON object"):
+        read_jsonl(path)
+
+
 @pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
 def test_unicode_line_separators_inside_a_text_end_no_line(tmp_path, character):
     question = f"one{character}two"
@@ -522,6 +573,9 @@ def test_unicode_line_separators_inside_a_text_end_no_line(tmp_path, character):
         '{"question": "a", "answer": 1}',
         '{"question": "a", "answer": null}',
         '{"question": ["a"], "answer": "#### 1"}',
+        r'{"question": "half a pair: \ud83c", "answer": "#### 1"}',
+        r'{"question": "a", "answer": "\udf4e #### 1"}',
+        r'{"question": "a\ud83c", "answer": "\udf4e #### 1"}',  # no pair across two texts
         "[" * 100_000,
     ],
 )
@@ -531,10 +585,22 @@ def test_a_line_that_is_no_problem_is_named_by_number(tmp_path, bad):
         read_jsonl(path)
 
 
+def test_a_whole_surrogate_pair_is_a_character(tmp_path):
+    path = write(tmp_path, r'{"question": "\ud83c\udf4e?", "answer": "#### 1"}')
+    assert read_jsonl(path)[0].question == "\U0001f34e?"
+
+
+@pytest.mark.parametrize("question", ["", " \n\t"])
+def test_an_empty_question_is_named_by_line(tmp_path, question):
+    path = write(tmp_path, f"{row()}\n\n{row(question)}\n")
+    with pytest.raises(UserError, match="line 3: the question is empty"):
+        read_jsonl(path)
+
+
 @pytest.mark.parametrize("answer", ["", "72", "#### ", "#### many", "### 72"])
 def test_an_answer_without_a_number_after_the_marker_is_named_by_line(tmp_path, answer):
     path = write(tmp_path, f"{row()}\n{row(answer=answer)}\n")
-    with pytest.raises(UserError, match='line 2: the answer does not end in "#### number"'):
+    with pytest.raises(UserError, match='line 2: the answer has no "#### number"$'):
         read_jsonl(path)
 
 
@@ -572,6 +638,15 @@ def test_data_names_a_gsm8k_file_or_ones_own(tmp_path, monkeypatch):
     assert len(asked) == 4
     with pytest.raises(UserError, match="--data mian: give main, socratic or"):
         load_problems("mian", "train")
+
+
+def test_tilde_in_a_files_name_is_the_home_folder(tmp_path, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    write(tmp_path, row())
+    assert load_problems("~/mine.jsonl", "train") == [Problem("How many?", "#### 3", 0)]
+    with pytest.raises(UserError, match="cannot read .*none.jsonl: No such file"):
+        load_problems("~/none.jsonl", "train")
 
 
 # Fixed samples

@@ -5,13 +5,24 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 import evaluate
-from evaluate import main, majority, mcnemar, parse_args, resolve, summarise, wilson
+from evaluate import (
+    main,
+    majority,
+    mcnemar,
+    parse_args,
+    read_rows,
+    resolve,
+    run_of,
+    summarise,
+    wilson,
+)
 from nanogsm import UserError, data, generate
 from nanogsm.data import Problem, Prompt
 from nanogsm.generate import Completion
@@ -20,6 +31,8 @@ GEMMA = Path(__file__).parent / "fixtures" / "gemma3"
 FOUR_DIGITS = 5e-5  # of what is quoted from tables
 FLOAT64_ROUNDING = 1e-12
 QUESTIONS = [("How many clips?", 72), ("Half of 24?", 12), ("3 boxes of 12?", 36), ("Minus 5?", -5)]
+# What `flags` below asks for, with --out: an untuned model's prompt and --max-new-tokens are named.
+NAME = "eval-mine-4-plain-one-shot-instruction-max6"
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +51,12 @@ def mine(tmp_path) -> str:
     return str(path)
 
 
-def run_folder(folder: Path, prompt: dict, model: bool = False) -> str:
-    """What a training run leaves: its prompt, and its model if that is to be loaded."""
+def run_folder(folder: Path, prompt: dict, model: bool = False, val_examples: int = 8) -> str:
+    """What a training run leaves: its prompt, what it held out, and its model if that is to be
+    loaded."""
     folder.mkdir(parents=True)
-    (folder / "run_args.json").write_text(json.dumps({"args": {}, "info": {"prompt": prompt}}))
+    record = {"args": {"val_examples": val_examples}, "info": {"prompt": prompt}}
+    (folder / "run_args.json").write_text(json.dumps(record))
     if model:
         shutil.copytree(GEMMA, folder / "model")
     return str(folder)
@@ -172,19 +187,40 @@ def test_summary_of_samples_has_pass_and_majority():
     assert figures["accuracy"] == pytest.approx(4 / 12)
     assert figures["pass@3"] == 0.75
     assert figures["maj@3"] == 0.5
-    # Shares right are 2/3, 1/3, 0, 1/3: variance (1/9 + 0 + 1/9 + 0) / 3 = 2/27, so the mean's
-    # standard error is sqrt(2/27) / 2 = 0.13608 and the interval 1/3 -+ 1.95996 * 0.13608.
-    assert figures["ci_low"] == pytest.approx(0.0666, abs=FOUR_DIGITS)
-    assert figures["ci_high"] == pytest.approx(0.6001, abs=FOUR_DIGITS)
+    # Wilson of 4/3 problems in 4: p = 1/3, z^2 / n = 0.96036, and with it
+    # (1/3 + 0.48018 -+ 1.95996 * sqrt(2/9 / 4 + 0.96036 / 16)) / 1.96036, which is
+    # (0.81352 -+ 0.66633) / 1.96036.
+    assert figures["ci_low"] == pytest.approx(0.0751, abs=FOUR_DIGITS)
+    assert figures["ci_high"] == pytest.approx(0.7549, abs=FOUR_DIGITS)
 
 
 def test_greedy_summary_has_no_pass_or_majority():
     assert not [key for key in summarise([figure_row(7.0)], 1) if "@" in key]
 
 
-def test_interval_of_one_sampled_problem_says_nothing():
-    figures = summarise([figure_row(7.0), figure_row(8.0)], 2)
-    assert (figures["ci_low"], figures["ci_high"]) == (0.0, 1.0)
+@pytest.mark.parametrize(
+    "answers, low, high",
+    [
+        # 0 of n: [0, z^2 / (n + z^2)] = 3.8415 / 8.8415; n of n is its mirror
+        ([8.0] * 10, 0.0, 0.4345),
+        ([7.0] * 10, 0.5655, 1.0),
+        # one problem, half right: 1/2 -+ z / (2 sqrt(1 + z^2)) = 1/2 -+ 1.9600 / (2 * 2.2003)
+        ([7.0, 8.0], 0.0546, 0.9454),
+    ],
+)
+def test_interval_of_sampled_problems_has_a_width_even_where_they_agree(answers, low, high):
+    figures = summarise([figure_row(a) for a in answers], 2)
+    found = figures["ci_low"], figures["ci_high"]
+    assert found == pytest.approx((low, high), abs=FOUR_DIGITS)
+
+
+def test_more_completions_of_the_same_problems_do_not_narrow_the_interval():
+    answers = [7.0, 8.0, 8.0, 7.0, 8.0]
+    once = summarise([figure_row(a) for a in answers], 1)
+    often = summarise([figure_row(a) for a in answers for _ in range(6)], 6)
+    for key in ("accuracy", "ci_low", "ci_high"):
+        assert often[key] == pytest.approx(once[key], rel=FLOAT64_ROUNDING)
+    assert (once["correct"], often["correct"], often["n"]) == (2, 12, 5)
 
 
 def test_majority_tie_goes_to_the_earliest():
@@ -201,19 +237,40 @@ def test_majority_tie_goes_to_the_earliest():
 # Prompt and file names
 
 
+@pytest.mark.parametrize("below", ["", "model", "adapter"])
+def test_a_run_is_found_from_its_folder_and_from_what_is_in_it(tmp_path, below):
+    run = Path(run_folder(tmp_path / "run", {"style": "chat", "shots": 0, "instruction": True}))
+    (run / below).mkdir(exist_ok=True)
+    folder, record = run_of(str(run / below))
+    assert folder == run and record["args"]["val_examples"] == 8
+    prompt, folder, name = resolved("--model", str(run / below), "--n", "8")
+    assert (prompt, folder, name) == (Prompt("chat", 0, True), str(run), "eval-test-8")
+    assert run_of(f"{run / below}/")[0] == run
+
+
+def test_what_has_no_record_of_a_run_is_none(tmp_path):
+    run = run_folder(tmp_path / "run", Prompt()._asdict())
+    assert run_of("google/gemma-2b-it") is None
+    assert run_of(str(tmp_path)) is None
+    assert run_of(str(Path(run, "model", "deeper"))) is None
+
+
 def resolved(*argv) -> tuple[Prompt, str, str]:
     prompt, folder, name = resolve(parse_args(list(argv)))
     return prompt, folder.as_posix(), name
 
 
 def test_untuned_model_is_asked_with_one_shot_and_instruction():
-    folder = "runs/eval-gemma-2b-it-plain-one-shot-instruction"
+    folder = "runs/eval-google--gemma-2b-it-plain-one-shot-instruction"
     assert resolved("--n", "8") == (Prompt("plain", 1, True), folder, "eval-test-8")
 
 
 def test_untuned_models_other_prompts_have_other_folders():
-    prompt, folder, _ = resolved("--shots", "0", "--no-instruction", "--style", "chat")
-    assert (prompt, folder) == (Prompt("chat", 0, False), "runs/eval-gemma-2b-it-chat-zero-shot")
+    assert resolved("--n", "8", "--shots", "0", "--no-instruction", "--style", "chat") == (
+        Prompt("chat", 0, False),
+        "runs/eval-google--gemma-2b-it-chat-zero-shot",
+        "eval-test-8-chat-zero-shot",
+    )
     found = {
         resolved("--style", style, "--shots", shots, instruction)[1]
         for style in ("plain", "chat")
@@ -221,6 +278,28 @@ def test_untuned_models_other_prompts_have_other_folders():
         for instruction in ("--instruction", "--no-instruction")
     }
     assert len(found) == 8
+
+
+@pytest.mark.parametrize(
+    "model, named",
+    [
+        ("google/gemma-2b-it", "google--gemma-2b-it"),
+        ("unsloth/gemma-2b-it", "unsloth--gemma-2b-it"),  # another owner's is another model
+        ("models/gemma/", "models--gemma"),
+        ("/models/gemma", "models--gemma"),
+        ("gemma", "gemma"),
+    ],
+)
+def test_untuned_models_folder_has_the_whole_name_in_it(model, named):
+    tag = "plain-one-shot-instruction"
+    assert resolved("--model", model)[1] == f"runs/eval-{named}-{tag}"
+
+
+def test_tilde_in_the_models_name_is_the_home_folder(tmp_path, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    run = run_folder(tmp_path / "run", Prompt()._asdict())
+    assert resolved("--model", "~/run", "--n", "8") == (Prompt(), run, "eval-test-8")
 
 
 def test_run_is_asked_as_it_was_trained_and_results_go_to_its_folder(tmp_path):
@@ -238,12 +317,20 @@ def test_run_is_asked_as_it_was_trained_and_results_go_to_its_folder(tmp_path):
         (["--n", "9"], "eval-test-9"),
         (["--split", "validation"], "eval-validation-8"),
         (["--data", "socratic"], "eval-test-8-socratic"),
+        (["--data", "socratic", "--split", "validation"], "eval-validation-8-socratic"),
         (["--data", "there/mine.jsonl"], "eval-mine-8"),
+        (["--data", "there/mine.jsonl", "--split", "validation"], "eval-mine-validation-8"),
         (["--shots", "1"], "eval-test-8-plain-one-shot"),
         (["--instruction"], "eval-test-8-plain-zero-shot-instruction"),
         (["--style", "chat"], "eval-test-8-chat-zero-shot"),
         (["--temperature", "0.7"], "eval-test-8-1x-t0.7-seed0"),
         (["--temperature", "1", "--samples", "4", "--seed", "3"], "eval-test-8-4x-t1-seed3"),
+        (["--max-new-tokens", "64"], "eval-test-8-max64"),
+        (
+            ["--data", "socratic", "--style", "chat", "--temperature", "0.7"]
+            + ["--max-new-tokens", "64"],
+            "eval-test-8-socratic-chat-zero-shot-1x-t0.7-seed0-max64",
+        ),
         (["--seed", "3"], "eval-test-8"),  # greedy: the seed is of no effect
         (["--batch-size", "2"], "eval-test-8"),
     ],
@@ -253,18 +340,31 @@ def test_what_is_not_the_runs_own_evaluation_is_named_in_the_file(tmp_path, argv
     assert resolved("--model", run, "--n", "8", *argv)[1:] == (run, name)
 
 
-def test_out_chooses_the_folder(tmp_path):
-    run = run_folder(tmp_path / "run", Prompt()._asdict())
-    assert resolved("--model", run, "--out", "there")[1] == "there"
-    assert resolved("--out", "there")[1] == "there"
+def test_out_chooses_the_folder_and_an_untuned_models_prompt_is_named_there(tmp_path):
+    run, there = run_folder(tmp_path / "run", Prompt()._asdict()), ["--n", "8", "--out", "there"]
+    assert resolved("--model", run, *there)[1:] == ("there", "eval-test-8")
+    assert resolved("--model", run, "--shots", "1", *there)[2] == "eval-test-8-plain-one-shot"
+    # in there, nothing else would tell one prompt's result from another's
+    assert resolved(*there)[1:] == ("there", "eval-test-8-plain-one-shot-instruction")
+    assert resolved("--shots", "0", *there)[2] == "eval-test-8-plain-zero-shot-instruction"
 
 
 @pytest.mark.parametrize(
-    "record", ["", "{", "[]", '{"info": {}}', '{"info": {"prompt": 3}}',
-               '{"info": {"prompt": {"style": "chat", "colour": 1}}}'],
-)  # fmt: skip
-def test_a_folder_without_a_readable_prompt_is_an_untuned_model(tmp_path, record):
+    "record",
+    [
+        "",
+        "{",
+        "[]",
+        '{"args": {"val_examples": 8}, "info": {}}',
+        '{"args": {"val_examples": 8}, "info": {"prompt": 3}}',
+        '{"args": {"val_examples": 8}, "info": {"prompt": {"style": "chat", "colour": 1}}}',
+        '{"args": {}, "info": {"prompt": {"style": "chat"}}}',
+        '{"info": {"prompt": {"style": "chat"}}}',
+    ],
+)
+def test_a_folder_without_a_runs_record_is_an_untuned_model(tmp_path, record):
     (tmp_path / "run_args.json").write_text(record)
+    assert run_of(str(tmp_path)) is None
     assert resolved("--model", str(tmp_path))[0] == Prompt("plain", 1, True)
 
 
@@ -283,6 +383,22 @@ def test_test_split_is_sampled_and_validation_is_what_training_held_out(monkeypa
     assert asked == [("main", "test", None), ("main", "train", None)]
 
 
+@pytest.mark.parametrize("below", ["", "model"])
+def test_validation_of_a_run_is_exactly_what_it_held_out(tmp_path, monkeypatch, below):
+    everything = [Problem(f"q{i}", "#### 1", i) for i in range(40)]
+    monkeypatch.setattr(data, "load_problems", lambda *_: everything)
+    run = run_folder(tmp_path / "run", Prompt()._asdict(), val_examples=8)
+
+    def chosen(*argv):
+        return evaluate.choose_problems(parse_args(["--model", str(Path(run, below)), *argv]))
+
+    assert chosen("--split", "validation", "--n", "8") == data.split_validation(everything, 8)[1]
+    for n in ("7", "9"):
+        with pytest.raises(UserError, match=f"held out 8 problems, not {n}: "):
+            chosen("--split", "validation", "--n", n)
+    assert len(chosen("--n", "7")) == 7  # the test split has no such bound
+
+
 # Flags
 
 
@@ -296,12 +412,18 @@ def test_test_split_is_sampled_and_validation_is_what_training_held_out(monkeypa
         (["--temperature", "-1"], "--temperature is -1"),
         (["--temperature", "nan"], "--temperature is nan"),
         (["--temperature", "inf"], "--temperature is inf"),
+        (["--temperature", "1e-42"], "--temperature is 1e-42"),  # logits / 1e-42 overflow
+        (["--temperature", "0.009"], "--temperature is 0.009"),
+        (["--temperature", "101"], "--temperature is 101"),
         (["--samples", "2"], "--samples above 1 needs --temperature"),
         (["--seed", "-1"], "--seed is -1"),
+        (["--seed", str(2**63)], f"--seed is {2**63}: give 0 or more, below 2**63"),
+        (["--seed", "1" + "0" * 30], "--seed is 1000"),
+        (["--ask", ""], "--ask needs a question"),
+        (["--ask", " \t"], "--ask needs a question"),
         (["--data", "mian"], "--data mian"),
         (["--data", "none.jsonl"], "cannot read none.jsonl"),
         (["--device", "abacus"], "--device abacus"),
-        (["--model", "./none"], "no such folder: './none'"),
         (["--split", "validation"], "there are 4 training problems"),
     ],
 )
@@ -310,6 +432,21 @@ def test_bad_flags_are_user_errors_and_nothing_is_written(mine, tmp_path, argv, 
         main(flags(mine, tmp_path / "out") + argv)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_there_leaves_no_result(mine, tmp_path):
+    with pytest.raises(UserError, match="no such folder: './none'"):
+        main(flags(mine, tmp_path / "out", model="./none"))
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_folder_that_cannot_be_is_refused_before_the_model_is_loaded(mine, tmp_path, monkeypatch):
+    loaded, before = [], Path(mine).read_bytes()
+    monkeypatch.setattr(evaluate, "load_model", lambda *given, **_: loaded.append(given))
+    for out in (mine, str(Path(mine) / "below")):
+        with pytest.raises(UserError, match=f"^cannot write to {re.escape(out)}: "):
+            main(flags(mine, out))
+    assert not loaded and Path(mine).read_bytes() == before
 
 
 @pytest.mark.parametrize("argv", [["--shots", "2"], ["--style", "verse"], ["--compare", "one"]])
@@ -338,8 +475,8 @@ def test_help_names_every_flag(capsys):
 def test_evaluation_of_the_fixture_writes_figures_and_a_row_a_problem(mine, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(flags(mine, out)) == 0
-    assert sorted(p.name for p in out.iterdir()) == ["eval-mine-4.json", "eval-mine-4.jsonl"]
-    figures, rows = read(out, "eval-mine-4")
+    assert sorted(p.name for p in out.iterdir()) == [f"{NAME}.json", f"{NAME}.jsonl"]
+    figures, rows = read(out, NAME)
     contract = {"n", "correct", "accuracy", "ci_low", "ci_high", "flexible_accuracy", "truncated",
                 "tokens_per_s", "seed", "indices", "prompt", "model"}  # fmt: skip
     assert contract <= figures.keys()
@@ -354,7 +491,7 @@ def test_evaluation_of_the_fixture_writes_figures_and_a_row_a_problem(mine, tmp_
         assert 1 <= r["tokens"] <= 6 and (r["truncated"] is False or r["tokens"] == 6)
     shown = capsys.readouterr().out
     assert "4 problems, plain, one-shot, instruction, greedy" in shown
-    assert "exact match" in shown and "eval-mine-4.json" in shown
+    assert "exact match" in shown and f"{NAME}.json" in shown
 
 
 def answers(monkeypatch, texts: list[str], truncated: list[bool] | None = None) -> list[dict]:
@@ -381,7 +518,7 @@ def test_figures_are_of_the_models_answers(mine, tmp_path, monkeypatch):
     texts = [" 70 + 2\n#### 72", " so 12", " #### 35\nQuestion: #### 36", " 1 2 3"]
     answers(monkeypatch, texts, [False, False, False, True])
     main(flags(mine, tmp_path / "out"))
-    figures, rows = read(tmp_path / "out", "eval-mine-4")
+    figures, rows = read(tmp_path / "out", NAME)
     assert [r["correct"] for r in rows] == [True, False, False, False]
     assert [r["flexible"] for r in rows] == [True, True, False, False]
     assert [r["answer"] for r in rows] == [72, None, 35, None]
@@ -419,29 +556,35 @@ def test_run_folder_is_evaluated_with_its_own_prompt_into_itself(mine, tmp_path,
     main(flags(mine, model=run, shots=1))
     assert [call["prompts"][0].count("user\n") for call in calls] == [1, 2]
     assert sorted(p.name for p in run.glob("eval-*.json")) == [
-        "eval-mine-4-chat-one-shot.json",
-        "eval-mine-4.json",
+        "eval-mine-4-chat-one-shot-max6.json",
+        "eval-mine-4-max6.json",
     ]
-    assert read(run, "eval-mine-4")[0]["prompt"] == Prompt("chat", 0, False)._asdict()
+    assert read(run, "eval-mine-4-max6")[0]["prompt"] == Prompt("chat", 0, False)._asdict()
 
 
 def test_fewer_problems_than_asked_for_are_counted_as_they_are(mine, tmp_path, monkeypatch):
     answers(monkeypatch, ["#### 72"] * 4)
     main(flags(mine, tmp_path / "out", n=100))
-    assert read(tmp_path / "out", "eval-mine-4")[0]["n"] == 4
+    assert read(tmp_path / "out", NAME)[0]["n"] == 4  # in the name, too
 
 
 def test_sampling_twice_gives_the_same_file_and_another_seed_another(mine, tmp_path):
-    kept = {}
+    kept, name = {}, NAME.replace("-max6", "-2x-t1-seed{}-max6")
     for folder, seed in (("one", 0), ("two", 0), ("three", 1)):
         main(flags(mine, tmp_path / folder, samples=2, temperature=1, seed=seed))
-        kept[folder] = (tmp_path / folder / f"eval-mine-4-2x-t1-seed{seed}.jsonl").read_bytes()
+        kept[folder] = (tmp_path / folder / f"{name.format(seed)}.jsonl").read_bytes()
     assert kept["one"] == kept["two"] != kept["three"]
-    figures, rows = read(tmp_path / "one", "eval-mine-4-2x-t1-seed0")
+    figures, rows = read(tmp_path / "one", name.format(0))
     assert [r["index"] for r in rows] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert any(a["completion"] != b["completion"] for a, b in zip(rows[::2], rows[1::2]))
     assert (figures["n"], figures["samples"], figures["temperature"]) == (4, 2, 1)
     assert {"pass@2", "maj@2"} <= figures.keys()
+
+
+@pytest.mark.parametrize("temperature, seed", [("0.01", 2**63 - 1), ("100", 0)])
+def test_outermost_temperatures_and_seeds_work(mine, tmp_path, temperature, seed):
+    argv = flags(mine, tmp_path / "out", n=1, max_new_tokens=2, temperature=temperature, seed=seed)
+    assert main(argv) == 0
 
 
 def test_ask_prints_an_answer_and_writes_nothing(tmp_path, capsys):
@@ -454,6 +597,7 @@ def test_ask_prints_an_answer_and_writes_nothing(tmp_path, capsys):
     "text, shown",
     [
         (" 70 + 2\n#### 72\nQuestion: next?", "70 + 2\n#### 72\n-> 72\n"),
+        ("#### 1,234,567", "#### 1,234,567\n-> 1234567\n"),
         (" I am not sure", "I am not sure\n-> no '#### number' in it\n"),
         (" \x1b[2Jgone\n#### 1.5", "\\x1b[2Jgone\n#### 1.5\n-> 1.5\n"),
     ],
@@ -528,17 +672,35 @@ def test_compare_takes_the_newest_evaluation_of_a_folder(tmp_path, capsys):
 def test_compare_lets_no_terminal_escape_through(tmp_path, capsys):
     bad = "\x1b[2J\x1b]0;title\x07\rgone\x9b5m"
     a = write_rows(tmp_path / "a.jsonl", [result(1, True, bad) | {"question": bad}])
-    b = write_rows(tmp_path / "b.jsonl", [result(1, False, bad)])
+    b = write_rows(tmp_path / "b.jsonl", [result(1, False, bad) | {"question": bad}])
     main(["--compare", a, b])
     shown = capsys.readouterr().out
     assert not {"\x1b", "\x07", "\r", "\x9b"} & set(shown)
     assert shown.count(r"\x1b[2J\x1b]0;title\x07\rgone\x9b5m") == 3
 
 
+def test_compare_prints_large_answers_in_full(tmp_path, capsys):
+    right = [result(1, True, gold=1234567.0), result(2, True, gold=0.5)]
+    a = write_rows(tmp_path / "a.jsonl", right)
+    wrong = [result(1, False, gold=1234567.0), result(2, False, gold=0.5)]
+    b = write_rows(tmp_path / "b.jsonl", wrong)
+    main(["--compare", a, b])
+    shown = capsys.readouterr().out
+    assert "--- problem 1, answer 1234567\n" in shown and "--- problem 2, answer 0.5\n" in shown
+
+
+def test_a_line_separator_inside_a_completion_ends_no_row(tmp_path):
+    row = result(1, True, "one\u2028two\x85three")
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_rows(str(path)) == (str(path), [row])
+
+
 def test_compare_refuses_what_cannot_be_paired(tmp_path):
     good = write_rows(tmp_path / "good.jsonl", [result(1, True), result(2, True)])
-    other = write_rows(tmp_path / "other.jsonl", [result(1, True), result(2, True, gold=99.0)])
-    with pytest.raises(UserError, match=r"different problems: answers differ at \[2\]"):
+    asked = result(2, True) | {"question": "What else?"}
+    other = write_rows(tmp_path / "other.jsonl", [result(1, True), asked])
+    with pytest.raises(UserError, match=r"different problems: \[2\] are not"):
         main(["--compare", good, other])
     apart = write_rows(tmp_path / "apart.jsonl", [result(7, True)])
     with pytest.raises(UserError, match="no problem in common"):
@@ -560,3 +722,39 @@ def test_compare_refuses_what_is_no_evaluation(tmp_path):
         (tmp_path / "bad.jsonl").write_text(content)
         with pytest.raises(UserError, match="cannot read an evaluation from .*bad.jsonl"):
             main(["--compare", good, str(tmp_path / "bad.jsonl")])
+
+
+@pytest.mark.parametrize("key", ["index", "correct", "gold", "question", "completion"])
+def test_compare_names_a_field_that_is_missing(tmp_path, key):
+    good = write_rows(tmp_path / "good.jsonl", [result(1, True)])
+    row = result(2, True)
+    del row[key]
+    bad = write_rows(tmp_path / "bad.jsonl", [result(1, True), row])
+    for pair in ([good, bad], [bad, good]):
+        with pytest.raises(UserError, match=f"cannot read an evaluation from .*bad.jsonl: '{key}'"):
+            main(["--compare", *pair])
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("index", "1"),
+        ("index", 1.0),
+        ("index", None),
+        ("correct", 1),
+        ("correct", "true"),
+        ("correct", None),
+        ("gold", "72"),
+        ("gold", None),
+        ("question", 3),
+        ("question", None),
+        ("completion", ["72"]),
+        ("completion", None),
+    ],
+)
+def test_compare_names_a_field_of_the_wrong_type(tmp_path, key, value):
+    good = write_rows(tmp_path / "good.jsonl", [result(1, True)])
+    bad = write_rows(tmp_path / "bad.jsonl", [result(1, True) | {key: value}])
+    wrong = re.escape(f"bad.jsonl: a row's {key} is {value!r}")
+    with pytest.raises(UserError, match=f"cannot read an evaluation from .*{wrong}"):
+        main(["--compare", good, bad])

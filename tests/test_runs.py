@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanogsm import UserError, runs
-from nanogsm.runs import Interrupt, Progress, Run, graceful_stop, printable, write_json
+from nanogsm import UserError, console, runs
+from nanogsm.console import Interrupt, Progress, graceful_stop, printable
+from nanogsm.runs import Run, write_json
 
 ARGS = {"lr": 1e-5, "steps": 8, "save_every": 1}
 
@@ -520,7 +521,7 @@ def fail(error):
 def ended(main, capsys) -> tuple[int, str]:
     """Exit status and stderr of `entry(main)`."""
     with pytest.raises(SystemExit) as caught:
-        runs.entry(main)
+        console.entry(main)
     return caught.value.code, capsys.readouterr().err
 
 
@@ -559,7 +560,7 @@ def test_full_disk_is_one_line(capsys):
 def test_bugs_keep_their_traceback():
     for error in (FileNotFoundError("gone"), RuntimeError("shapes differ"), KeyError("x")):
         with pytest.raises(type(error)):
-            runs.entry(lambda: fail(error))
+            console.entry(lambda: fail(error))
 
 
 def test_reader_who_left_and_unprintable_output_are_no_errors(tmp_path, monkeypatch, capsys):
@@ -626,12 +627,12 @@ def test_nan_in_metrics_is_null(tmp_path):
 
 
 def test_environment_and_peak_memory():
-    env = runs.environment()
+    env = console.environment()
     assert env["torch"].startswith(torch.__version__.split("+")[0]) and env["cores"] >= 1
     json.dumps(env)
-    before = runs.peak_memory("cpu")
+    before = console.peak_memory("cpu")
     block = torch.ones(before // 4 + 2**24)  # as many bytes again as the process ever held
-    assert 2 * before < runs.peak_memory("cpu") < 4 * before + 2**30
+    assert 2 * before < console.peak_memory("cpu") < 4 * before + 2**30
     del block
 
 
@@ -643,12 +644,12 @@ def test_commit_is_that_of_our_checkout_or_absent(tmp_path, monkeypatch):
 
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "x")
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "nanogsm/runs.py"))
-    env = runs.environment()
+    monkeypatch.setattr(console, "__file__", str(tmp_path / "nanogsm/console.py"))
+    env = console.environment()
     assert len(env["commit"]) == 40 and env["dirty"] is False
     (tmp_path / "new").write_text("")
-    assert runs.environment()["dirty"] is True
+    assert console.environment()["dirty"] is True
     # Installed somewhere inside another project's checkout.
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "venv/nanogsm/runs.py"))
+    monkeypatch.setattr(console, "__file__", str(tmp_path / "venv/nanogsm/console.py"))
     (tmp_path / "venv").mkdir()
-    assert "commit" not in runs.environment()
+    assert "commit" not in console.environment()
