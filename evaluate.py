@@ -23,7 +23,7 @@ from statistics import NormalDist, fmean
 
 import torch
 
-from nanogsm import UserError, console, data, generate, hub, runs
+from nanogsm import UserError, console, data, files, generate
 from nanogsm.model import load_model
 
 Z95 = NormalDist().inv_cdf(0.975)
@@ -204,8 +204,8 @@ def evaluate(args: argparse.Namespace) -> int:
     }
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    hub.atomic_write(folder / f"{name}.jsonl", lines.encode())
-    runs.write_json(folder / f"{name}.json", figures)
+    files.replace_file(folder / f"{name}.jsonl", lines.encode())
+    files.write_json(folder / f"{name}.json", figures)
     print_figures(figures)
     print(f"written to {folder / name}.json and .jsonl")
     return 0

@@ -44,7 +44,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_sft  # noqa: E402
-from nanogsm import UserError, console, data, hub, lora, runs  # noqa: E402
+from nanogsm import UserError, console, data, files, hub, lora  # noqa: E402
 from nanogsm.model import Linear, load_model  # noqa: E402
 from nanogsm.optim import AdamW  # noqa: E402
 
@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     figures = summary(args, sides)
     show(args, figures)
     if args.json:
-        runs.write_json(args.json, figures)
+        files.write_json(args.json, figures)
 
 
 def summary(args, sides: dict[str, Side]) -> dict:

@@ -19,19 +19,16 @@ the older or the newer one, never half of one. No pickle: a checkpoint cannot ru
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
-from nanogsm import UserError
+from nanogsm import UserError, files
 from nanogsm.console import disk_full
 
 try:
@@ -46,110 +43,12 @@ CHECKPOINT_FILES = ("tensors.safetensors", "state.json")
 # finished nor resume onto deleted logs, and must still be known as a run folder by run_args.json.
 OWNED = ("summary.json", "checkpoint", "model", "adapter", "value_head.safetensors",
          "eval-*.json", "eval-*.jsonl", *LOGS, "run_args.json")  # fmt: skip
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-
-
-# ---- files that survive a kill
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force a folder's names to disk: a rename is durable only after this (not on Windows)."""
-    if os.name != "nt":
-        fd = os.open(folder, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
-
-
-def _remove(path: Path) -> None:
-    """Delete a file or folder; a folder is renamed to .tmp first, so no half of it is believed."""
-    if path.is_dir() and not path.is_symlink():
-        if path.suffix != ".tmp":
-            doomed = path.with_name(path.name + ".tmp")
-            shutil.rmtree(doomed, ignore_errors=True)
-            path = path.rename(doomed)
-        shutil.rmtree(path, ignore_errors=True)  # what stays (NFS, Windows) goes at the next start
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _strict(value):
-    """`value` with every NaN and infinity, which JSON does not have, replaced by None."""
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _json(obj, indent: int | None = None) -> bytes:
-    # A lone surrogate, which a model can emit, cannot be UTF-8: it stays a JSON escape.
-    text = json.dumps(_strict(obj), indent=indent, allow_nan=False, ensure_ascii=False)
-    return text.encode(errors="backslashreplace") + b"\n"
-
-
-def write_json(path: Path | str, obj) -> None:
-    """Write `obj` as JSON, atomically: a reader sees the old file or the new one.
-
-    NaN and infinity become null: a figure that is undefined once (the explained variance of equal
-    returns) must not end a long run, and a bare NaN would make the file invalid for other readers.
-    """
-    path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        _write_hashed(beside, [_json(obj, indent=1)])
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    _sync_folder(path.parent)
 
 
 def _append(file: BinaryIO, row: dict) -> None:
-    line = _json(row)
+    line = files.to_json(row)
     while line:  # a nearly full disk takes a part; the next write then says why
         line = line[file.write(line) :]
-
-
-def _write_hashed(path: Path, chunks: Iterable) -> dict:
-    """Write chunks of bytes and force them to disk; size and SHA-256 of what was handed over."""
-    digest, size = hashlib.sha256(), 0
-    with open(path, "wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"size": size, "sha256": digest.hexdigest()}
-
-
-def _safetensors_chunks(tensors: dict[str, Tensor]) -> Iterator:
-    """The bytes of a safetensors file, one tensor at a time.
-
-    safetensors.torch.save_file wants everything on the CPU, contiguous and unshared at once, and
-    reports a full disk as its own error. Here a GPU or strided tensor costs one temporary copy of
-    itself, a plain CPU tensor none; tied tensors are written each and load as separate ones.
-    """
-    # Widest type first: every tensor then starts at a multiple of its own item size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header, offset = {}, 0
-    for name in names:
-        t = tensors[name]
-        end = offset + t.numel() * t.element_size()
-        header[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape),
-                        "data_offsets": [offset, end]}  # fmt: skip
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for name in names:
-        yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-# ---- the run
 
 
 class Run:
@@ -169,18 +68,19 @@ class Run:
         self._lock = _claim(self.folder)
         try:
             for pattern in OWNED if overwrite else ():  # whatever else somebody put there stays
-                for path in [*self.folder.glob(pattern), *self.folder.glob(pattern + ".tmp")]:
-                    _remove(path)
+                for ending in ("", ".tmp", ".new"):
+                    for path in self.folder.glob(pattern + ending):
+                        files.remove(path)
             path = self.folder / "summary.json"
             self.summary = _read_json(path) if path.exists() else None
             self.finished = self.summary is not None
-            self._adopt(_strict(args), _strict(info), may_differ)
+            self._adopt(files.strict(args), files.strict(info), may_differ)
             checkpoint = self.folder / "checkpoint"
             half_made = [self.folder / "checkpoint.tmp", self.folder / "summary.json.tmp"]
             for stale in [*half_made, *checkpoint.glob("step-*.tmp")]:
-                _remove(stale)
+                files.remove(stale)
             if self.finished:
-                _remove(checkpoint)
+                files.remove(checkpoint)
             else:
                 # Without a checkpoint the run starts over, so whatever it logged before goes.
                 # Unbuffered: a row is with the system as soon as it is written.
@@ -216,7 +116,7 @@ class Run:
         """Record a new run's arguments, or refuse to continue one that had others."""
         path = self.folder / "run_args.json"
         if not path.exists():
-            write_json(path, {"args": args, "info": info})
+            files.write_json(path, {"args": args, "info": info})
             return
         record = _read_json(path)
         old = record["args"]
@@ -236,7 +136,7 @@ class Run:
         if info != seen[-1]:  # e.g. another machine: bit-for-bit equality is no longer promised
             record.setdefault("continued", []).append(info)
         if not self.finished:  # a finished run is looked at, not changed
-            write_json(path, {**record, "args": args})
+            files.write_json(path, {**record, "args": args})
 
     def _steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""
@@ -260,8 +160,8 @@ class Run:
             beside.mkdir(parents=True)
             self._write_checkpoint(beside, step, tensors, state)
             beside.rename(final)
-            _sync_folder(parent)
-            _sync_folder(self.folder)  # the first time, checkpoint/ itself is new
+            files.sync_folder(parent)
+            files.sync_folder(self.folder)  # the first time, checkpoint/ itself is new
         except BaseException as error:
             shutil.rmtree(beside, ignore_errors=True)
             if isinstance(error, OSError) and disk_full(error):
@@ -272,7 +172,7 @@ class Run:
             raise
         for older in self._steps():
             if older != step:
-                _remove(parent / f"step-{older}")
+                files.remove(parent / f"step-{older}")
 
     def _write_checkpoint(self, folder: Path, step: int, tensors: dict, state: dict) -> None:
         lengths = {}
@@ -281,11 +181,11 @@ class Run:
             lengths[name] = os.fstat(file.fileno()).st_size
         # Not _strict: `best = inf` must come back as it was. Python alone reads this file.
         text = json.dumps({"step": step, "logs": lengths, "state": state}).encode()
-        contents = zip(CHECKPOINT_FILES, (_safetensors_chunks(tensors), [text]))
-        write_json(
-            folder / "checksums.json",
-            {name: _write_hashed(folder / name, chunks) for name, chunks in contents},
-        )
+        sums = {
+            "tensors.safetensors": files.write_tensors(folder / "tensors.safetensors", tensors),
+            "state.json": files.write(folder / "state.json", [text]),
+        }
+        files.write_json(folder / "checksums.json", sums)
 
     def load_checkpoint(self) -> tuple[int, dict[str, Tensor], dict] | None:
         """(step, tensors, state) of the newest checkpoint, or None if the run is to start.
@@ -316,9 +216,9 @@ class Run:
         """Mark the run as finished, then drop the checkpoint. Call it when the result is saved."""
         for file in self._logs.values():
             os.fsync(file.fileno())
-        write_json(self.folder / "summary.json", summary)
-        self.summary, self.finished = _strict(summary), True
-        _remove(self.folder / "checkpoint")
+        files.write_json(self.folder / "summary.json", summary)
+        self.summary, self.finished = files.strict(summary), True
+        files.remove(self.folder / "checkpoint")
 
 
 def _read_json(path: Path) -> dict:

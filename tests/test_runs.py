@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanogsm import UserError, console, runs
+from nanogsm import UserError, console, files
 from nanogsm.console import Interrupt, Progress, graceful_stop, printable
-from nanogsm.runs import Run, write_json
+from nanogsm.files import write_json
+from nanogsm.runs import Run
 
 ARGS = {"lr": 1e-5, "steps": 8, "save_every": 1}
 
@@ -286,14 +287,16 @@ def test_tensors_of_every_kind_return_bit_for_bit(tmp_path):
     data = (tmp_path / "r/checkpoint/step-4/tensors.safetensors").read_bytes()
     size = int.from_bytes(data[:8], "little")
     assert size % 8 == 0
-    for name, entry in json.loads(data[8 : 8 + size]).items():
+    header = json.loads(data[8 : 8 + size])
+    assert header.pop("__metadata__") == {"format": "pt"}  # transformers refuses a file without it
+    for name, entry in header.items():
         assert entry["data_offsets"][0] % tensors[name].element_size() == 0, name
 
 
 @pytest.mark.parametrize("failing_write", range(3))
 def test_full_disk_keeps_the_older_checkpoint(tmp_path, monkeypatch, failing_write):
     train(tmp_path / "r", 2)
-    real, calls = runs._write_hashed, itertools.count()
+    real, calls = files.write, itertools.count()
 
     def full(path, chunks):
         real(path, chunks)
@@ -301,7 +304,7 @@ def test_full_disk_keeps_the_older_checkpoint(tmp_path, monkeypatch, failing_wri
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with open_run(tmp_path / "r") as run:
-        monkeypatch.setattr(runs, "_write_hashed", full)
+        monkeypatch.setattr(files, "write", full)
         with pytest.raises(UserError, match="disk full while writing the checkpoint of step 3"):
             run.save_checkpoint(3, {"w": torch.zeros(9)}, {})
         assert os.listdir(tmp_path / "r/checkpoint") == ["step-2"]

@@ -1,0 +1,137 @@
+"""Files and folders that are whole or absent: written beside, forced to disk, renamed.
+
+A kill at any instant, or a full disk, leaves the older one or the newer one, never half of one.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's names to disk: a rename is durable only after this (not on Windows)."""
+    if os.name != "nt":
+        fd = os.open(folder, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder; a folder is renamed to .tmp first, so no half of it is believed."""
+    if path.is_dir() and not path.is_symlink():
+        if path.suffix != ".tmp":
+            doomed = path.with_name(path.name + ".tmp")
+            shutil.rmtree(doomed, ignore_errors=True)
+            path = path.rename(doomed)
+        shutil.rmtree(path, ignore_errors=True)  # what stays (NFS, Windows) goes at the next start
+    else:
+        path.unlink(missing_ok=True)
+
+
+def strict(value):
+    """`value` with every NaN and infinity, which JSON does not have, replaced by None."""
+    if isinstance(value, dict):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def to_json(obj, indent: int | None = None) -> bytes:
+    # A lone surrogate, which a model can emit, cannot be UTF-8: it stays a JSON escape.
+    text = json.dumps(strict(obj), indent=indent, allow_nan=False, ensure_ascii=False)
+    return text.encode(errors="backslashreplace") + b"\n"
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file atomically: a reader sees the old one or the new one, never half of one."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        write(beside, [data])
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: Path | str) -> Iterator[Path]:
+    """`with replaced_folder(f) as beside`: fill beside; afterwards it stands at f, whole, instead
+    of what was there. If filling fails, what was there stays."""
+    folder = Path(folder)
+    beside = folder.with_name(folder.name + ".new")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        sync_folder(beside)
+        remove(folder)
+        beside.rename(folder)
+        sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def write_json(path: Path | str, obj) -> None:
+    """Write `obj` as JSON, atomically: a reader sees the old file or the new one.
+
+    NaN and infinity become null: a figure that is undefined once (the explained variance of equal
+    returns) must not end a long run, and a bare NaN would make the file invalid for other readers.
+    """
+    replace_file(Path(path), to_json(obj, indent=1))
+
+
+def write(path: Path, chunks: Iterable) -> dict:
+    """Write chunks of bytes and force them to disk; their size and SHA-256."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict:
+    """Write a safetensors file, as transformers and peft expect one; its size and SHA-256."""
+    return write(path, _safetensors(tensors))
+
+
+def _safetensors(tensors: dict[str, Tensor]) -> Iterator:
+    """The bytes of a safetensors file, one tensor at a time.
+
+    safetensors.torch.save_file wants everything on the CPU, contiguous and unshared at once, and
+    reports a full disk as its own error. Here a GPU or strided tensor costs one temporary copy of
+    itself, a plain CPU tensor none; tied tensors are written each and load as separate ones.
+    """
+    # Widest type first: every tensor then starts at a multiple of its own item size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        t = tensors[name]
+        end = offset + t.numel() * t.element_size()
+        header[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape),
+                        "data_offsets": [offset, end]}  # fmt: skip
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
