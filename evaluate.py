@@ -16,7 +16,6 @@ import collections
 import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 from statistics import NormalDist, fmean
@@ -100,7 +99,8 @@ def summarise(rows: list[dict], samples: int) -> dict:
     low, high = wilson(accuracy * len(groups), len(groups))
     figures = {
         "n": len(groups),
-        "correct": sum(r["correct"] for r in rows),
+        "completions": len(rows),
+        "correct": sum(r["correct"] for r in rows),  # of the completions
         "accuracy": accuracy,
         "ci_low": low,
         "ci_high": high,
@@ -110,6 +110,7 @@ def summarise(rows: list[dict], samples: int) -> dict:
         "mean_tokens": fmean(r["tokens"] for r in rows),
     }
     if samples > 1:
+        figures["pass@1"] = accuracy
         figures[f"pass@{samples}"] = fmean(any(r["correct"] for r in g) for g in groups)
         figures[f"maj@{samples}"] = fmean(majority(g) for g in groups)
     return figures
@@ -153,12 +154,19 @@ def resolve(args: argparse.Namespace) -> tuple[data.Prompt, Path, str]:
     return prompt, Path(args.out or (run[0] if run else untuned)), "-".join(parts)
 
 
+def usual_limit(args: argparse.Namespace) -> int:
+    """The length the run validated with: a socratic run answers at length whatever it is asked."""
+    run = run_of(args.model)
+    return max(data.answer_limit(args.data), run[1]["args"].get("max_new_tokens", 0) if run else 0)
+
+
 def choose_problems(args: argparse.Namespace) -> list[data.Problem]:
     if args.split == "validation":
         run = run_of(args.model)
         if run and run[1]["args"]["val_examples"] != args.n:
-            raise UserError(f"{args.model} held out {run[1]['args']['val_examples']} problems, not "
-                            f"{args.n}: another slice would hold problems it was trained on")  # fmt: skip
+            held_out = run[1]["args"]["val_examples"]
+            raise UserError(f"{args.model} held out {held_out} problems, not {args.n}: give --n "
+                            f"{held_out}; another slice holds problems it was trained on")  # fmt: skip
         return data.split_validation(data.load_problems(args.data, "train", args.data_dir), args.n)[1]
     return data.subset(data.load_problems(args.data, "test", args.data_dir), args.n)
 
@@ -167,10 +175,17 @@ def evaluate(args: argparse.Namespace) -> int:
     problems = choose_problems(args)
     args.n = len(problems)
     prompt, folder, name = resolve(args)
-    limit = args.max_new_tokens or (512 if args.data == "socratic" else 320)
+    limit = args.max_new_tokens or usual_limit(args)
     there = next(f for f in (folder, *folder.absolute().parents) if f.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):  # said now, not when the work is done
         raise UserError(f"cannot write to {folder}: {there} is no folder, or a read-only one")
+    if (folder / f"{name}.json").exists():
+        other = json.loads((folder / f"{name}.json").read_text(encoding="utf-8")).get("model")
+        if other != args.model:
+            raise UserError(f"{folder / name}.json is of {other}: choose another --out")
+    run = run_of(args.model)
+    if run and run[1]["args"].get("data") == args.data and args.data not in ("main", "socratic"):
+        print("note: these are the problems the run was trained on")
     model, tokenizer = load_for_inference(args)
     print(f"{args.model}: {len(problems)} problems, {prompt}, "
           f"{'greedy' if not args.temperature else f'{args.samples} samples at {args.temperature:g}'}, "
@@ -212,7 +227,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def load_for_inference(args: argparse.Namespace):
-    """In float32 an adapter is folded into its base, which is faster and loses nothing; in
+    """In float32 an adapter is folded into its base, which is faster and as good as exact; in
     bfloat16 it stays beside it, since rounding the sum would change the model that was trained."""
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     return load_model(args.model, dtype, args.device, merge=dtype == torch.float32)
@@ -220,10 +235,10 @@ def load_for_inference(args: argparse.Namespace):
 
 def print_figures(f: dict) -> None:
     print(f"exact match   {100 * f['accuracy']:5.1f}%  [{100 * f['ci_low']:.1f}, {100 * f['ci_high']:.1f}]"
-          f"  ({f['correct']} of {f['n'] * f['samples']})")  # fmt: skip
-    for key in f:
+          f"  ({f['correct']} of {f['completions']})")  # fmt: skip
+    for key, value in f.items():
         if key.startswith(("pass@", "maj@")):
-            print(f"{key:<13} {100 * f[key]:5.1f}%")
+            print(f"{key:<13} {100 * value:5.1f}%")
     print(f"flexible      {100 * f['flexible_accuracy']:5.1f}%  (last number, wherever it stands)")
     print(f"in format     {100 * f['formatted']:5.1f}%  truncated {100 * f['truncated']:.1f}%, "
           f"mean length {f['mean_tokens']:.0f} tokens")  # fmt: skip
@@ -235,9 +250,9 @@ def ask(args: argparse.Namespace) -> int:
     prompt, _, _ = resolve(args)
     model, tokenizer = load_for_inference(args)
     ids, _ = data.encode(tokenizer, prompt, args.ask.strip())
-    done = generate.generate(model, [ids], tokenizer.stop_ids, args.max_new_tokens or 320,
+    done = generate.generate(model, [ids], tokenizer.stop_ids, args.max_new_tokens or usual_limit(args),
                              temperature=args.temperature, seed=args.seed,
-                             is_over=lambda new: data.STOP_TEXT in tokenizer.decode(new[-8:]))  # fmt: skip
+                             is_over=lambda new: data.starts_new_question(tokenizer, new))  # fmt: skip
     text = data.cut(tokenizer.decode(done[0].ids))
     print(console.printable(text))
     answer = data.extract_answer(text)
@@ -311,4 +326,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(console.entry(main))
+    console.entry(main)

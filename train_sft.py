@@ -11,7 +11,6 @@ command again continues a run that was stopped, and says so of one that is finis
 
 import argparse
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from nanogsm.model import Config, Gemma, load_model, read_config, save_model
 from nanogsm.optim import AdamW, cosine_with_min_lr
 
 # What a recipe sets when the flag is not given. "seed" is the report's, which used one learning
-# rate for both methods; "tuned" is what our own runs showed to be better (README, Recipes).
+# rate for both methods; "tuned" has the field's customary rates (README, Recipes).
 RECIPES = {
     "seed": {"lr": {"full": 1e-5, "lora": 1e-5}, "min_lr": 0.1, "warmup": 0.0},
     "tuned": {"lr": {"full": 2e-5, "lora": 2e-4}, "min_lr": 0.1, "warmup": 0.03},
@@ -45,7 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--style", choices=("plain", "chat"), default="plain", help="of the prompt")
     p.add_argument("--instruction", action="store_true", help="begin prompts with the instruction")
     p.add_argument("--max-seq-length", type=int, default=768, help="longer examples are left out")
-    p.add_argument("--max-examples", type=int, help="train on that many, drawn at random")
+    p.add_argument("--max-examples", type=int, help="train on a fixed sample of that many")
     # optimisation
     p.add_argument("--epochs", type=int, default=1)
     p.add_argument("--micro-batch", type=int, default=8, help="examples at once: memory, not results")
@@ -57,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--clip", type=float, default=1.0, help="limit of the gradient's norm")
     p.add_argument("--optim", choices=("adamw8bit", "adamw"), default="adamw8bit")
     p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True,
-                   help="recompute activations in backward: less memory, a third more time")  # fmt: skip
+                   help="recompute activations in backward: less memory, more time")  # fmt: skip
     # validation, on a slice held out of train
     p.add_argument("--val-examples", type=int, default=64, help="training problems held out")
     p.add_argument("--val-every", type=int, default=0, help="steps; 0: at the end only")
@@ -76,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.lr = args.lr if args.lr is not None else recipe["lr"][method]
     args.min_lr = args.min_lr if args.min_lr is not None else recipe["min_lr"] * args.lr
     args.warmup = args.warmup if args.warmup is not None else recipe["warmup"]
-    args.max_new_tokens = args.max_new_tokens or (512 if args.data == "socratic" else 320)
+    args.max_new_tokens = args.max_new_tokens or data.answer_limit(args.data)
     args.out = args.out or f"runs/sft-{method}-{Path(args.data).stem}"
     args.device, args.precision = console.pick_compute(args.device, args.precision)
     check_args(args)
@@ -96,6 +95,8 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a positive number")
     if not (0 <= args.min_lr <= args.lr and 0 <= args.warmup <= 1 and 0 <= args.weight_decay < 10):
         raise UserError("give 0 <= --min-lr <= --lr, 0 <= --warmup <= 1 and 0 <= --weight-decay < 10")
+    if args.seed >= 2**31:
+        raise UserError(f"--seed is {args.seed}: give one below 2**31")
     if args.merge and not args.lora:
         raise UserError("--merge goes with --lora: full fine-tuning has nothing to merge")
     if args.keep == "best" and not (args.val_every and args.val_examples):
@@ -171,21 +172,29 @@ def mean_loss(model: Gemma, examples: list, micro_batch: int, pad_id: int, autoc
 
 
 def memory_budget(c: Config, args, trained: int, total: int, longest: int) -> dict[str, float]:
-    """Bytes by use; an estimate, good to some 20%: kernels' scratch space is not in it."""
-    low = 2 if args.precision == "bf16" else 4  # bytes of an activation in a matrix product
-    stream = low if args.lora else 4  # the residual stream follows the weights' dtype
-    base = c.dtype.itemsize
+    """Bytes by use, a rough estimate: what kernels and the allocator take beside it is not in it."""
+    bf16 = args.precision == "bf16"
+    low = 2 if bf16 else 4  # bytes of an activation that goes into a matrix product
+    stream = 2 if bf16 and args.lora else 4  # of one in the residual stream, as wide as the weights
     D, F, N = c.hidden_size, c.intermediate_size, c.head_dim
     heads = c.num_attention_heads + 2 * c.num_key_value_heads
     tokens = args.micro_batch * longest
-    block = tokens * (4 * F * low + 3 * heads * N * low + 8 * D * stream)  # activations of one block
-    kept = block if not args.checkpointing else tokens * D * stream
-    head = 256 * c.vocab_size * 4 * 4 + (0 if args.lora else 2 * c.vocab_size * D * 4)
+    # What backward needs of a block: gate, up and two products of them; q, k and v with their
+    # normed and turned forms; the norms' inputs and outputs.
+    block = tokens * (4 * F * low + 3 * heads * N * low + 8 * D * stream)
+    blocks = c.num_hidden_layers * (tokens * D * stream if args.checkpointing else block) + block
+    embedding = c.vocab_size * D
+    frozen = (total - trained) * c.dtype.itemsize  # on a float32 device the embedding is cast once
+    frozen += embedding * (4 - c.dtype.itemsize) * (not bf16)
+    # A chunk's logits and their gradient; for a trained head also its bfloat16 copy (autocast's) and
+    # a gradient of its own beside the accumulated one.
+    head = 2 * 256 * c.vocab_size * 4 + (0 if args.lora else embedding * (4 + low * bf16))
+    casts = 0 if args.lora or not bf16 else 2 * (total - embedding)  # autocast keeps its copies
     return {
-        "weights": (total - trained) * base + trained * 4 if args.lora else total * 4,
+        "weights": (frozen + trained * 4 if args.lora else total * 4) + casts,
         "gradients": trained * 4,
         "optimizer": trained * (8 if args.optim == "adamw" else 2.1),
-        "activations": c.num_hidden_layers * kept + block,
+        "activations": blocks,
         "vocabulary": head,
     }
 
@@ -216,12 +225,19 @@ def print_plan(args, config: Config, examples, validation, steps: int) -> None:
 # -------------------------------------------------------------------------------------- the run
 
 
+class Stopped(Exception):
+    """Somebody asked to stop in the middle of a validation."""
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     prompt = data.Prompt(args.style, 0, args.instruction)
     files = hub.find_model(args.model, weights=not args.dry_run)
     if args.lora and files.adapter:
-        raise UserError(f"{args.model} is an adapter: train it with --merge, then start from its model")
+        raise UserError(f"{args.model} is an adapter: start from its merged model (--merge makes one)")
+    out = Path(args.out).resolve()
+    if any(path and path.resolve().is_relative_to(out) for path in files[:2]):
+        raise UserError(f"--model lies in the run folder {args.out}: choose another --out")
     config, tokenizer = read_config(files.base), data.Tokenizer(files.base)
 
     problems = data.load_problems(args.data, "train", args.data_dir)
@@ -229,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.max_examples:
         problems = data.subset(problems, args.max_examples)
     examples = encode_all(tokenizer, problems, prompt, args.max_seq_length)
-    validation = encode_all(tokenizer, held_out, prompt, args.max_seq_length) if held_out else []
+    validation = encode_all(tokenizer, held_out, prompt, args.max_seq_length)
     size = args.micro_batch * args.accumulation
     steps = math.ceil(len(examples) / size) * args.epochs
     print_plan(args, config, examples, held_out, steps)
@@ -238,26 +254,36 @@ def main(argv: list[str] | None = None) -> int:
 
     settings = {k: v for k, v in vars(args).items() if k not in ("dry_run", "overwrite", "out")}
     settings["data_sha256"] = data.digest(problems + held_out)
-    info = console.environment() | {"prompt": prompt._asdict()}
-    may_differ = ("save_every", "data_dir")
+    info = console.environment() | {"prompt": prompt._asdict(), "base": str(files.base)}
+    may_differ = ("save_every", "data_dir", "device", "merge")
     with runs.Run(args.out, settings, info, args.overwrite, may_differ) as run:
         if run.finished:
             print(f"{args.out} is finished: {run.summary}\n--overwrite starts anew")
-            return 0
-        return train(args, run, prompt, examples, validation, held_out, steps)
+        else:
+            status = train(args, run, files, prompt, examples, size, steps, validation, held_out)
+            if status:
+                return status
+        if args.merge and not (run.folder / "model").exists():
+            merged, tokenizer = load_model(files._replace(adapter=run.folder / "adapter"), merge=True)
+            save_model(merged, tokenizer, run.folder / "model")
+    print(f"{args.out} is saved; next: python evaluate.py --model {args.out}")
+    return 0
 
 
-def train(args, run, prompt, examples, validation, held_out, steps) -> int:
+def train(args, run, files, prompt, examples, size, steps, validation, held_out) -> int:
+    """Train from scratch or from the last checkpoint to the end; 0, or the status of a stop."""
     bf16 = args.precision == "bf16"
     kind = torch.device(args.device).type  # "cuda:1" is a place, "cuda" a kind
     autocast = lambda: torch.autocast(kind, torch.bfloat16, enabled=bf16)  # noqa: E731
 
     # Full fine-tuning keeps float32 weights: at these learning rates most updates of a bfloat16
-    # weight are smaller than its rounding. A frozen base has no such need.
-    dtype = None if args.lora else torch.float32
-    model, tokenizer = load_model(args.model, dtype, args.device, merge=True)
-    model.activations = None if bf16 else torch.float32  # a bfloat16 base is then cast as it is used
+    # weight are smaller than its rounding. A frozen base has no such need; where products are in
+    # float32 its layers are cast as they are used, its embedding (needed all the time) once.
+    model, tokenizer = load_model(files, None if args.lora else torch.float32, args.device, merge=True)
     model.checkpointing = args.checkpointing
+    if not bf16:
+        model.activations = torch.float32
+        model.model.embed_tokens.float()
     if args.lora:
         adapted = lora.add_lora(model, args.lora_r, args.lora_alpha, args.seed)
         print(f"adapters on {len(adapted)} layers")
@@ -265,48 +291,78 @@ def train(args, run, prompt, examples, validation, held_out, steps) -> int:
     optimizer = AdamW(trained.items(), lr=args.lr, weight_decay=args.weight_decay,
                       bits=8 if args.optim == "adamw8bit" else 32)  # fmt: skip
     warmup = round(args.warmup * steps)
+    loss, validated, best = math.nan, {}, {}  # of the last step; the last validation; the best
 
     def save_weights() -> None:
         if args.lora:
-            lora.save_adapter(model, run.folder / "adapter", hub.find_model(args.model).name)
+            lora.save_adapter(model, run.folder / "adapter", files.name)
         else:
             save_model(model, tokenizer, run.folder / "model")
 
     def save_checkpoint(step: int) -> None:
         weights = {f"model/{name}": p.detach() for name, p in trained.items()}
-        state = {"optimizer_steps": optimizer.step_count, "best": best, "validated": validated}
+        state = {"updates": optimizer.step_count, "loss": loss, "validated": validated, "best": best}
         run.save_checkpoint(step, weights | optimizer.state_tensors(), state)
+
+    def leave(step: int) -> int:
+        save_checkpoint(step)
+        progress.note(stop.message(step))
+        return stop.exit_code
 
     def validate(step: int) -> dict:
         """Loss and exact match on the held-out slice; its first answers go to samples.jsonl."""
-        rows = []
-        if held_out:
-            with autocast():
-                rows = generate.exact_match(model, tokenizer, held_out, prompt, args.max_new_tokens,
-                                            args.micro_batch * 4)  # fmt: skip
+
+        def watch(finished: int, tokens: int) -> None:
+            progress.update(step, validating=f"{finished}/{len(held_out)}")
+            if stop.requested:
+                raise Stopped
+
+        with autocast():
+            rows = generate.exact_match(model, tokenizer, held_out, prompt, args.max_new_tokens,
+                                        4 * args.micro_batch, progress=watch)  # fmt: skip
         for row in rows[:3]:
             run.sample({"step": step} | row)
         return {
+            "step": step,
             "val_loss": mean_loss(model, validation, args.micro_batch, tokenizer.pad_id, autocast),
             "val_exact_match": sum(r["correct"] for r in rows) / len(rows),
             "val_truncated": sum(r["truncated"] for r in rows) / len(rows),
         }
 
-    first, best, validated = 0, -math.inf, {}
+    first = 0
     if (checkpoint := run.load_checkpoint()) is not None:
         first, tensors, state = checkpoint
         with torch.no_grad():
             for name, p in trained.items():
                 p.copy_(tensors.pop(f"model/{name}"))
         optimizer.load_state_tensors(tensors)
-        optimizer.step_count = state["optimizer_steps"]
-        best, validated = state["best"], state["validated"]
+        optimizer.step_count = state["updates"]
+        loss, validated, best = state["loss"], state["validated"], state["best"]
         print(f"continuing {run.folder} from step {first}")
 
     with console.graceful_stop() as stop, console.Progress(steps) as progress:
-        for step in range(first, steps):
+        for step in range(first, steps + 1):  # with `step` updates behind us
+            if step == steps and args.keep == "last":
+                save_weights()  # before validating: what is trained is safe
+            due = step == steps or (args.val_every and step % args.val_every == 0)
+            if held_out and due and validated.get("step") != step:
+                try:
+                    validated = validate(step)
+                except Stopped:
+                    return leave(step)
+                run.log(validated)
+                progress.note(", ".join(f"{k} {v:.4g}" for k, v in validated.items()))
+                better = score(validated) > score(best)
+                best = validated if better else best
+                if better and args.keep == "best":
+                    save_weights()
+            if step == steps:
+                break
+            if stop.requested:
+                return leave(step)
+
             began = time.perf_counter()
-            chosen = examples_of_step(examples, step, args.micro_batch * args.accumulation, args.seed)
+            chosen = examples_of_step(examples, step, size, args.seed)
             optimizer.lr = cosine_with_min_lr(step, steps, args.lr, args.min_lr, warmup)
             loss = backward_step(model, chosen, args.micro_batch, tokenizer.pad_id, autocast)
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip).item()
@@ -320,37 +376,26 @@ def train(args, run, prompt, examples, validation, held_out, steps) -> int:
 
             seconds = time.perf_counter() - began
             tokens = sum(len(e.ids) for e in chosen)
-            row = {
+            memory = console.peak_memory(args.device)
+            run.log({
                 "step": step + 1, "loss": loss, "lr": optimizer.lr, "grad_norm": norm,
                 "supervised_tokens": sum(sum(e.mask) for e in chosen), "tokens": tokens,
-                "seconds": seconds, "peak_memory": console.peak_memory(args.device),
-            }  # fmt: skip
-            last = step + 1 == steps
-            if held_out and (last or (args.val_every and (step + 1) % args.val_every == 0)):
-                validated = validate(step + 1)
-                row |= validated
-                progress.note(f"step {step + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in validated.items()))
-            if args.keep == "last" and last:
-                save_weights()
-            elif args.keep == "best" and validated and validated["val_exact_match"] > best:
-                best = validated["val_exact_match"]
-                save_weights()
-            run.log(row)
+                "seconds": seconds, "peak_memory": memory,
+            })  # fmt: skip
             progress.update(step + 1, loss=loss, lr=optimizer.lr, tokens_per_s=tokens / seconds,
-                            memory=row["peak_memory"])  # fmt: skip
-            if not last and (stop.requested or (step + 1) % args.save_every == 0):
+                            memory=memory)  # fmt: skip
+            if (step + 1) % args.save_every == 0 or (step + 1 == steps and held_out):
                 save_checkpoint(step + 1)
-            if not last and stop.requested:
-                progress.note(stop.message(step + 1))
-                return stop.exit_code
 
-    if args.merge:
-        model, tokenizer = load_model(run.folder / "adapter", None, "cpu", merge=True)
-        save_model(model, tokenizer, run.folder / "model")
-    run.finish({"steps": steps, "loss": loss, "kept": args.keep} | validated)
-    print(f"saved {run.folder}; next: python evaluate.py --model {run.folder}")
+    run.finish({"steps": steps, "loss": loss, "kept": args.keep}
+               | (best if args.keep == "best" else validated))  # fmt: skip
     return 0
 
 
+def score(validated: dict) -> tuple[float, float]:
+    """What --keep best goes by: exact match, then loss."""
+    return validated.get("val_exact_match", -1.0), -validated.get("val_loss", math.inf)
+
+
 if __name__ == "__main__":
-    sys.exit(console.entry(main))
+    console.entry(main)

@@ -79,8 +79,8 @@ def decode_paper(code, scale):
 
 
 DITHER, NEAREST = {"dither": optim.dither}, {"dither": to_nearest}
-LOG = {"encode": encode_log, "decode": decode_log}
-PAPER = {"encode": encode_paper, "decode": decode_paper}
+LOG = {"quantise": encode_log, "dequantise": decode_log}
+PAPER = {"quantise": encode_paper, "dequantise": decode_paper}
 VARIANTS = {  # name: (bits, blocks across rows, functions replaced)
     "32 bits": (32, False, DITHER),
     "8 bits": (8, False, DITHER),

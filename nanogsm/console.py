@@ -1,7 +1,7 @@
 """What every script shares at its edges: flags of the machine, stopping, the console line, errors.
 
     if __name__ == "__main__":
-        sys.exit(console.entry(main))
+        console.entry(main)
 
 A user's mistake ends in one line and status 2; Ctrl-C and SIGTERM end at a step's boundary with
 status 130 and 143; a bug of ours keeps its traceback.
@@ -225,7 +225,9 @@ def pick_compute(device: str, precision: str) -> tuple[str, str]:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         device = next(name for name, present in there.items() if present)
-    if not there.get(device.split(":")[0]):
+    kind, _, number = device.partition(":")
+    cards = torch.cuda.device_count() if kind == "cuda" else 1
+    if not there.get(kind) or (number and not (number.isdigit() and int(number) < cards)):
         have = ", ".join(name for name, present in there.items() if present)
         raise UserError(f"--device {device}: not here; there is {have}")
     if precision == "auto":
@@ -237,7 +239,7 @@ def _has_bf16(device: str) -> bool:
     """Without the instructions bfloat16 still computes, but on a CPU several times slower than
     float32. MPS emulates part of it, too."""
     if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and later
     asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not public, so may be absent
     return device == "cpu" and any(getattr(torch.cpu, ask, lambda: False)() for ask in asks)
 

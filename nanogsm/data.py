@@ -16,7 +16,7 @@ The space after "Answer:" belongs to the target. A prompt ending in a space woul
 space token, which never occurs when prompt and answer are read as one text: training and generation
 would see different prompts. Prompt ids are a prefix of training ids, always.
 
-Every mask, every BOS and every EOS of the project is made in this file and nowhere else.
+Every loss mask, every BOS and every EOS of the project is made in this file and nowhere else.
 """
 
 import hashlib
@@ -90,9 +90,10 @@ SUBSET_SEED = 8
 
 def split_validation(problems: list[Problem], n: int) -> tuple[list[Problem], list[Problem]]:
     """(rest, validation): a fixed sample of n training problems held out. Problem 0 stays in the
-    rest: it is the one-shot example, whose answer the model is shown."""
+    rest: GSM8K's is the one-shot example, whose answer the model is shown."""
     if not 0 <= n < len(problems):
-        raise UserError(f"--val-examples {n}: there are {len(problems)} training problems")
+        raise UserError(f"--val-examples {n} of {len(problems)} training problems leaves none to "
+                        "train on: give fewer (0: no validation)")  # fmt: skip
     held_out = set(random.Random(SUBSET_SEED).sample(range(1, len(problems)), n))
     rest = [p for i, p in enumerate(problems) if i not in held_out]
     return rest, [problems[i] for i in sorted(held_out)]
@@ -208,29 +209,34 @@ def encode(
 
     add(tokenizer.bos_id)  # exactly one: Gemma's perplexity is absurd without it
     lead = INSTRUCTION + "\n\n" if prompt.instruction else ""
-    asked = [ONE_SHOT.question] * prompt.shots + [question]
-    answered = [ONE_SHOT.answer] * prompt.shots + [answer]
-    for turn, (q, a) in enumerate(zip(asked, answered)):
-        supervised = int(turn == len(asked) - 1)
-        if prompt.style == "chat":  # Gemma 1 and 2 have no system turn: the instruction leads
+    if prompt.style == "chat":
+        # user\n...\nmodel\n between turn tokens, which are put in as ids: text is only ever text.
+        def ask(text: str) -> None:
             add(tokenizer.start_of_turn_id)
-            add(f"user\n{lead}{q}")
+            add(f"user\n{text}")
             add(tokenizer.end_of_turn_id)
             add("\n")
             add(tokenizer.start_of_turn_id)
             add("model\n")
-            if a is not None:
-                add(a, supervised)
-                add(tokenizer.end_of_turn_id, supervised)
-            if not supervised:
-                add("\n")
-        else:
-            add(f"{lead}Question: {q}\nAnswer:")
-            if a is not None:
-                add(f" {a}" if supervised else f" {a}\n\n", supervised)
-            if supervised and a is not None:
-                add(tokenizer.eos_id, supervised)  # supervised, or the model never learns to stop
-        lead = ""
+
+        for _ in range(prompt.shots):
+            ask(lead + ONE_SHOT.question)  # Gemma 1 and 2 have no system turn: the instruction leads
+            add(ONE_SHOT.answer)
+            add(tokenizer.end_of_turn_id)
+            add("\n")
+            lead = ""
+        ask(lead + question)
+        target, end = answer, tokenizer.end_of_turn_id
+    else:
+        for _ in range(prompt.shots):
+            add(f"{lead}Question: {ONE_SHOT.question}\nAnswer:")
+            add(f" {ONE_SHOT.answer}\n\n")
+            lead = ""
+        add(f"{lead}Question: {question}\nAnswer:")
+        target, end = f" {answer}", tokenizer.eos_id
+    if answer is not None:
+        add(target, 1)
+        add(end, 1)  # supervised, or the model never learns to stop
     return ids, mask
 
 
@@ -266,9 +272,9 @@ def micro_batches(rows: list[Example], size: int) -> list[list[Example]]:
 
 # ------------------------------------------------------------------------------------- answers
 
-# Commas count only where thousands have them: "1,234" is one number, "3, 5" and "1,5" are two. No
-# two parts of a pattern can match the same character, so a long run of spaces costs no more than
-# its length. A minus after a digit is a subtraction: the last number of "10-3" is 3.
+# Commas count only where thousands have them: "1,234" is one number, "3, 5" and "1,5" are two. What
+# may come before the digits shares no character with them, so a long run of spaces costs no more
+# than its length. A minus after a digit is a subtraction: the last number of "10-3" is 3.
 _DIGITS = r"([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 _AFTER_MARKER = re.compile(r"([-$\s]*)" + _DIGITS)  # "#### 72", "####$72", "#### -$72"
 _ANYWHERE = re.compile(r"((?:(?<![0-9])-)?\$?)" + _DIGITS)
@@ -305,6 +311,16 @@ def same_number(a: float | None, b: float | None) -> bool:
 def cut(completion: str) -> str:
     """What counts of a completion: up to where it starts asking itself a new question."""
     return completion.split(STOP_TEXT, 1)[0].strip()
+
+
+def starts_new_question(tokenizer: Tokenizer, ids: list[int]) -> bool:
+    """Whether the newest of ids complete STOP_TEXT; eight tokens are more than it is ever cut into."""
+    return STOP_TEXT in tokenizer.decode(ids[-8:])
+
+
+def answer_limit(data: str) -> int:
+    """How many tokens an answer may take by default: socratic answers are half as long again."""
+    return 512 if data == "socratic" else 320
 
 
 def is_correct(completion: str, problem: Problem) -> bool:

@@ -109,29 +109,31 @@ def write(path: Path, chunks: Iterable) -> dict:
     return {"size": size, "sha256": digest.hexdigest()}
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict:
-    """Write a safetensors file, as transformers and peft expect one; its size and SHA-256."""
-    return write(path, _safetensors(tensors))
+def write_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict:
+    """Write a safetensors file as transformers and peft expect one, in dtype if given; its size and
+    SHA-256."""
+    return write(path, _safetensors(tensors, dtype))
 
 
-def _safetensors(tensors: dict[str, Tensor]) -> Iterator:
+def _safetensors(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> Iterator:
     """The bytes of a safetensors file, one tensor at a time.
 
     safetensors.torch.save_file wants everything on the CPU, contiguous and unshared at once, and
     reports a full disk as its own error. Here a GPU or strided tensor costs one temporary copy of
     itself, a plain CPU tensor none; tied tensors are written each and load as separate ones.
     """
+    kinds = {name: dtype or t.dtype for name, t in tensors.items()}
     # Widest type first: every tensor then starts at a multiple of its own item size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
-        t = tensors[name]
-        end = offset + t.numel() * t.element_size()
-        header[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape),
+        end = offset + tensors[name].numel() * kinds[name].itemsize
+        header[name] = {"dtype": DTYPES[kinds[name]], "shape": list(tensors[name].shape),
                         "data_offsets": [offset, end]}  # fmt: skip
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in names:
-        yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        t = tensors[name].detach().to("cpu", kinds[name]).contiguous()
+        yield t.reshape(-1).view(torch.uint8).numpy()

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from nanogsm.data import (
-    STOP_TEXT,
     Problem,
     Prompt,
     Tokenizer,
@@ -30,6 +29,7 @@ from nanogsm.data import (
     extract_answer,
     is_correct,
     is_correct_flexible,
+    starts_new_question,
 )
 from nanogsm.model import Gemma, KVCache
 
@@ -65,7 +65,7 @@ def generate(
     cache = KVCache(model.config, batch, room, _cache_dtype(model), device)
     if temperature:
         uniform = torch.rand(n, max_new_tokens, generator=torch.Generator().manual_seed(seed))
-        uniform = uniform.to(device)
+        uniform = uniform.to(device)  # row n, column i: of request n's token i
 
     waiting = deque(sorted(range(n), key=lambda i: -len(prompts[i])))  # alike lengths prefill alike
     request = [-1] * batch  # which prompt a slot is working on; -1: none
@@ -74,18 +74,25 @@ def generate(
     new: list[list[int]] = [[] for _ in prompts]
     done: dict[int, Completion] = {}
 
-    def draw(hidden: Tensor, slots: list[int], steps_ahead: int = 0) -> Tensor:
-        logits = model.logits(hidden)  # (b, V)
+    def numbers(slots: list[int], count: int) -> list[Tensor] | list[None]:
+        """The uniform numbers of the next `count` tokens of these slots, (b,) each."""
         if not temperature:
-            return logits.argmax(-1)
-        rows = [request[s] for s in slots]
-        steps = [min(len(new[r]) + steps_ahead, max_new_tokens - 1) for r in rows]
-        return inverse_cdf(logits, temperature, uniform[rows, steps])
+            return [None] * count
+        rows = torch.tensor([request[s] for s in slots])
+        first = torch.tensor([len(new[r]) for r in rows])
+        columns = (first[:, None] + torch.arange(count)).clamp(max=max_new_tokens - 1)
+        return list(uniform[rows[:, None].to(device), columns.to(device)].T)
 
-    def look(slot: int, ids: list[int]) -> None:
-        """Take in a slot's newest ids; free the slot if its request is over."""
+    def draw(hidden: Tensor, u: Tensor | None) -> Tensor:
+        logits = model.logits(hidden)  # (b, V)
+        return logits.argmax(-1) if u is None else inverse_cdf(logits, temperature, u)
+
+    def take_in(slot: int, ids: list[int]) -> None:
+        """A slot's newest ids; it is freed if its request is over."""
         r = request[slot]
-        for i in ids if r >= 0 else []:
+        if r < 0:
+            return
+        for i in ids:
             new[r].append(i)
             over = i in stop_ids or is_over(new[r])
             if over or len(new[r]) == max_new_tokens:
@@ -101,26 +108,26 @@ def generate(
                 request[s] = waiting.popleft()
             lengths = [len(prompts[request[s]]) for s in slots]
             hidden = _prefill(model, cache, slots, [prompts[request[s]] for s in slots])
-            token[slots] = draw(hidden, slots)
+            token[slots] = draw(hidden, numbers(slots, 1)[0])
             position[slots] = torch.tensor(lengths, device=device)
             for s, i in zip(slots, token[slots].tolist()):
-                look(s, [i])
+                take_in(s, [i])
             continue  # an answer of one token has freed its slot already
         if not waiting and len(free) >= len(request) / 2:  # the tail: drop the idle half
             keep = [s for s in range(len(request)) if request[s] >= 0]
             cache.k, cache.v = cache.k[:, keep], cache.v[:, keep]
             token, position, request = token[keep], position[keep], [request[s] for s in keep]
 
-        slots, drawn = list(range(len(request))), []
+        drawn = []
         longest = max(len(prompts[r]) + len(new[r]) for r in request if r >= 0)
-        for ahead in range(LOOK_EVERY[device.type]):
+        for ahead, u in enumerate(numbers(list(range(len(request))), LOOK_EVERY[device.type])):
             cache.used = min(longest + ahead, room)
             hidden = model(token[:, None], position[:, None], cache)  # (b, 1, D)
-            token = draw(hidden[:, 0], slots, ahead)
+            token = draw(hidden[:, 0], u)
             position = (position + 1).clamp(max=room - 1)  # idle slots run on, but not out
             drawn.append(token)
         for s, ids in enumerate(torch.stack(drawn, dim=1).tolist()):
-            look(s, ids)
+            take_in(s, ids)
         progress(len(done), sum(map(len, new)))
     return [done[i] for i in range(n)]
 
@@ -135,7 +142,7 @@ def _cache_dtype(model: Gemma) -> torch.dtype:
 def _prefill(model: Gemma, cache: KVCache, slots: list[int], prompts: list[list[int]]) -> Tensor:
     """Run whole prompts into their slots of the cache; the last token's hidden states (b, D)."""
     lengths = torch.tensor([len(p) for p in prompts], device=model.device)
-    T = int(lengths.max())
+    T = max(map(len, prompts))
     ids = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=model.device)
     own = KVCache(model.config, len(prompts), T, cache.k.dtype, model.device)
     own.used = T
@@ -180,7 +187,7 @@ def exact_match(
         batch_size,
         temperature,
         seed,
-        is_over=lambda ids: STOP_TEXT in tokenizer.decode(ids[-8:]),
+        is_over=lambda ids: starts_new_question(tokenizer, ids),
         progress=progress,
     )
     rows = []

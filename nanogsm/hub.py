@@ -55,8 +55,7 @@ def find_model(name: str, weights: bool = True) -> ModelFiles:
 
 
 def _adapter_in(folder: Path) -> Path | None:
-    if (folder / "model" / "config.json").is_file():
-        return None  # a run's merged model wins over its adapter
+    """A run's adapter wins over its merged model/: it is what was trained, the other is rounded."""
     places = (folder / "adapter", folder)
     return next((path for path in places if (path / "adapter_config.json").is_file()), None)
 

@@ -1,8 +1,8 @@
 """Log-probabilities of chosen tokens, without ever holding the full logits.
 
 Gemma's vocabulary has 256,000 entries: the logits of 8 rows of 300 tokens are 2.5 GB in float32, a
-loss written the usual way needs several such copies, and one token of three is prompt or padding
-whose logits nobody asked for. So:
+loss written the usual way needs several such copies, and the logits of prompt and padding are asked
+for by nobody. So:
 
   - supervised positions are selected *before* the projection onto the vocabulary;
   - the projection goes in chunks of a few hundred positions, whose logits live only for a moment;
@@ -38,7 +38,8 @@ def token_logprobs(
     temperature, as they are when sampling: a PPO ratio compares like with like only then.
     Memory: two or three times chunk * V * 4 bytes, whatever B and T are.
     """
-    h, t = hidden[mask], targets[mask]  # (n, D), (n,)
+    where = mask.nonzero(as_tuple=True)
+    h, t = hidden[where], targets[where]  # (n, D), (n,)
 
     def score(h: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         logits = logits_of(h).float()  # (chunk, V)
@@ -50,14 +51,14 @@ def token_logprobs(
         scores = _ScoresAndSlopes.apply(h, t, score, chunk)
     else:
         parts = [
-            checkpoint(score, h_part, t_part, use_reentrant=False)
+            checkpoint(score, h_part, t_part, use_reentrant=False, preserve_rng_state=False)
             if head_is_trained
             else score(h_part, t_part)
             for h_part, t_part in zip(h.split(chunk), t.split(chunk))
         ]
         scores = [torch.cat(column) for column in zip(*parts)]
 
-    full = [torch.zeros(mask.shape, device=h.device).masked_scatter(mask, s) for s in scores]
+    full = [torch.zeros(mask.shape, device=h.device).index_put(where, s) for s in scores]
     return full[0], full[1] if entropy else None
 
 

@@ -11,37 +11,38 @@ Merging is a function called by name, never a side effect of eval().
 
 import json
 import math
-import os
-import shutil
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nanogsm import UserError
+from nanogsm import UserError, files
 
 # Listed, not "every nn.Linear": the output head is the embedding, and adapting one adapts both.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."  # what PEFT puts before the base model's own names
 
 
+class Matrix(nn.Module):
+    """One float32 weight under PEFT's name: lora_A.weight, lora_B.weight."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight.float())
+
+
 class LoRALinear(nn.Module):
     """A frozen linear layer plus its low-rank change. The adapter is float32 even on a bfloat16
     base, because updates of a bfloat16 weight at LoRA's learning rates get lost in rounding."""
 
-    def __init__(self, base: nn.Linear, r: int, scale: float, generator: torch.Generator | None = None):
+    def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, scale: float):
+        """a (r, in) and b (out, r): the start, drawn or loaded."""
         super().__init__()
         self.base, self.scale = base, scale
-        device = base.weight.device
-        self.lora_A = nn.Linear(base.in_features, r, bias=False, device="meta")
-        self.lora_B = nn.Linear(r, base.out_features, bias=False, device="meta")
-        bound = 1 / math.sqrt(base.in_features)  # PEFT's start: Kaiming uniform with a = sqrt(5)
-        a = (torch.rand(r, base.in_features, generator=generator) * 2 - 1) * bound  # on the CPU:
-        self.lora_A.weight = nn.Parameter(a.to(device))  # the same start on every device
-        self.lora_B.weight = nn.Parameter(torch.zeros(base.out_features, r, device=device))
+        self.lora_A, self.lora_B = Matrix(a.to(base.weight.device)), Matrix(b.to(base.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.linear(x, self.lora_A.weight.to(x.dtype))  # (.., r)
@@ -59,9 +60,10 @@ def add_lora(model: nn.Module, r: int, alpha: float, seed: int = 0) -> list[str]
     names = [n for n, m in model.named_modules() if n.split(".")[-1] in TARGETS]
     model.requires_grad_(False)
     for name in names:
-        _replace(model, name, LoRALinear(model.get_submodule(name), r, alpha / r, generator))
-    if not names:
-        raise UserError("the model has no layer to put an adapter on")
+        base = model.get_submodule(name)
+        # PEFT's start, Kaiming uniform with a = sqrt(5). Drawn on the CPU: the same on every device.
+        a = (torch.rand(r, base.in_features, generator=generator) * 2 - 1) / math.sqrt(base.in_features)
+        _replace(model, name, LoRALinear(base, a, torch.zeros(base.out_features, r), alpha / r))
     return names
 
 
@@ -86,17 +88,18 @@ def merge(model: nn.Module) -> None:
 
 
 def save_adapter(model: nn.Module, folder: Path, base_model: str) -> None:
-    """Write adapter_config.json and adapter_model.safetensors; beside and renamed, so that folder
-    is whole or absent. base_model: what `load_model` finds the base under again."""
+    """Write adapter_config.json and adapter_model.safetensors; the folder is whole or absent
+    (files.py). base_model: what `load_model` finds the base under again."""
     layers = adapters(model)
-    r = next(iter(layers.values())).lora_A.out_features
+    first = next(iter(layers.values()))
+    r = first.lora_A.weight.shape[0]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",  # without it PEFT builds no generate()
         "base_model_name_or_path": base_model,
         "revision": None,
         "r": r,
-        "lora_alpha": next(iter(layers.values())).scale * r,
+        "lora_alpha": first.scale * r,
         "target_modules": sorted({name.split(".")[-1] for name in layers}),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -105,18 +108,13 @@ def save_adapter(model: nn.Module, folder: Path, base_model: str) -> None:
         "inference_mode": True,
     }
     tensors = {
-        f"{PREFIX}{name}.{side}.weight": getattr(layer, side).weight.detach().cpu().contiguous()
+        f"{PREFIX}{name}.{side}.weight": getattr(layer, side).weight
         for name, layer in layers.items()
         for side in ("lora_A", "lora_B")
     }
-    beside = Path(folder).with_name(Path(folder).name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    (beside / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, beside / "adapter_model.safetensors", metadata={"format": "pt"})
-    if Path(folder).exists():
-        shutil.rmtree(folder)
-    os.rename(beside, folder)
+    with files.replaced_folder(folder) as beside:
+        files.write_json(beside / "adapter_config.json", config)
+        files.write_tensors(beside / "adapter_model.safetensors", tensors)
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
@@ -125,16 +123,16 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     file = Path(folder) / "adapter_model.safetensors"
     try:
         config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-        r, alpha = config["r"], config["lora_alpha"]
+        r = config["r"]
+        scale = config["lora_alpha"] / (math.sqrt(r) if config.get("use_rslora") else r)
         tensors = load_file(file)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, SafetensorError) as e:
         raise UserError(f"cannot use the adapter in {folder}: {e}") from e
     kinds = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
     other = [kind for kind in kinds if config.get(kind)]
     if config.get("peft_type") != "LORA" or other or config.get("bias", "none") != "none":
         raise UserError(f"the adapter in {folder} is not plain LoRA ({', '.join(other) or 'see bias'})")
 
-    scale = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
     layers = dict(model.named_modules())
     model.requires_grad_(False)
     while tensors:
@@ -144,9 +142,6 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         b = tensors.pop(f"{PREFIX}{name}.lora_B.weight", None)
         base = layers.get(name)
         fits = a is not None and b is not None and isinstance(base, nn.Linear)
-        if not fits or (b.shape[0], a.shape[1]) != (base.out_features, base.in_features):
+        if not fits or (a.shape, b.shape) != ((r, base.in_features), (base.out_features, r)):
             raise UserError(f"the adapter in {folder} is for another model: {key} does not fit")
-        layer = LoRALinear(base, r, scale)
-        layer.lora_A.weight = nn.Parameter(a.float().to(base.weight.device))
-        layer.lora_B.weight = nn.Parameter(b.float().to(base.weight.device))
-        _replace(model, name, layer)
+        _replace(model, name, LoRALinear(base, a, b, scale))

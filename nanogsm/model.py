@@ -25,19 +25,16 @@ Shapes   B batch   T tokens   S cached positions   D hidden_size   F intermediat
 
 import json
 import math
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanogsm import UserError, hub, lora
+from nanogsm import UserError, files, hub, lora
 from nanogsm.data import Tokenizer
 
 # ---------------------------------------------------------------------------------------- config
@@ -90,7 +87,10 @@ def _config_from(raw: dict) -> Config:
     if kind not in ("gemma", "gemma2", "gemma3_text"):
         raise ValueError(f"model_type {kind!r} is not gemma, gemma2 or gemma3_text (text only)")
     layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
-    for name in ("attention_bias", "use_bidirectional_attention"):
+    unsupported = ["attention_bias", "use_bidirectional_attention"]
+    if kind != "gemma2":
+        unsupported += ["attn_logit_softcapping", "final_logit_softcapping"]
+    for name in unsupported:
         if raw.get(name):
             raise ValueError(f"{name} is set, and not supported")
     if raw.get("tie_word_embeddings") is False:
@@ -120,12 +120,13 @@ def _config_from(raw: dict) -> Config:
         num_key_value_heads=raw["num_key_value_heads"],
         head_dim=raw["head_dim"],
         rms_norm_eps=raw["rms_norm_eps"],
-        query_pre_attn_scalar=raw.get("query_pre_attn_scalar") or raw["head_dim"],
+        query_pre_attn_scalar=raw["head_dim" if kind == "gemma" else "query_pre_attn_scalar"],
         layer_types=tuple(layer_types),
         sliding_window=raw.get("sliding_window") if "sliding_attention" in layer_types else None,
         rope=_rope_from(raw),
-        attn_logit_softcapping=raw.get("attn_logit_softcapping") if kind == "gemma2" else None,
-        final_logit_softcapping=raw.get("final_logit_softcapping") if kind != "gemma" else None,
+        # Asked for with [] where a family must have it: without it another model would run.
+        attn_logit_softcapping=raw["attn_logit_softcapping"] if kind == "gemma2" else None,
+        final_logit_softcapping=raw["final_logit_softcapping"] if kind == "gemma2" else None,
         dtype=getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "float32"),
     )
     sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
@@ -137,6 +138,8 @@ def _config_from(raw: dict) -> Config:
         raise ValueError("heads must divide by key/value heads, and head_dim by 2")
     if "sliding_attention" in layer_types and not (config.sliding_window or 0) > 0:
         raise ValueError("there are local layers but no sliding_window")
+    if not set(layer_types) <= config.rope.keys():
+        raise ValueError("rope_parameters lack a kind of layer that layer_types names")
     return config
 
 
@@ -161,6 +164,11 @@ def _rope_from(raw: dict) -> dict[str, tuple[float, float]]:
 # ----------------------------------------------------------------------------------------- model
 
 
+# Not reentrant: the other kind needs an input that requires grad, which a frozen embedding's output
+# does not, and then trains nothing. No random state: there is no dropout to repeat.
+CHECKPOINT = {"use_reentrant": False, "preserve_rng_state": False}
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * (1 + weight), in float32, rounded to x's dtype last."""
 
@@ -176,7 +184,8 @@ class RMSNorm(nn.Module):
 
 class Linear(nn.Linear):
     """Without bias; the weight follows the activations' dtype, so that a frozen bfloat16 base can
-    serve a CPU that has no bfloat16 arithmetic. (Where both agree, `to` does nothing.)"""
+    serve a CPU that has no bfloat16 arithmetic. Under autocast the cast is left to autocast, which
+    keeps the copy for the next use."""
 
     def __init__(self, size_in: int, size_out: int):
         super().__init__(size_in, size_out, bias=False)
@@ -185,7 +194,8 @@ class Linear(nn.Linear):
         """Nothing: weights come from a checkpoint, and PyTorch's random start takes time."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        automatic = torch.is_autocast_enabled(x.device.type)
+        return F.linear(x, self.weight if automatic else self.weight.to(x.dtype))
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float, factor: float) -> tuple[Tensor, Tensor]:
@@ -227,6 +237,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
 
 
 class Attention(nn.Module):
+    """x (B, T, D) -> (B, T, D). cos, sin (B or 1, 1, T, N) turn queries and keys by their positions
+    (B or 1, T); mask as in `attend`; with a cache, keys and values of earlier tokens come from it."""
+
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.layer, self.config = layer, config
@@ -288,8 +301,8 @@ class Block(nn.Module):
 
 class KVCache:
     """Keys and values of all layers, (L, B, K, S, N). Row b's token at position p lies in slot p,
-    so rows of different lengths share a batch without padding between their tokens. `used` is the
-    number of slots any row can have filled: attention looks no further."""
+    so rows of different lengths share a batch without padding between their tokens. The caller sets
+    `used`, the number of slots any row can have filled: attention looks no further."""
 
     def __init__(self, config: Config, batch: int, length: int, dtype, device):
         K, N = config.num_key_value_heads, config.head_dim
@@ -317,7 +330,7 @@ class Gemma(nn.Module):
         super().__init__()
         self.config = config
         V, D = config.vocab_size, config.hidden_size
-        self.model = nn.ModuleDict(
+        self.model = nn.ModuleDict(  # called so because the checkpoint's names begin with "model."
             dict(
                 # Given a weight, nn.Embedding draws none: even on the meta device that would
                 # import PyTorch's compiler, 3 seconds of every start.
@@ -328,7 +341,6 @@ class Gemma(nn.Module):
         )
         self.activations: torch.dtype | None = None
         self.checkpointing = False
-        self.folder: Path | None = None  # where config.json came from
 
     @property
     def device(self) -> torch.device:
@@ -337,21 +349,22 @@ class Gemma(nn.Module):
     def forward(self, ids: Tensor, positions: Tensor | None = None, cache: KVCache | None = None):
         """ids (B, T) -> hidden (B, T, D). Without positions the rows start at 0. With a cache, set
         `cache.used` to the highest position + 1 first; positions are (B, T) when decoding."""
-        from_start = positions is None
+        c = self.config
+        from_start = positions is None  # then queries and keys stand at the same positions
         if from_start:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
-        seen = positions if from_start else torch.arange(cache.used, device=ids.device)[None]
-        kinds = set(self.config.layer_types)
-        masks = {kind: self._mask(kind, positions, seen, from_start) for kind in kinds}
-        turns = {kind: rotary(positions, self.config.head_dim, *self.config.rope[kind]) for kind in kinds}
+        keys_at = positions if from_start else torch.arange(cache.used, device=ids.device)[None]
+        kinds = set(c.layer_types)
+        masks = {kind: self._mask(kind, positions, keys_at, from_start) for kind in kinds}
+        angles = {kind: rotary(positions, c.head_dim, *c.rope[kind]) for kind in kinds}
 
         embedding = self.model.embed_tokens
         x = embedding(ids).to(self.activations or embedding.weight.dtype)
-        x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype).item()  # rounded as x is
+        x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype).item()  # rounded as x is
         recompute = self.checkpointing and torch.is_grad_enabled() and cache is None
-        for block, kind in zip(self.model.layers, self.config.layer_types):
-            args = (x, *turns[kind], masks[kind], positions, cache)
-            x = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
+        for block, kind in zip(self.model.layers, c.layer_types, strict=True):
+            args = (x, *angles[kind], masks[kind], positions, cache)
+            x = checkpoint(block, *args, **CHECKPOINT) if recompute else block(*args)
         return self.model.norm(x)
 
     def _mask(self, kind: str, queries: Tensor, keys: Tensor, from_start: bool) -> Tensor | None:
@@ -382,26 +395,30 @@ class Gemma(nn.Module):
 
 
 def load_model(
-    name: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", merge: bool = False
+    name: str | Path | hub.ModelFiles,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    merge: bool = False,
 ) -> tuple[Gemma, Tokenizer]:
-    """A model and its tokenizer from a Hub id, a folder in the Hub's layout, or a run folder.
+    """A model and its tokenizer from a Hub id, a folder in the Hub's layout, a run folder, or what
+    `hub.find_model` found.
 
     dtype: of the weights, None for what the checkpoint has. A run that trained adapters comes back
     as base plus adapters (float32); `merge` folds them into the base, which in a 16-bit dtype
     rounds. Raises UserError for everything a user can cause.
     """
-    files = hub.find_model(str(name))
-    tokenizer = Tokenizer(files.base)
+    found = name if isinstance(name, hub.ModelFiles) else hub.find_model(str(name))
+    tokenizer = Tokenizer(found.base)
     with torch.device("meta"):  # no memory is touched until the weights arrive
-        model = Gemma(read_config(files.base))
+        model = Gemma(read_config(found.base))
     if max(tokenizer.stop_ids | {tokenizer.bos_id}) >= model.config.vocab_size:
-        raise UserError(f"{files.base}: the tokenizer's ids exceed the model's vocabulary")
-    _load_weights(model, files.base, dtype or model.config.dtype, device)
-    model.folder = files.base
-    if files.adapter:
-        lora.load_adapter(model, files.adapter)
+        raise UserError(f"{found.base}: the tokenizer's ids exceed the model's vocabulary")
+    _load_weights(model, found.base, dtype or model.config.dtype, device)
+    if found.adapter:
+        lora.load_adapter(model, found.adapter)
         if merge:
             lora.merge(model)
+            model.requires_grad_(True)  # a whole model again: nothing in it is frozen
     return model, tokenizer
 
 
@@ -409,10 +426,10 @@ def _load_weights(model: Gemma, folder: Path, dtype: torch.dtype, device: str) -
     """Strict: every tensor the model has, none it does not have, each of the right shape."""
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     loaded: dict[str, Tensor] = {}
-    for file in hub.weight_files(folder):
+    for file, named in hub.weight_files(folder).items():
         try:
             with safe_open(file, framework="pt", device=str(device)) as tensors:
-                for key in tensors.keys():
+                for key in tensors.keys() if named is None else named & set(tensors.keys()):
                     if key == "lm_head.weight":  # some exporters repeat the tied embedding
                         continue
                     shape = tuple(tensors.get_slice(key).get_shape())
@@ -428,22 +445,15 @@ def _load_weights(model: Gemma, folder: Path, dtype: torch.dtype, device: str) -
     model.load_state_dict(loaded, strict=True, assign=True)
 
 
-def save_model(model: Gemma, tokenizer: Tokenizer, folder: Path) -> None:
+def save_model(model: Gemma, tokenizer: Tokenizer, folder: Path | str) -> None:
     """Write folder in the Hub's layout, for transformers and for us; weights in the dtype the base
-    came in. Written beside and renamed, so that folder is whole or absent. Merge adapters first."""
-    if any(isinstance(m, lora.LoRALinear) for m in model.modules()):
+    came in. The folder is whole or absent (files.py). Merge adapters first."""
+    if lora.adapters(model):
         raise ValueError("merge the adapters, or save them alone with lora.save_adapter")
-    folder = Path(folder)
-    beside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    # Gemma's own small files go along unchanged: other tools read them as they read the original.
-    for file in (*hub.REQUIRED, *hub.OPTIONAL):
-        for source in (model.folder, tokenizer.folder):
-            if (source / file).exists():
-                shutil.copyfile(source / file, beside / file)
-    weights = {k: p.detach().to("cpu", model.config.dtype).contiguous() for k, p in model.named_parameters()}
-    save_file(weights, beside / "model.safetensors", metadata={"format": "pt"})
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.rename(beside, folder)
+    with files.replaced_folder(folder) as beside:
+        # Gemma's own small files go along unchanged: other tools read them as they read the original.
+        for name in (*hub.REQUIRED, *hub.OPTIONAL):
+            if (tokenizer.folder / name).exists():
+                files.write(beside / name, [(tokenizer.folder / name).read_bytes()])
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        files.write_tensors(beside / "model.safetensors", weights, model.config.dtype)

@@ -6,7 +6,7 @@ plus one float32 scale per block of at most 256 entries, after Dettmers et al. 2
 2110.02861). Four things differ from that paper; results/adam8bit.md shows what each is worth:
 
 - sqrt(v) is stored, not v, and never as 0: where v rounds to 0 and m does not, the update
-  m / (sqrt(v) + eps) is hundreds to thousands of times too large.
+  m / (sqrt(v) + eps) can then be thousands of times too large.
 - Blocks end where rows end. A row of the embedding is a word; in a block shared by a frequent and
   a rare word the rare word's moments drown.
 - Rounding is dithered. v changes by at most about 0.1% in a quiet step and its codes are 3% or
@@ -68,14 +68,14 @@ def dither(n: int, step: int, device: torch.device | None = None) -> Tensor:
     """(n,) rounding offsets in [0, 1), spread evenly over the entries and, per entry, over steps.
 
     Integer arithmetic, so the same on every device and in a continued run, with no random state
-    to save; and evenly spread offsets leave a third less noise in v than random ones.
+    to save; and evenly spread offsets leave less noise in v than random ones.
     """
     i = torch.arange(n, device=device)
     # 2**24/p and 2**24/p**2, p the plastic number: Roberts' R2 low-discrepancy sequence.
     return ((i * 12664745 + step * 9560333) % 2**24).float() / 2**24
 
 
-def encode(x: Tensor, dtype: torch.dtype, offset: Tensor) -> tuple[Tensor, Tensor]:
+def quantise(x: Tensor, dtype: torch.dtype, offset: Tensor) -> tuple[Tensor, Tensor]:
     """x (blocks, entries) as codes of `dtype`, same shape, and float32 scales (blocks, 1).
 
     |x| = scale * (code / levels)**4 with scale = max|x|; the exact code plus `offset` (shape of x,
@@ -94,8 +94,8 @@ def encode(x: Tensor, dtype: torch.dtype, offset: Tensor) -> tuple[Tensor, Tenso
     return code.copysign_(x).to(dtype), scale  # the cast rounds towards zero
 
 
-def decode(code: Tensor, scale: Tensor) -> Tensor:
-    """The float32 values (blocks, entries) `encode` rounded to; all zero where the scale is 0."""
+def dequantise(code: Tensor, scale: Tensor) -> Tensor:
+    """The float32 values (blocks, entries) `quantise` rounded to; all zero where the scale is 0."""
     x = code.float()
     x = x * x.abs()
     return (x * x.abs()).mul_(scale / torch.iinfo(code.dtype).max ** 4)
@@ -156,23 +156,23 @@ class AdamW:
             if p.grad is None:
                 continue
             keep = 1 - self.lr * self.weight_decay if p.dim() >= 2 else 1.0
-            tensors = [p.detach(), p.grad.reshape(p.shape), *self.moments[name]]
+            tensors = [p.detach(), p.grad.contiguous(), *self.moments[name]]
             blocks = tensors[-1].numel()  # one a scale; without scales every entry is its own
             rows = max(1, CHUNK * blocks // p.numel())
             chunks = zip(*(t.view(blocks, -1).split(rows) for t in tensors))
             for weight, g, m_state, v_state, *scales in chunks:
                 w, g, m, v = weight.float(), g.float(), m_state, v_state
                 if scales:
-                    m, v = decode(m_state, scales[0]), decode(v_state, scales[1]).square_()
+                    m, v = dequantise(m_state, scales[0]), dequantise(v_state, scales[1]).square_()
                 m.lerp_(g, 1 - beta1)
                 v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
                 root = v.sqrt()
                 if scales:
                     offset = offsets[: g.numel()].view_as(g)
-                    m_state[:], scales[0][:] = encode(m, torch.int8, offset)
-                    v_state[:], scales[1][:] = encode(root, torch.uint8, offset)
+                    m_state[:], scales[0][:] = quantise(m, torch.int8, offset)
+                    v_state[:], scales[1][:] = quantise(root, torch.uint8, offset)
                 # The update reads m and v before they were rounded: only their past is inexact.
-                root.div_(root_correction).add_(self.eps)
+                root.div_(root_correction).add_(self.eps)  # only now: what is stored is uncorrected
                 weight.copy_(w.mul_(keep).addcdiv_(m, root, value=-step_size))
 
     def zero_grad(self) -> None:

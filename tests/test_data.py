@@ -674,7 +674,7 @@ def test_no_validation_leaves_all():
 
 @pytest.mark.parametrize("n", [-1, 30, 31])
 def test_a_validation_slice_that_leaves_nothing_is_refused(n):
-    with pytest.raises(UserError, match=f"--val-examples {n}: there are 30"):
+    with pytest.raises(UserError, match=f"--val-examples {n} of 30"):
         split_validation(problems(30), n)
 
 

@@ -168,6 +168,7 @@ def test_summary_of_greedy_answers():
     assert (low, high) == pytest.approx((0.0456, 0.6994), abs=FOUR_DIGITS)  # Wilson of 1 in 4
     assert figures == {
         "n": 4,
+        "completions": 4,
         "correct": 1,
         "accuracy": 0.25,
         "flexible_accuracy": 0.75,
@@ -424,7 +425,7 @@ def test_validation_of_a_run_is_exactly_what_it_held_out(tmp_path, monkeypatch, 
         (["--data", "mian"], "--data mian"),
         (["--data", "none.jsonl"], "cannot read none.jsonl"),
         (["--device", "abacus"], "--device abacus"),
-        (["--split", "validation"], "there are 4 training problems"),
+        (["--split", "validation"], "of 4 training problems"),
     ],
 )
 def test_bad_flags_are_user_errors_and_nothing_is_written(mine, tmp_path, argv, message):

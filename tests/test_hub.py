@@ -78,12 +78,14 @@ def test_home_is_expanded(tmp_path, monkeypatch):
     assert hub.find_model("~/gemma") == (folder, None, str(folder))
 
 
-def test_run_folder_model_wins_over_adapter(tmp_path):
+def test_a_runs_adapter_wins_over_its_merged_model(tmp_path):
+    """The adapter is what was trained; the merged model is rounded."""
     run, base = tmp_path / "run", model_folder(tmp_path / "base")
-    adapter_folder(run / "adapter", str(base))
-    assert hub.find_model(str(run)) == (base, run / "adapter", str(base))
     model_folder(run / "model")
     assert hub.find_model(str(run)) == (run / "model", None, str(run / "model"))
+    adapter_folder(run / "adapter", str(base))
+    assert hub.find_model(str(run)) == (base, run / "adapter", str(base))
+    assert hub.find_model(str(run / "model")).adapter is None
 
 
 def test_adapter_folder_and_its_base(tmp_path, monkeypatch):

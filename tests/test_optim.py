@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanogsm import UserError, optim
-from nanogsm.optim import AdamW, block_size, cosine_with_min_lr, decode, dither, encode
+from nanogsm.optim import AdamW, block_size, cosine_with_min_lr, dequantise, dither, quantise
 
 FLOAT32_ROUNDING = 1e-6
 # The largest |m| / sqrt(v) any sequence of gradients can reach in exact AdamW, by Cauchy-Schwarz:
@@ -132,8 +132,8 @@ def test_frozen_unused_and_misnamed_parameters():
 def test_codes_are_within_one_step_over_the_decades(dtype, levels, decades, offset):
     x = 3e-5 * 10 ** -torch.linspace(0, decades, 250)
     x[1::2] *= -1 if dtype == torch.int8 else 1
-    code, scale = encode(x[None], dtype, torch.full((1, 250), offset))
-    back = decode(code, scale)[0].double()
+    code, scale = quantise(x[None], dtype, torch.full((1, 250), offset))
+    back = dequantise(code, scale)[0].double()
     # A step is 1/levels of the fourth root: 3% of the value at the top for int8 (1.6% for uint8),
     # 143% six decades down, where the fourth root of 1e-6 is code 4.
     root = (x.double().abs() / 3e-5) ** 0.25
@@ -146,14 +146,14 @@ def test_codes_are_within_one_step_over_the_decades(dtype, levels, decades, offs
 
 def test_zeros_stay_zero_and_sqrt_v_has_a_floor():
     x = torch.tensor([[0.0, -2.0, 0.0, 1e-30], [0.0, 0.0, 0.0, 0.0]])
-    code, scale = encode(x, torch.int8, torch.full_like(x, 0.75))
+    code, scale = quantise(x, torch.int8, torch.full_like(x, 0.75))
     expected = torch.tensor([[0.0, -2.0, 0.0, 0.0], [0.0] * 4])
-    torch.testing.assert_close(decode(code, scale), expected, rtol=FLOAT32_ROUNDING, atol=0)
-    code, scale = encode(x.abs(), torch.uint8, torch.zeros_like(x))
+    torch.testing.assert_close(dequantise(code, scale), expected, rtol=FLOAT32_ROUNDING, atol=0)
+    code, scale = quantise(x.abs(), torch.uint8, torch.zeros_like(x))
     assert code.tolist() == [[16, 255, 16, 16], [16] * 4]
     floor = 2 * (16 / 255) ** 4
     expected = torch.tensor([[floor, 2.0, floor, floor], [0.0] * 4])
-    torch.testing.assert_close(decode(code, scale), expected, rtol=FLOAT32_ROUNDING, atol=0)
+    torch.testing.assert_close(dequantise(code, scale), expected, rtol=FLOAT32_ROUNDING, atol=0)
 
 
 def test_dither_is_even_over_entries_and_over_steps():
@@ -169,7 +169,7 @@ def test_dither_is_even_over_entries_and_over_steps():
 def test_dithered_rounding_is_right_on_average():
     x = torch.rand(4, 256, generator=torch.Generator().manual_seed(0))
     rounded = [
-        decode(*encode(x, torch.uint8, dither(x.numel(), step).view_as(x))) for step in range(200)
+        dequantise(*quantise(x, torch.uint8, dither(x.numel(), step).view_as(x))) for step in range(200)
     ]
     assert (torch.stack(rounded).mean(0) / x - 1).abs().max() < 0.01
 
@@ -223,7 +223,7 @@ def test_a_rare_row_keeps_its_pace_and_straddling_blocks_would_stop_it():
 def test_straddling_blocks_explode_if_v_can_round_to_zero(monkeypatch):
     # What the rows and the floor protect from, shown with the plainest code there is for sqrt(v):
     # 255 even steps, to nearest. In blocks that end with the row it merely is imprecise.
-    ours = encode, decode
+    ours = quantise, dequantise
 
     def even_encode(x, dtype, offset):
         if dtype == torch.int8:
@@ -234,8 +234,8 @@ def test_straddling_blocks_explode_if_v_can_round_to_zero(monkeypatch):
     def even_decode(code, scale):
         return ours[1](code, scale) if code.dtype == torch.int8 else code.float() / 255 * scale
 
-    monkeypatch.setattr(optim, "encode", even_encode)
-    monkeypatch.setattr(optim, "decode", even_decode)
+    monkeypatch.setattr(optim, "quantise", even_encode)
+    monkeypatch.setattr(optim, "dequantise", even_decode)
     in_rows = largest_updates(rare_word_gradients, (16, 640), 200, bits=8)[5]
     straddling = largest_updates(rare_word_gradients, (16, 640), 200, bits=8, view=(40, 256))[5]
     assert in_rows.max() < 2 * ADAM_BOUND
@@ -278,7 +278,7 @@ def moments_after(gradients, betas, dithered=True):
             p.grad[:, 0] = 3.0
             optimizer.step()
         _, v, *scales = optimizer.moments["p"]
-        root = decode(v, scales[1]) if scales else v.sqrt()
+        root = dequantise(v, scales[1]) if scales else v.sqrt()
         roots.append(root[:, 1:])
     return (roots[0] / roots[1]).mean().item()
 

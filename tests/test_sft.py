@@ -1,7 +1,9 @@
 """train_sft.py: the same steps as transformers' Trainer and peft, and the promises of a run."""
 
+import contextlib
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -171,7 +173,9 @@ def test_a_killed_and_continued_run_equals_an_uninterrupted_one(problems, method
     monkeypatch.setattr(train_sft, "cosine_with_min_lr", real)
     assert train_sft.main([*argv, "--out", str(cut)]) == 0
 
-    assert metrics(cut) == metrics(whole) and len(metrics(whole)) == 6
+    assert metrics(cut) == metrics(whole)
+    steps = [row["step"] for row in metrics(whole)]  # validations at 0, 2, 4 and 6 have rows, too
+    assert steps == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
     a, b = weights(whole), weights(cut)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert not (cut / "checkpoint").exists()
@@ -201,7 +205,7 @@ def test_changed_data_is_not_continued(problems, tmp_path):
 def test_a_run_learns_and_writes_what_evaluate_reads(problems, tmp_path):
     train_sft.main([*problems, "--epochs", "8", "--lr", "1e-2", "--out", str(tmp_path / "run")])
     rows = metrics(tmp_path / "run")
-    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert rows[-2]["loss"] < 0.7 * rows[0]["loss"]
     assert {"val_loss", "val_exact_match", "val_truncated"} <= rows[-1].keys()
     assert (tmp_path / "run/samples.jsonl").read_text().count("\n") == 2
     args = json.loads((tmp_path / "run/run_args.json").read_text())
@@ -211,15 +215,75 @@ def test_a_run_learns_and_writes_what_evaluate_reads(problems, tmp_path):
 
 def test_merge_writes_a_model_beside_the_adapter(problems, tmp_path):
     train_sft.main([*problems, "--lora", "--merge", "--out", str(tmp_path / "run")])
-    merged, _ = load_model(tmp_path / "run")
-    kept, _ = load_model(tmp_path / "run/adapter")
+    merged, _ = load_model(tmp_path / "run/model")
+    kept, _ = load_model(tmp_path / "run")
     ids = torch.tensor([[2, 40, 50, 60]])
     assert not lora.adapters(merged) and lora.adapters(kept)
     assert (merged(ids) - kept(ids)).abs().max() < 1e-5
 
 
+def test_merge_can_be_asked_for_afterwards(problems, tmp_path):
+    argv = [*problems, "--lora", "--out", str(tmp_path / "run")]
+    train_sft.main(argv)
+    before = metrics(tmp_path / "run")
+    train_sft.main([*argv, "--merge"])
+    load_model(tmp_path / "run/model")
+    assert metrics(tmp_path / "run") == before
+
+
+def test_an_adapter_run_can_be_trained_on_in_full(problems, tmp_path):
+    """The adapters are folded in, and then every weight trains."""
+    train_sft.main([*problems, "--lora", "--out", str(tmp_path / "a")])
+    train_sft.main([*problems, "--model", str(tmp_path / "a"), "--out", str(tmp_path / "b")])
+    before, after = load_model(tmp_path / "a", merge=True)[0], load_model(tmp_path / "b")[0]
+    for (name, p), q in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert (p - q).abs().max() > 1e-5, name
+
+
+def test_a_run_does_not_overwrite_the_model_it_starts_from(problems, tmp_path):
+    train_sft.main([*problems, "--out", str(tmp_path / "a")])
+    for model in ("a", "a/model"):
+        again = [*problems, "--model", str(tmp_path / model), "--out", str(tmp_path / "a"), "--overwrite"]
+        with pytest.raises(UserError, match="choose another --out"):
+            train_sft.main(again)
+    load_model(tmp_path / "a")
+
+
+@pytest.mark.parametrize("at", [2, 6], ids=["in the middle", "at the end"])
+def test_a_stop_during_validation_saves_and_continues_exactly(problems, tmp_path, monkeypatch, at):
+    argv = [*problems, "--lora", "--val-every", "2", "--save-every", "99"]
+    assert train_sft.main([*argv, "--out", str(tmp_path / "whole")]) == 0
+
+    real, stop = train_sft.console.graceful_stop, []
+
+    @contextlib.contextmanager
+    def stoppable():
+        with real() as s:
+            stop.append(s)
+            yield s
+
+    exact_match = train_sft.generate.exact_match
+    seen = []
+
+    def interrupted(*args, progress, **kw):
+        seen.append(None)
+        if len(seen) == 1 + at // 2:  # validations are at 0, 2, 4, 6
+            stop[-1].requested = signal.SIGTERM
+            progress(0, 0)
+        return exact_match(*args, progress=progress, **kw)
+
+    monkeypatch.setattr(train_sft.console, "graceful_stop", stoppable)
+    monkeypatch.setattr(train_sft.generate, "exact_match", interrupted)
+    assert train_sft.main([*argv, "--out", str(tmp_path / "cut")]) == 143
+    monkeypatch.setattr(train_sft.generate, "exact_match", exact_match)
+    assert train_sft.main([*argv, "--out", str(tmp_path / "cut")]) == 0
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_keep_best_keeps_the_weights_of_the_best_validation(problems, tmp_path, monkeypatch):
-    scores = iter([0.25, 0.75, 0.5])  # of the three validations, at steps 2, 4 and 6
+    scores = iter([0.25, 0.25, 0.75, 0.5])  # at steps 0, 2, 4 and 6; a tie goes by the loss
     rows = lambda *a, **k: [{"correct": next(scores), "truncated": False}]  # noqa: E731
     monkeypatch.setattr(train_sft.generate, "exact_match", rows)
     seen = {}
@@ -232,10 +296,12 @@ def test_keep_best_keeps_the_weights_of_the_best_validation(problems, tmp_path, 
     monkeypatch.setattr(lora, "save_adapter", save)
     out = tmp_path / "run"
     train_sft.main([*problems, "--lora", "--val-every", "2", "--keep", "best", "--out", str(out)])
-    assert len(seen) == 2  # 0.25, then 0.75; not 0.5
+    assert len(seen) == 3  # 0.25, 0.25 at a lower loss, 0.75; not 0.5
     saved = load_file(out / "adapter/adapter_model.safetensors")
-    for name, p in seen[1].items():
+    for name, p in seen[2].items():
         assert torch.equal(saved[lora.PREFIX + name], p)
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["step"], summary["val_exact_match"]) == (4, 0.75)
 
 
 def test_a_non_finite_loss_stops_the_run_and_names_the_problems(problems, tmp_path):
@@ -281,6 +347,8 @@ def test_dry_run_needs_no_weights_and_writes_nothing(problems, tmp_path, capsys)
         (["--keep", "best"], "--val-every"),
         (["--val-examples", "99"], "--val-examples 99"),
         (["--device", "tpu"], "--device tpu"),
+        (["--device", "cuda:x"], "--device cuda:x"),
+        (["--seed", str(10**14)], "--seed"),
         (["--model", "no/such/folder"], "no such folder"),
         (["--data", "grade-school"], "main, socratic or a .jsonl"),
     ],
@@ -293,7 +361,7 @@ def test_bad_flags_are_named(problems, flags, says, tmp_path):
 
 def test_an_adapter_is_not_trained_on_top_of_an_adapter(problems, tmp_path):
     train_sft.main([*problems, "--lora", "--out", str(tmp_path / "a")])
-    with pytest.raises(UserError, match="--merge"):
+    with pytest.raises(UserError, match="merged model"):
         train_sft.main([*problems, "--lora", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "b")])
 
 
