@@ -4,16 +4,16 @@
 
 One problem, main style:
 
-    question  A hall has 6 rows with 8 seats in each row, and 30 of the seats are full. How many seats
-              are still empty?
+    question  A hall has 6 rows with 8 seats in each row. If 30 seats are taken, how many seats are empty?
     answer    There are 6*8 = <<6*8=48>>48 seats in the hall.
-              Of these, 48-30 = <<48-30=18>>18 seats are still empty.
+              There are 48-30 = <<48-30=18>>18 empty seats.
               #### 18
 
 Socratic style puts a sub-question before each step: "How many seats are there in the hall? ** There
 are 6*8 = ...". As in GSM8K there are 7,473 training and 1,319 test problems, no question occurs twice,
 and both styles have the same questions in the same order. Everything follows from SEED. Training and
-test problems come from the same families, names and numbers: a test problem is new, its kind is not.
+test problems come from the same families, names and small numbers: a test problem is new, its kind is
+not, and for four in ten a training problem has the same calculation with other names or words.
 
 The data are built so that reinforcement learning has something to find. About half of the answers
 (TERSE, drawn for each problem by itself) show no working, only
@@ -40,9 +40,10 @@ SIZES = {"train": 7473, "test": 1319}
 TERSE = 0.5  # share of answers without working
 LIMIT = 100  # no number is larger, and none is below 2: every noun can be a plural
 
-HE = ("Tom", "Ben", "Max", "Leo")
-SHE = ("Natalia", "Anna", "Mia", "Lily")
-LISTS = {
+HE, SHE = ("he", "He", "his", "him"), ("she", "She", "her", "her")
+PEOPLE = dict.fromkeys(("Tom", "Ben", "Max", "Leo"), HE)
+PEOPLE |= dict.fromkeys(("Natalia", "Anna", "Mia", "Lily"), SHE)
+WORDS = {
     "THINGS": ("pens", "books", "cards", "clips", "stickers", "marbles"),
     "FOOD": ("apples", "cookies", "eggs"),
 }
@@ -50,14 +51,14 @@ LISTS = {
 # ---------------------------------------------------------------------------------- the families
 #
 # = family a=2-9 ...  a kind of problem and what to draw for it: a range, words, or a number made from
-#                     others. The same family again: the same kind of story with another calculation.
-# ? ...               a wording of the question; one is drawn.
-# - ... ** ...        a step: its sub-question ** its sentence.
+#                     others. The same family again: nearly the same words, another calculation.
+# ? ...               a wording of the question; one is drawn
+# - ... ** ...        a step: its sub-question ** its sentence
 #
 # {a} is a number or word; {A} {B} {C} are people; {he} {He} {his} {him} mean {A}. [t=a*b] writes
 # 6*8 = <<6*8=48>>48 and names the result; [$t=a*b] also writes the $, where GSM8K has it. If a number
-# falls outside 2 to LIMIT or a division leaves a rest, all are drawn again. An indented line goes on
-# from the one before it.
+# is not in 2 to LIMIT or a division leaves a rest, all are drawn again; so h=a-c, used nowhere else,
+# keeps a above c. An indented line goes on from the one before it.
 
 FAMILIES = """
 = compare a=4-20 b=2-12 x=THINGS
@@ -70,6 +71,7 @@ FAMILIES = """
 ? {A} has {a} {x}, which is {b} fewer than {B} has. How many {x} does {B} have?
 ? {A} has {b} fewer {x} than {B}. If {A} has {a} {x}, how many {x} does {B} have?
 - How many {x} does {B} have? ** {B} has [t=a+b] {x}.
+
 = times k=3-6 b=2-15 a=k*b x=THINGS
 ? {A} has {a} {x}. {A} has {k} times as many {x} as {B}. How many {x} does {B} have?
 ? {A} has {a} {x}, which is {k} times as many as {B} has. How many {x} does {B} have?
@@ -78,23 +80,24 @@ FAMILIES = """
 ? {A} has {a} {x}. {B} has {k} times as many {x} as {A}. How many {x} does {B} have?
 ? {A} has {a} {x}, and {B} has {k} times as many. How many {x} does {B} have?
 - How many {x} does {B} have? ** {B} has [t=a*k] {x}.
+
 = share b=2-9 q=2-12 a=b*q x=FOOD
 ? {A} shares {a} {x} equally among {b} friends. How many {x} does each friend get?
-? {A} has {a} {x} for {b} friends. If each friend gets the same number of {x}, how many {x} is that?
+? {A} gives {b} friends {a} {x} to share equally. How many {x} does each friend get?
 - How many {x} does each friend get? ** Each friend gets [t=a/b] {x}.
-= rows a=3-10 b=4-10 c=5-60
+
+= rows a=3-12 b=4-12 c=4-80
 ? There are {a} rows of {b} seats in a hall. If {c} people sit down, how many seats are still empty?
-? A hall has {a} rows with {b} seats in each row, and {c} of the seats are full. How many seats are
-  still empty?
+? A hall has {a} rows with {b} seats in each row. If {c} seats are taken, how many seats are empty?
 - How many seats are there in the hall? ** There are [t=a*b] seats in the hall.
-- How many seats are still empty? ** Of these, [u=t-c] seats are still empty.
-= rows a=5-12 b=4-12 c=2-8
-? There are {a} rows of {b} seats in a hall. If {c} rows are full, how many seats are still empty?
-? A hall has {a} rows with {b} seats in each row, and {c} of the rows are full. How many seats are
-  still empty?
-- How many rows are still empty? ** There are [t=a-c] empty rows.
-- How many seats are still empty? ** There are [u=t*b] empty seats.
-= sold q=3-20 a=q*2 x=THINGS
+- How many seats are empty? ** There are [u=t-c] empty seats.
+= rows a=4-15 b=4-12 c=2-12
+? There are {a} rows of {b} seats in a hall. If people fill {c} rows, how many seats are still empty?
+? A hall has {a} rows with {b} seats in each row. If {c} rows are taken, how many seats are empty?
+- How many rows are empty? ** There are [t=a-c] empty rows.
+- How many seats are empty? ** There are [u=t*b] empty seats.
+
+= sold q=2-23 a=q*2 x=THINGS
 ? {A} sold {x} to {a} of {his} friends in April, and then {he} sold half as many {x} in May. How many
   {x} did {A} sell altogether in April and May?
 ? In May {A} sold half as many {x} as in April. If {he} sold {a} {x} in April, how many {x} did {he}
@@ -103,76 +106,62 @@ FAMILIES = """
 - How many {x} did {A} sell altogether? ** {A} sold [u=a+t] {x} altogether in April and May.
 = sold a=6-20 b=2-12 x=THINGS
 ? {A} sold {a} {x} in April and {b} fewer {x} in May. How many {x} did {he} sell altogether?
-? In April {A} sold {a} {x}, which was {b} more than in May. How many {x} did {A} sell altogether in
-  April and May?
+? In April {A} sold {a} {x}, which was {b} more than in May. How many {x} did {he} sell in total?
 - How many {x} did {A} sell in May? ** {A} sold [t=a-b] {x} in May.
 - How many {x} did {A} sell altogether? ** {A} sold [u=a+t] {x} altogether in April and May.
+
 = week a=2-12 b=2-12
-? {A} drinks {a} cups of water each day, and {B} drinks {b} cups. How many cups of water do they drink
-  altogether in a week?
-? Each day {A} drinks {a} cups of water and {B} drinks {b}. How many cups do they drink in a week?
-- How many cups do they drink each day? ** Each day they drink [t=a+b] cups of water.
-- How many cups do they drink in a week? ** In a week they drink [u=t*7] cups of water.
-= week a=4-16 b=2-12
-? {A} drinks {a} cups of water each day, and {B} drinks {b} cups. How many more cups of water does {A}
-  drink than {B} in a week?
-? Each day {A} drinks {a} cups of water and {B} drinks {b}. How many fewer cups does {B} drink in a week?
-- How many more cups does {A} drink each day? ** Each day {A} drinks [t=a-b] more cups than {B}.
-- How many more cups does {A} drink in a week? ** In a week {A} drinks [u=t*7] more cups than {B}.
+? {A} reads {a} pages each day, and {B} reads {b}. How many pages do they read in total in a week?
+? Each day {A} reads {a} pages of a book and {B} reads {b}. How many pages do they read in a week?
+- How many pages do they read each day? ** Each day they read [t=a+b] pages.
+- How many pages do they read in a week? ** In a week they read [u=t*7] pages.
+= week a=4-20 b=2-18
+? {A} reads {a} pages each day, and {B} reads {b}. How many more pages does {A} read than {B} in a week?
+? Each day {A} reads {a} pages of a book and {B} reads {b}. How many more pages does {A} read in a week?
+- How many more pages does {A} read each day? ** Each day {A} reads [t=a-b] more pages.
+- How many more pages does {A} read in a week? ** In a week {A} reads [u=t*7] more pages.
+
 = ages a=4-20 b=2-10
 ? {A} is {a} years old. {B} is {b} years older than {A}, and {C} is twice as old as {B}. How old is {C}?
 ? {C} is twice as old as {B}, and {B} is {b} years older than {A}. If {A} is {a}, how old is {C}?
 - How old is {B}? ** {B} is [t=a+b] years old.
 - How old is {C}? ** {C} is [u=t*2] years old.
-= ages a=8-20 b=2-12 c=2-10
+= ages a=6-20 b=2-12 c=2-10
 ? {A} is {a} years old. {A} is {b} years older than {B}. How old will {B} be in {c} years?
 ? {A} is {b} years older than {B}. If {A} is {a} now, how old will {B} be in {c} years?
 - How old is {B} now? ** {B} is [t=a-b] years old now.
 - How old will {B} be in {c} years? ** In {c} years {B} will be [u=t+c] years old.
+
 = bags c=3-10 q=2-8 p=c*q b=2-12 a=p+b x=FOOD
-? {A} has {a} {x}. {He} gives {b} of them to {B} and puts the rest into bags of {c}. How many bags
-  does {he} need?
-? How many bags of {c} {x} can {A} fill if {he} has {a} {x} and first gives {b} of them to {B}?
+? {A} has {a} {x}. {He} gives {b} to {B} and puts the rest in bags of {c}. How many bags does {he} need?
+? How many bags of {c} {x} can {A} fill if {he} has {a} {x} and first gives {b} to {B}?
 - How many {x} does {A} have then? ** Then {A} has [t=a-b] {x}.
 - How many bags does {A} need? ** {A} needs [u=t/c] bags.
 = bags c=3-10 q=2-8 p=c*q b=2-12 a=p-b x=FOOD
-? {A} has {a} {x}. {B} gives {him} {b} more, and {A} puts all of them into bags of {c}. How many bags
-  does {A} need?
-? How many bags of {c} {x} can {A} fill if {he} has {a} {x} and first gets {b} more from {B}?
+? {A} has {a} {x}. {He} gets {b} from {B} and puts them all in bags of {c}. How many bags does {he}
+  need?
+? How many bags of {c} {x} can {A} fill if {he} has {a} {x} and first gets {b} from {B}?
 - How many {x} does {A} have then? ** Then {A} has [t=a+b] {x}.
 - How many bags does {A} need? ** {A} needs [u=t/c] bags.
-= left a=10-40 b=2-15 c=2-15 x=FOOD|THINGS
-? {A} has {a} {x}. {He} gives {b} {x} to {B} and {c} to {C}. How many {x} does {A} have left?
-? {A} gives {b} {x} to {B} and {c} to {C}. If {A} had {a} {x} at first, how many {x} are left?
-- How many {x} are left after the first gift? ** After the first gift {A} has [t=a-b] {x}.
-- How many {x} are left after the second gift? ** After the second gift {A} has [u=t-c] {x} left.
-= left q=4-30 a=q*2 c=2-20 x=FOOD|THINGS
-? {A} has {a} {x}. {He} gives half of them to {B} and then {c} to {C}. How many {x} does {A} have left?
-? {A} gives half of {his} {x} to {B} and then {c} to {C}. If {A} had {a} {x} at first, how many {x}
-  are left?
-- How many {x} are left after the first gift? ** After the first gift {A} has [t=a/2] {x}.
-- How many {x} are left after the second gift? ** After the second gift {A} has [u=t-c] {x} left.
+
+= gifts q=4-40 a=q*2 c=2-20 x=FOOD|THINGS
+? {A} has {a} {x}. {He} gives half of them to {B} and {c} to {C}. How many {x} does {A} have left?
+? {A} gives half of {his} {a} {x} to {B} and then {c} to {C}. How many {x} are left?
+- How many {x} does {B} get? ** {B} gets [t=a/2] {x}.
+- How many {x} are left? ** {A} has [u=t-c] {x} left.
+
 = save q=2-9 c=3-10 p=c*q b=5-30 a=b+p y=bike|game
 ? A {y} costs ${a}. {A} has ${b} and saves ${c} each week. How many weeks does {he} need to save?
-? {A} has ${b} and wants to buy a {y} for ${a}. If {he} saves ${c} each week, after how many weeks can
-  {he} buy it?
+? {A} has ${b} and saves ${c} each week for a {y} that costs ${a}. How many weeks does that take?
 - How much more money does {A} need? ** {A} needs [$t=a-b] more.
 - How many weeks does {A} need to save? ** {A} needs to save for [u=t/c] weeks.
-= save a=40-100 b=5-30 c=3-10 d=2-9 y=bike|game
-? A {y} costs ${a}. {A} has ${b} and saves ${c} each week for {d} weeks. How much more money does {he}
-  need to buy the {y}?
-? {A} has ${b} and wants to buy a {y} for ${a}. If {he} saves ${c} each week, how much more will {he}
-  need after {d} weeks?
-- How much does {A} save? ** {A} saves [$t=c*d].
-- How much money does {A} have then? ** Then {A} has [$u=b+t].
-- How much more money does {A} need? ** {A} needs [$v=a-u] more.
+
 = earn a=4-15 b=2-8 c=2-8
 ? {A} earns ${a} an hour. {He} works {b} hours on Monday and {c} hours on Friday. How much does {he} earn?
-? On Monday {A} works {b} hours, and on Friday {he} works {c} hours. If {he} earns ${a} an hour, how
-  much does {he} earn altogether?
+? {A} works {b} hours on Monday and {c} hours on Friday for ${a} an hour. How much does {he} earn?
 - How many hours does {A} work? ** {A} works [t=b+c] hours.
 - How much does {A} earn? ** {A} earns [$u=t*a].
-= earn a=4-12 b=2-6 c=2-6 d=5-40
+= earn a=4-15 b=2-8 c=2-6 d=4-40
 ? {A} earns ${a} an hour. {He} works {b} hours each day for {c} days and then spends ${d}. How much
   money does {he} have left?
 ? {A} works {b} hours each day and earns ${a} an hour. After {c} days {he} spends ${d}. How much money
@@ -180,105 +169,127 @@ FAMILIES = """
 - How much does {A} earn each day? ** Each day {A} earns [$t=a*b].
 - How much does {A} earn altogether? ** Altogether {A} earns [$u=t*c].
 - How much money does {A} have left? ** {A} has [$v=u-d] left.
-= trip a=6-16 b=2-5 c=6-16 d=2-5
+
+= trip a=6-20 b=2-5 c=5-16 d=2-5 h=a-c
 ? {A} rides {his} bike at {a} miles an hour for {b} hours and then at {c} miles an hour for {d} hours.
   How many miles does {he} ride?
 ? {A} rides {his} bike for {b} hours at {a} miles an hour and then for {d} hours at {c} miles an hour.
-  How many miles does {he} ride altogether?
+  How many miles is that in total?
 - How many miles does {A} ride first? ** First {A} rides [t=a*b] miles.
 - How many miles does {A} ride then? ** Then {A} rides [u=c*d] miles.
 - How many miles does {A} ride altogether? ** Altogether {A} rides [v=t+u] miles.
-= trip q=2-9 b=5-16 a=q*b c=5-16
+= trip q=2-4 b=6-20 a=q*b c=6-16 h=b-c
 ? {A} rides {his} bike {a} miles to the beach at {b} miles an hour and comes back at {c} miles an hour.
   How many hours does {he} ride?
 ? The beach is {a} miles away. {A} rides {his} bike there at {b} miles an hour and comes back at {c}
-  miles an hour. How many hours does {he} ride altogether?
+  miles an hour. How many hours is that in total?
 - How many hours does {A} ride to the beach? ** {A} rides [t=a/b] hours to the beach.
 - How many hours does {A} ride back? ** {A} rides [u=a/c] hours back.
 - How many hours does {A} ride altogether? ** Altogether {A} rides [v=t+u] hours.
-= change a=2-9 b=2-9 c=2-20 d=20|50|100 x=books|hats|cups y=bag|cake|lamp
-? {A} buys {a} {x} for ${b} each and a {y} for ${c}. If {he} pays with ${d}, how much money does {he}
-  get back?
-? A {y} costs ${c}, and {x} cost ${b} each. {A} pays for a {y} and {a} {x} with ${d}. How much money
-  does {he} get back?
-- How much do the {x} cost? ** The {x} cost [$t=a*b].
-- How much does {A} spend? ** With the {y}, {A} spends [$u=t+c].
-- How much money does {A} get back? ** {A} gets back [$v=d-u].
-= price a=2-9 b=2-12 c=2-9 d=2-12 x=books|hats|cups y=bags|cakes|lamps
-? {A} buys {a} {x} for ${b} each, and {B} buys {c} {y} for ${d} each. How much more does {A} spend
-  than {B}?
-? {A} buys {a} {x}, and {B} buys {c} {y}. If {x} cost ${b} each and {y} cost ${d} each, how much more
-  does {A} spend than {B}?
-- How much does {A} spend? ** {A} spends [$t=a*b].
-- How much does {B} spend? ** {B} spends [$u=c*d].
-- How much more does {A} spend than {B}? ** {A} spends [$v=t-u] more than {B}.
-= read b=4-15 c=2-6 h=b*c d=2-6 q=3-15 p=d*q a=h+p
-? {A} has a book of {a} pages. {He} reads {b} pages each day for {c} days. How many pages must {he}
-  read each day to finish the book in {d} more days?
-? A book has {a} pages. {A} reads {b} pages each day for {c} days and wants to finish the book in {d}
-  more days. How many pages must {he} read each day then?
+
+= finish b=4-20 c=2-6 h=b*c d=2-6 q=3-15 p=d*q a=h+p
+? {A} has a book of {a} pages. {He} reads {b} pages each day for {c} days. How many pages must {he} read
+  each day to finish the book in {d} more days?
+? {A} wants to finish a book of {a} pages. After reading {b} pages each day for {c} days, {he} has {d}
+  days left. How many pages must {he} read each day then?
 - How many pages does {A} read first? ** First {A} reads [t=b*c] pages.
 - How many pages are left? ** Then there are [u=a-t] pages left.
 - How many pages must {A} read each day then? ** {A} must read [v=u/d] pages each day.
+
 = bus a=8-40 b=2-15 c=2-15 d=2-15
 ? There are {a} people on a bus. At the first stop {b} people get off and {c} get on. At the second stop
   {d} people get off. How many people are on the bus now?
 ? At the first stop {b} people get off a bus and {c} get on. At the second stop {d} people get off. If
   there were {a} people on the bus at first, how many are there now?
-- How many people are left after {b} get off? ** When {b} get off, there are [t=a-b] people left.
-- How many people are there after {c} get on? ** When {c} get on, there are [u=t+c] people.
+- How many people are left after {b} get off? ** After {b} get off, there are [t=a-b] people.
+- How many people are there after {c} get on? ** After {c} get on, there are [u=t+c] people.
 - How many people are on the bus now? ** Now there are [v=u-d] people on the bus.
-= class a=6-20 b=2-12 c=2-6 d=2-6 x=FOOD|cards|books
+
+= class a=6-20 b=2-16 c=2-6 d=2-8 h=d-c x=apples|cookies|books|cards
 ? There are {a} children in a class, and {b} of them are boys. Each boy has {c} {x}, and each girl has
   {d} {x}. How many {x} do they have altogether?
 ? Each boy in a class has {c} {x}, and each girl has {d}. If {b} of the {a} children are boys, how many
-  {x} do they have altogether?
+  {x} do they have in total?
 - How many {x} do the boys have? ** The boys have [t=b*c] {x}.
 - How many girls are there? ** There are [u=a-b] girls.
 - How many {x} do the girls have? ** The girls have [v=u*d] {x}.
 - How many {x} do they have altogether? ** Altogether they have [w=t+v] {x}.
-= farm a=3-15 b=3-7 c=2-12 d=4-12 e=2-8
+
+= farm a=3-15 b=3-7 c=2-12 d=4|5|6|8|10|12 e=2-8
 ? A farmer has {a} hens that lay {b} eggs each in a week. The farmer keeps {c} eggs and sells the rest
   in boxes of {d} for ${e} a box. How much does the farmer earn in a week?
 ? Each week a farmer gets {b} eggs from each of {a} hens. After keeping {c} eggs, the farmer puts the
-  rest into boxes of {d} and sells each box for ${e}. How much does the farmer earn each week?
+  rest in boxes of {d} and sells each box for ${e}. How much does the farmer earn each week?
 - How many eggs are there? ** There are [t=a*b] eggs.
 - How many eggs does the farmer sell? ** The farmer sells [u=t-c] eggs.
-- How many boxes does the farmer sell? ** That is [v=u/d] boxes.
+- How many boxes does the farmer sell? ** The farmer sells [v=u/d] boxes.
 - How much does the farmer earn? ** The farmer earns [$w=v*e].
+
 = three a=2-20 b=2-12 x=FOOD|THINGS
 ? {A} has {a} {x}. {B} has {b} more {x} than {A}, and {C} has twice as many {x} as {B}. How many {x} do
   they have altogether?
 ? {C} has twice as many {x} as {B}, and {B} has {b} more {x} than {A}. If {A} has {a} {x}, how many {x}
-  do they have altogether?
+  do they have in total?
 - How many {x} does {B} have? ** {B} has [t=a+b] {x}.
 - How many {x} does {C} have? ** {C} has [u=t*2] {x}.
 - How many {x} do {A} and {B} have? ** {A} and {B} have [v=a+t] {x}.
 - How many {x} do they have altogether? ** Altogether they have [w=v+u] {x}.
-= shop a=2-8 b=2-9 c=2-8 d=2-9 e=20-100 x=books|hats|cups y=bags|cakes|lamps
-? {A} has ${e}. {He} buys {a} {x} for ${b} each and {c} {y} for ${d} each. How much money does {he}
-  have left?
-? {A} buys {a} {x} and {c} {y}. The {x} cost ${b} each, and the {y} cost ${d} each. If {A} had ${e} at
-  first, how much money does {he} have left?
+
+= shop a=2-8 b=4-12 c=2-8 d=2-9 h=b-d e=20|50|100 x=books|hats|lamps y=cups|cakes|pens
+? {A} buys {a} {x} for ${b} each and {c} {y} for ${d} each. If {he} pays with ${e}, how much money does
+  {he} get back?
+? {A} buys {a} {x} and {c} {y} and pays with ${e}. The {x} cost ${b} each, and the {y} cost ${d} each.
+  How much money does {he} get back?
 - How much do the {x} cost? ** The {x} cost [$t=a*b].
 - How much do the {y} cost? ** The {y} cost [$u=c*d].
 - How much does {A} spend? ** {A} spends [$v=t+u].
-- How much money does {A} have left? ** {A} has [$w=e-v] left.
+- How much money does {A} get back? ** {A} gets back [$w=e-v].
 """
 
 # ------------------------------------------------------------------------------ reading the table
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-OPERATIONS["/"] = lambda a, b: a // b if a % b == 0 else 0  # 0 is out of range: drawn again
+OPERATIONS["/"] = lambda a, b: a // b if a % b == 0 else 0  # 0 is too small: drawn again
 SLOT = re.compile(r"\{(\w+)\}")
-SUM = re.compile(r"\[(\$?)(\w)=(\w+)([-+*/])(\w+)\]")
+SUM = re.compile(r"\[(\$?)(\w)=(\w)([-+*/])(\w)\]")
 
 
 class Template(NamedTuple):
-    family: str
-    draws: dict  # slot -> what to choose from, or (left, operation, right)
+    values: list[tuple]  # in order: (slot, what to choose from) or (slot, (left, operation, right))
     questions: list[str]
     steps: list[list[str]]  # [sub-question, sentence]
+
+
+def _read(table: str) -> dict[str, list[Template]]:
+    families: dict[str, list[Template]] = {}
+    for line in filter(None, table.replace("\n  ", " ").split("\n")):
+        kind, text = line[0], line[2:]
+        if kind == "=":
+            family, *draws = text.split()
+            template = Template([_read_draw(draw) for draw in draws], [], [])
+            families.setdefault(family, []).append(template)
+        elif kind == "?":
+            template.questions.append(text)
+        else:
+            template.steps.append(text.split(" ** "))
+            _, slot, *calculation = SUM.search(text).groups()
+            template.values.append((slot, tuple(calculation)))
+    return families
+
+
+def _read_draw(draw: str) -> tuple:
+    slot, text = draw.split("=")
+    if span := re.fullmatch(r"(\d+)-(\d+)", text):
+        return slot, range(int(span[1]), int(span[2]) + 1)
+    if calculation := re.fullmatch(r"(\w)([-+*])(\w)", text):
+        return slot, calculation.groups()
+    words = [word for name in text.split("|") for word in WORDS.get(name, (name,))]
+    return slot, [int(word) if word.isdigit() else word for word in words]
+
+
+TEMPLATES = _read(FAMILIES)
+
+# ------------------------------------------------------------------------------- writing problems
 
 
 class Worked(NamedTuple):
@@ -289,85 +300,48 @@ class Worked(NamedTuple):
     family: str
 
 
-def _parse(table: str) -> dict[str, list[Template]]:
-    families: dict[str, list[Template]] = {}
-    for line in table.strip().replace("\n  ", " ").split("\n"):
-        kind, text = line[0], line[2:]
-        if kind == "=":
-            family, *draws = text.split()
-            template = Template(family, dict(map(_parse_draw, draws)), [], [])
-            families.setdefault(family, []).append(template)
-        elif kind == "?":
-            template.questions.append(text)
-        else:
-            template.steps.append(text.split(" ** "))
-    return families
-
-
-def _parse_draw(draw: str) -> tuple:
-    slot, text = draw.split("=")
-    if calculation := re.fullmatch(r"(\w)([-+*])(\w|\d+)", text):
-        return slot, calculation.groups()
-    if span := re.fullmatch(r"(\d+)-(\d+)", text):
-        return slot, range(int(span[1]), int(span[2]) + 1)
-    words = [word for name in text.split("|") for word in LISTS.get(name, (name,))]
-    return slot, [int(word) if word.isdigit() else word for word in words]
-
-
-TEMPLATES = _parse(FAMILIES)
-NAMES = tuple(TEMPLATES)
-
-# ------------------------------------------------------------------------------- writing problems
-
-
 def sample(rng: random.Random) -> Worked:
-    """One problem with its working, endlessly. Whoever trains on these leaves out the questions of
-    problems("test"): they come from here too."""
-    template = rng.choice(TEMPLATES[rng.choice(NAMES)])
+    """One more problem with its working, without end. Whoever trains on these leaves out the
+    questions of problems("test"), which are drawn here too."""
+    family = rng.choice(list(TEMPLATES))
+    template = rng.choice(TEMPLATES[family])
     values = _draw(template, rng)
-    fill = functools.partial(SLOT.sub, lambda slot: str(values[slot[1]]))
+
+    def fill(text: str) -> str:
+        text = SLOT.sub(lambda slot: str(values[slot[1]]), text)
+        return SUM.sub(lambda found: _write(values, *found.groups()), text)
+
     question = fill(rng.choice(template.questions))
-    steps = [SUM.sub(lambda s: _write(s, values), fill(sentence)) for _, sentence in template.steps]
-    last = SUM.search(template.steps[-1][1])[2]
-    return Worked(question, steps, [fill(q) for q, _ in template.steps], values[last], template.family)
+    steps = [fill(step) for _, step in template.steps]
+    subquestions = [fill(subquestion) for subquestion, _ in template.steps]
+    return Worked(question, steps, subquestions, values[template.values[-1][0]], family)
 
 
 def _draw(template: Template, rng: random.Random) -> dict:
-    """Every number, drawn or calculated, by its slot, and the words and people."""
-    sums = [SUM.search(sentence).groups() for _, sentence in template.steps]
-    while True:
-        values = {}
-        for slot, draw in template.draws.items():
-            values[slot] = _calculate(values, *draw) if isinstance(draw, tuple) else rng.choice(draw)
-        for _, slot, *calculation in sums:
-            values[slot] = _calculate(values, *calculation)
-        if all(2 <= v <= LIMIT for v in values.values() if isinstance(v, int)):
-            break
-    people = list(HE + SHE)
+    """What every slot stands for: numbers, drawn and calculated, words, people and pronouns."""
+    values: dict = {}
+    while not values or any(not 2 <= v <= LIMIT for v in values.values() if isinstance(v, int)):
+        values = {"2": 2, "7": 7}  # the only numbers that calculations have as such
+        for slot, source in template.values:
+            if isinstance(source, tuple):
+                left, operation, right = source
+                values[slot] = OPERATIONS[operation](values[left], values[right])
+            else:
+                values[slot] = rng.choice(source)
+    people = list(PEOPLE)
     for slot in "ABC":
         values[slot] = people.pop(rng.randrange(len(people)))
-    he = values["A"] in HE
-    values |= dict(zip(("he", "He", "his", "him"), ("he", "He", "his", "him") if he else ("she", "She", "her", "her")))
-    return values
+    return values | dict(zip(HE, PEOPLE[values["A"]]))
 
 
-def _calculate(values: dict, left: str, operation: str, right: str) -> int:
-    return OPERATIONS[operation](_number(values, left), _number(values, right))
-
-
-def _number(values: dict, text: str) -> int:
-    return int(text) if text.isdigit() else values[text]
-
-
-def _write(found: re.Match, values: dict) -> str:
-    dollar, slot, left, operation, right = found.groups()
-    text = f"{_number(values, left)}{operation}{_number(values, right)}"
+def _write(values: dict, dollar: str, slot: str, left: str, operation: str, right: str) -> str:
+    text = f"{values[left]}{operation}{values[right]}"
     return f"{text} = {dollar}<<{text}={values[slot]}>>{values[slot]}"
 
 
 @functools.cache
-def _all() -> list[tuple[Worked, bool]]:
-    """Both splits, one after the other: each problem, and whether its answer is terse."""
+def _both_splits() -> list[tuple[Worked, bool]]:
+    """The training problems, then the test problems, each with whether its answer is terse."""
     rng, seen, found = random.Random(SEED), set(), []
     while len(found) < sum(SIZES.values()):
         worked = sample(rng)
@@ -382,12 +356,12 @@ def problems(split: str, style: str = "main", worked_only: bool = False) -> list
     start = {"train": 0, "test": SIZES["train"]}[split]
     socratic = {"main": False, "socratic": True}[style]
     found = []
-    for index, (worked, terse) in enumerate(_all()[start : start + SIZES[split]]):
+    for index, (worked, terse) in enumerate(_both_splits()[start : start + SIZES[split]]):
         steps, subquestions = worked.steps, worked.subquestions
         if terse and not worked_only:
             steps, subquestions = [f"The answer is {worked.answer}."], subquestions[-1:]
         if socratic:
-            steps = [f"{q} ** {step}" for q, step in zip(subquestions, steps)]
+            steps = [f"{asked} ** {step}" for asked, step in zip(subquestions, steps)]
         found.append(Problem(worked.question, "\n".join([*steps, f"#### {worked.answer}"]), index))
     return found
 
@@ -400,7 +374,7 @@ def main(argv: list[str] | None = None) -> None:
     everything = [p for split in SIZES for p in problems(split, args.style)]
     for p in everything[: args.show]:
         print(f"{p.question}\n{p.answer}\n")
-    words = {word for p in everything for word in re.findall("[A-Za-z]+", p.question + p.answer)}
+    words = {word for p in everything for word in re.findall("[A-Za-z]+", f"{p.question} {p.answer}")}
     print(f"{len(words)} distinct words in {len(everything)} problems")
 
 
