@@ -43,25 +43,25 @@ def next_weight(w: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return w * 0.9 + torch.rand(w.shape, generator=generator)
 
 
-def train(folder, until: int, then_finish=False, stop=Interrupt()) -> torch.Tensor:
+def train(folder, until: int, then_finish=False, stop=None) -> torch.Tensor:
     """A toy training loop: its result depends on every step, the order and the RNG."""
     with open_run(folder) as run:
-        generator, w, step = torch.Generator().manual_seed(0), torch.zeros(300), 0
+        generator, w, done = torch.Generator().manual_seed(0), torch.zeros(300), 0
         if found := run.load_checkpoint():
-            step, tensors, state = found
-            assert state == {"twice": 2 * step}
+            done, tensors, state = found
+            assert state == {"twice": 2 * done}
             w = tensors["w"].clone()
             generator.set_state(tensors["rng"].clone())
-        for step in range(step + 1, until + 1):
+        for step in range(done + 1, until + 1):
             w = next_weight(w, generator)
             run.log({"step": step, "mean": w.mean().item()})
             run.sample({"step": step})
             tensors = {"w": w, "rng": generator.get_state()}
             run.save_checkpoint(step, tensors, {"twice": 2 * step})
-            if stop.requested:
+            if stop and stop.requested:
                 break
         if then_finish:
-            run.finish({"steps": step})
+            run.finish({"steps": until})
     return w
 
 
