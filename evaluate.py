@@ -29,7 +29,7 @@ Z95 = NormalDist().inv_cdf(0.975)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Exact match on GSM8K.")
+    p = argparse.ArgumentParser(description="Exact match on GSM8K.", formatter_class=console.Help)
     p.add_argument("--model", default="google/gemma-2b-it", help="Hub id, folder or run")
     p.add_argument("--n", type=int, default=256, help="a fixed sample of that many problems")
     p.add_argument("--split", choices=("test", "validation"), default="test",
@@ -37,9 +37,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--data", default="main", help="main, socratic or a .jsonl file of your own")
     console.add_data_dir_flag(p)
     # the prompt: unset values are the run's own, or one-shot + instruction for an untuned model
-    p.add_argument("--shots", type=int, choices=(0, 1), help="worked examples before the question")
-    p.add_argument("--instruction", action=argparse.BooleanOptionalAction, default=None)
-    p.add_argument("--style", choices=("plain", "chat"))
+    p.add_argument("--shots", type=int, choices=(0, 1),
+                   help="worked examples before the question (a run: as it was trained; untuned: 1)")  # fmt: skip
+    p.add_argument("--instruction", action=argparse.BooleanOptionalAction, default=None,
+                   help="begin with the instruction (a run: as it was trained; untuned: yes)")  # fmt: skip
+    p.add_argument("--style", choices=("plain", "chat"), help="(a run: as it was trained; untuned: plain)")
     # decoding
     p.add_argument("--samples", type=int, default=1, help="completions a problem")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")

@@ -30,7 +30,8 @@ RECIPES = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Fine-tune Gemma on GSM8K, full or LoRA.")
+    p = argparse.ArgumentParser(description="Fine-tune Gemma on GSM8K, full or LoRA.",
+                                formatter_class=console.Help)  # fmt: skip
     p.add_argument("--recipe", choices=RECIPES, default="seed", help="where unset values come from")
     # model and adapters
     p.add_argument("--model", default="google/gemma-2b-it", help="Hub id, folder or run to start from")
@@ -46,24 +47,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--max-seq-length", type=int, default=768, help="longer examples are left out")
     p.add_argument("--max-examples", type=int, help="train on a fixed sample of that many")
     # optimisation
-    p.add_argument("--epochs", type=int, default=1)
+    p.add_argument("--epochs", type=int, default=1, help="times through the data")
     p.add_argument("--micro-batch", type=int, default=8, help="examples at once: memory, not results")
     p.add_argument("--accumulation", type=int, default=2, help="micro-batches a step")
-    p.add_argument("--lr", type=float, help="peak learning rate")
+    p.add_argument("--lr", type=float, help="peak learning rate (seed recipe: 1e-5)")
     p.add_argument("--min-lr", type=float, help="where the cosine ends (default: a tenth of --lr)")
-    p.add_argument("--warmup", type=float, help="share of all steps in which lr rises from 0")
-    p.add_argument("--weight-decay", type=float, default=0.0)
+    p.add_argument("--warmup", type=float, help="share of all steps in which lr rises from 0 (seed: 0)")
+    p.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW, on matrices only (0)")
     p.add_argument("--clip", type=float, default=1.0, help="limit of the gradient's norm")
-    p.add_argument("--optim", choices=("adamw8bit", "adamw"), default="adamw8bit")
+    p.add_argument("--optim", choices=("adamw8bit", "adamw"), default="adamw8bit",
+                   help="moments in 8 or 32 bits")  # fmt: skip
     p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True,
                    help="recompute activations in backward: less memory, more time")  # fmt: skip
     # validation, on a slice held out of train
     p.add_argument("--val-examples", type=int, default=64, help="training problems held out")
-    p.add_argument("--val-every", type=int, default=0, help="steps; 0: at the end only")
+    p.add_argument("--val-every", type=int, default=0, help="steps between validations; 0: at the end")
     p.add_argument("--keep", choices=("last", "best"), default="last", help="which validated weights")
     p.add_argument("--max-new-tokens", type=int, help="of a validation answer (320; socratic 512)")
     # the run
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of the order of examples and the adapters (0)")
     p.add_argument("--out", help="run folder (default runs/sft-{full,lora}-{data})")
     p.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     p.add_argument("--overwrite", action="store_true", help="start anew in a folder that has a run")
@@ -258,7 +260,8 @@ def main(argv: list[str] | None = None) -> int:
     may_differ = ("save_every", "data_dir", "device", "merge")
     with runs.Run(args.out, settings, info, args.overwrite, may_differ) as run:
         if run.finished:
-            print(f"{args.out} is finished: {run.summary}\n--overwrite starts anew")
+            figures = ", ".join(f"{k} {v:.4g}" for k, v in run.summary.items() if isinstance(v, float))
+            print(f"{args.out} is already finished ({figures}); to train again give --overwrite or --out")
         else:
             status = train(args, run, files, prompt, examples, size, steps, validation, held_out)
             if status:
@@ -266,7 +269,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.merge and not (run.folder / "model").exists():
             merged, tokenizer = load_model(files._replace(adapter=run.folder / "adapter"), merge=True)
             save_model(merged, tokenizer, run.folder / "model")
-    print(f"{args.out} is saved; next: python evaluate.py --model {args.out}")
+            print(f"merged into {run.folder / 'model'}")
+    print(f"the result is in {args.out}; next: python evaluate.py --model {args.out}")
     return 0
 
 

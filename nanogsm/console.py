@@ -108,6 +108,7 @@ class Progress:
         self.terminal = sys.stdout.isatty()
         self.line = ""  # what the terminal's last line shows
         self.printed = -math.inf  # when a line was last printed
+        self.ended = False  # whether that was the last step's
         self.first: tuple[int, float] | None = None  # step and time of the first update
 
     def __enter__(self) -> "Progress":
@@ -126,16 +127,16 @@ class Progress:
         self.first = self.first or (step, now)
         parts = [f"step {step}/{self.total}"]
         parts += [_figure(name, value) for name, value in figures.items() if value is not None]
-        if step > self.first[0]:
+        if self.first[0] < step < self.total:
             left = (self.total - step) * (now - self.first[1]) / (step - self.first[0])
             parts.append(f"ETA {datetime.timedelta(seconds=round(left))}")
         text = printable("  ".join(parts))
         if self.terminal:
             self.line = text[: shutil.get_terminal_size().columns - 1]  # \r cannot undo a wrap
             print(f"\r\x1b[K{self.line}", end="", flush=True)
-        elif step >= self.total or now - self.printed >= self.SECONDS:
+        elif now - self.printed >= self.SECONDS or (step >= self.total and not self.ended):
             print(text, flush=True)
-            self.printed = now
+            self.printed, self.ended = now, step >= self.total
 
     def note(self, text: str) -> None:
         """Print whole lines above the progress line; control characters are made visible."""
@@ -206,6 +207,15 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 # ---- where it runs
+
+
+class Help(argparse.HelpFormatter):
+    """--help with the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        says_nothing = action.default in (None, False, 0, "auto", argparse.SUPPRESS)
+        return (action.help or "") + ("" if says_nothing else " (%(default)s)")
+
 
 def add_compute_flags(parser: argparse.ArgumentParser) -> None:
     """--device and --precision, to be resolved by `pick_compute`."""

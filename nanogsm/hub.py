@@ -49,7 +49,7 @@ def find_model(name: str, weights: bool = True) -> ModelFiles:
         return _local_model(folder, weights)
     if name and folder.exists():
         raise UserError(f"{name} is a file: give the folder it is in")
-    if not HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name) or name.startswith("runs/"):
         raise UserError(f"no such folder: {name!r}; a Hub model is written owner/name")
     return ModelFiles(_snapshot(name, weights), None, name)
 

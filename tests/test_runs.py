@@ -600,6 +600,14 @@ def test_progress_in_a_file_prints_first_last_and_sometimes(monkeypatch, capsys)
     assert lines[1].endswith("ETA 0:00:45")  # 15 steps of 3 s
 
 
+def test_the_last_step_of_a_progress_line_is_printed_once(monkeypatch, capsys):
+    """A validation at the last step reports its own progress, which is no reason to flood a log."""
+    with Progress(60) as progress:
+        for done in range(20):
+            progress.update(60, validating=f"{done}/20")
+    assert capsys.readouterr().out == "step 60/60  validating 0/20\n"
+
+
 def test_progress_on_a_terminal_is_one_line_and_notes_stand_above_it(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((20, 5)))

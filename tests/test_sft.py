@@ -185,7 +185,7 @@ def test_a_finished_run_is_reported_and_other_arguments_are_refused(problems, tm
     argv = [*problems, "--lora", "--out", str(tmp_path / "run")]
     assert train_sft.main(argv) == 0
     before = metrics(tmp_path / "run")
-    assert train_sft.main(argv) == 0 and "is finished" in capsys.readouterr().out
+    assert train_sft.main(argv) == 0 and "is already finished" in capsys.readouterr().out
     assert metrics(tmp_path / "run") == before
     with pytest.raises(UserError, match="seed was 0, now 1"):
         train_sft.main([*argv, "--seed", "1"])
