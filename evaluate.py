@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     console.add_data_dir_flag(p)
     # the prompt: unset values are the run's own, or one-shot + instruction for an untuned model
     p.add_argument("--shots", type=int, choices=(0, 1),
-                   help="worked examples before the question (a run: as it was trained; untuned: 1)")  # fmt: skip
+                   help="worked examples before the question (a run: as trained; untuned: 1)")  # fmt: skip
     p.add_argument("--instruction", action=argparse.BooleanOptionalAction, default=None,
                    help="begin with the instruction (a run: as it was trained; untuned: yes)")  # fmt: skip
     p.add_argument("--style", choices=("plain", "chat"), help="(a run: as it was trained; untuned: plain)")
