@@ -97,6 +97,8 @@ def test_inverse_cdf_by_hand():
     logits = torch.tensor([[0.2, 0.0, 0.5, 0.3]]).log().expand(7, 4)
     uniform = torch.tensor([0.0, 0.199, 0.201, 0.699, 0.701, 0.999, 1.0])
     assert g.inverse_cdf(logits, 1.0, uniform).tolist() == [0, 0, 2, 2, 3, 3, 3]
+    impossible_first = torch.tensor([[0.0, 1.0]]).log()
+    assert g.inverse_cdf(impossible_first, 1.0, torch.zeros(1)).tolist() == [1]
 
 
 def test_sampling_under_bfloat16_autocast_runs(gemma):
