@@ -1,1 +1,1 @@
-"""The embedded default: a scale model of the whole study that needs no download and no GPU."""
+"""The embedded default, a scale model of the study: so far its word problems (problems.py)."""
