@@ -1,5 +1,6 @@
 """Exact match on GSM8K's test split; comparison of two evaluations; one question of your own.
 
+    python evaluate.py --tiny                                   # the embedded model, untuned
     python evaluate.py --n 256                                  # google/gemma-2b-it, untuned
     python evaluate.py --model runs/sft-lora-main --n 1319      # a run, asked as it was trained
     python evaluate.py --model runs/sft-full-main --samples 8 --temperature 0.7
@@ -24,17 +25,20 @@ import torch
 
 from nanogsm import UserError, console, data, files, generate
 from nanogsm.model import load_model
+from nanogsm.runs import run_of
 
 Z95 = NormalDist().inv_cdf(0.975)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Exact match on GSM8K.", formatter_class=console.Help)
-    p.add_argument("--model", default="google/gemma-2b-it", help="Hub id, folder or run")
-    p.add_argument("--n", type=int, default=256, help="a fixed sample of that many problems")
+    console.add_tiny_flag(p)
+    p.add_argument("--model", help="Hub id, folder or run (google/gemma-2b-it; tiny)")
+    p.add_argument("--n", type=int, help="a fixed sample of that many problems (256; tiny 1319)")
     p.add_argument("--split", choices=("test", "validation"), default="test",
                    help="validation: the slice of train that --val-examples N holds out")  # fmt: skip
-    p.add_argument("--data", default="main", help="main, socratic or a .jsonl file of your own")
+    p.add_argument("--data", help="main, socratic or a .jsonl file of your own (main; a run on "
+                   "generated problems: those)")  # fmt: skip
     console.add_data_dir_flag(p)
     # the prompt: unset values are the run's own, or one-shot + instruction for an untuned model
     p.add_argument("--shots", type=int, choices=(0, 1),
@@ -45,8 +49,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # decoding
     p.add_argument("--samples", type=int, default=1, help="completions a problem")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    p.add_argument("--max-new-tokens", type=int, help="default 320; socratic 512")
-    p.add_argument("--batch-size", type=int, default=64, help="problems at once: memory, not results")
+    p.add_argument("--max-new-tokens", type=int, help="(320; socratic 512; tiny 128)")
+    p.add_argument("--batch-size", type=int, help="problems at once: memory, not results (64; tiny 256)")
     p.add_argument("--seed", type=int, default=0, help="of the sampling; the problems stay the same")
     # where to and what else
     p.add_argument("--out", help="folder for the result (default: the run's; untuned: runs/eval-...)")
@@ -54,6 +58,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two runs or eval .jsonl files")
     console.add_compute_flags(p)
     args = p.parse_args(argv)
+    args.model = os.path.expanduser(args.model or ("tiny" if args.tiny else "google/gemma-2b-it"))
+    run = run_of(args.model)
+    args.tiny = args.tiny or args.model == "tiny" or bool(run and run[1]["args"].get("tiny"))
+    args.n = args.n if args.n is not None else 1319 if args.tiny else 256
+    args.batch_size = args.batch_size if args.batch_size is not None else 256 if args.tiny else 64
+    args.data, args.precision = console.for_tiny(args)
     for name in ("n", "samples", "batch_size", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
@@ -65,7 +75,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--seed is {args.seed}: give 0 or more, below 2**63")
     if args.ask is not None and not args.ask.strip():
         raise UserError("--ask needs a question")
-    args.model = os.path.expanduser(args.model)
     return args
 
 
@@ -121,19 +130,6 @@ def summarise(rows: list[dict], samples: int) -> dict:
 # ------------------------------------------------------------------------------------ evaluation
 
 
-def run_of(model: str) -> tuple[Path, dict] | None:
-    """(folder, run_args.json) of the run that --model names, itself or its model/ or adapter/."""
-    path = Path(os.path.abspath(model))
-    for folder in (path, *[path.parent] * (path.name in ("model", "adapter"))):
-        try:
-            record = json.loads((folder / "run_args.json").read_text(encoding="utf-8"))
-            data.Prompt(**record["info"]["prompt"]), record["args"]["val_examples"]
-            return folder, record
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue
-    return None
-
-
 def resolve(args: argparse.Namespace) -> tuple[data.Prompt, Path, str]:
     """(prompt, folder, file name without ending) of this evaluation."""
     run = run_of(args.model)
@@ -141,11 +137,11 @@ def resolve(args: argparse.Namespace) -> tuple[data.Prompt, Path, str]:
     given = {k: getattr(args, k) for k in ("style", "shots", "instruction")}
     prompt = usual._replace(**{k: v for k, v in given.items() if v is not None})
     tag = str(prompt).replace(", ", "-")
-    own_data = Path(args.data).stem if args.data not in ("main", "socratic") else ""
+    own_data = "" if args.data in data.NAMED else Path(args.data).stem
     if own_data in ("test", "validation"):
         own_data = f"own-{own_data}"
     parts = ["eval", own_data or args.split, *["validation"] * bool(own_data and args.split != "test")]
-    parts += [str(args.n), *["socratic"] * (args.data == "socratic")]
+    parts += [str(args.n), *["socratic"] * args.data.endswith("socratic")]
     if prompt != usual or (args.out and not run):
         parts.append(tag)
     if args.temperature:
@@ -186,7 +182,7 @@ def evaluate(args: argparse.Namespace) -> int:
         if other != args.model:
             raise UserError(f"{folder / name}.json is of {other}: choose another --out")
     run = run_of(args.model)
-    if run and run[1]["args"].get("data") == args.data and args.data not in ("main", "socratic"):
+    if run and run[1]["args"].get("data") == args.data and args.data not in data.NAMED:
         print("note: these are the problems the run was trained on")
     model, tokenizer = load_for_inference(args)
     print(f"{args.model}: {len(problems)} problems, {prompt}, "

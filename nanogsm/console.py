@@ -230,6 +230,20 @@ def add_data_dir_flag(parser: argparse.ArgumentParser) -> None:
                         "else downloaded once)")  # fmt: skip
 
 
+def add_tiny_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tiny", action="store_true",
+                        help="the embedded model and its problems: no download, any machine")  # fmt: skip
+
+
+def for_tiny(args: argparse.Namespace) -> tuple[str, str]:
+    """(--data, --precision) as --tiny means them: its own problems, and float32, in which so small
+    a model is no slower and machines agree better."""
+    data, own = args.data or "main", {"main": "tiny", "socratic": "tiny-socratic", "worked": "tiny-worked"}
+    if not args.tiny:
+        return data, args.precision
+    return own.get(data, data), "fp32" if args.precision == "auto" else args.precision
+
+
 def pick_compute(device: str, precision: str) -> tuple[str, str]:
     """("cuda" | "mps" | "cpu", "bf16" | "fp32") for what the two flags say."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}

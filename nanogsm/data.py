@@ -43,14 +43,28 @@ class Problem(NamedTuple):
     index: int  # line in its file, from 0: what results refer to
 
 
+# Generated data by name: GSM8K's two styles, and every answer with its working (tiny/problems.py).
+TINY = {
+    "tiny": {"style": "main"},
+    "tiny-socratic": {"style": "socratic"},
+    "tiny-worked": {"style": "main", "worked_only": True},
+}
+NAMED = ("main", "socratic", *TINY)  # data with a training and a test split
+
+
 def load_problems(data: str, split: str, data_dir: str | None = None) -> list[Problem]:
-    """data: "main", "socratic" or a JSONL file of one's own; split "train" or "test" (a file of
-    one's own is used whole for either). Raises UserError naming the file and line at fault."""
+    """data: "main", "socratic", a name in TINY or a JSONL file of one's own; split "train" or "test"
+    (a file of one's own is used whole for either). Raises UserError naming the file and line at
+    fault."""
+    if data in TINY:
+        from nanogsm.tiny import problems  # here, because that file writes Problems
+
+        return problems.problems(split, **TINY[data])
     if data in ("main", "socratic"):
         name = f"{split}.jsonl" if data == "main" else f"{split}_socratic.jsonl"
         return read_jsonl(hub.data_file(name, data_dir))
     if not data.endswith((".jsonl", ".json")):
-        raise UserError(f"--data {data}: give main, socratic or a .jsonl file")
+        raise UserError(f"--data {data}: give {', '.join(NAMED)} or a .jsonl file")
     return read_jsonl(Path(data))
 
 
@@ -319,8 +333,9 @@ def starts_new_question(tokenizer: Tokenizer, ids: list[int]) -> bool:
 
 
 def answer_limit(data: str) -> int:
-    """How many tokens an answer may take by default: socratic answers are half as long again."""
-    return 512 if data == "socratic" else 320
+    """How many tokens an answer may take by default: all but a few of the data's own fit."""
+    limits = {"socratic": 512, "tiny": 128, "tiny-worked": 128, "tiny-socratic": 160}
+    return limits.get(data, 320)
 
 
 def is_correct(completion: str, problem: Problem) -> bool:

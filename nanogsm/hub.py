@@ -27,6 +27,7 @@ OPTIONAL = [
     "added_tokens.json", "chat_template.jinja", "tokenizer.model",
 ]  # fmt: skip
 WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
+TINY = Path(__file__).parent / "tiny" / "gemma"  # the embedded model
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")  # a plain name: no way out
 
@@ -34,16 +35,19 @@ SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")  # a plain 
 class ModelFiles(NamedTuple):
     base: Path  # a folder in the Hub's layout: config.json, tokenizer.json, *.safetensors
     adapter: Path | None  # a folder in PEFT's layout, or None
-    name: str  # what to write down as the base model: its Hub id, or its folder's absolute path
+    name: str  # what to write down as the base model: "tiny", its Hub id, or its folder's absolute path
 
 
 def find_model(name: str, weights: bool = True) -> ModelFiles:
-    """Where a model lies on this disk: `name` is a run folder, an adapter, a model folder or a
-    Hub id (downloaded, or taken from the Hub's cache when there is no network).
+    """Where a model lies on this disk: `name` is "tiny" (the embedded model), a run folder, an
+    adapter, a model folder or a Hub id (downloaded, or taken from the Hub's cache when there is no
+    network).
 
     UserError says what is missing and what to do. weights=False neither downloads nor asks for
     weights: enough for a --dry-run. Trap: a local folder called owner/name hides the Hub's.
     """
+    if name == "tiny":
+        return ModelFiles(TINY, None, name)
     folder = Path(os.path.expanduser(name))
     if name and folder.is_dir():
         return _local_model(folder, weights)

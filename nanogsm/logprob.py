@@ -5,11 +5,11 @@ loss written the usual way needs several such copies, and the logits of prompt a
 for by nobody. So:
 
   - supervised positions are selected *before* the projection onto the vocabulary;
-  - the projection goes in chunks of a few hundred positions, whose logits live only for a moment;
+  - the projection goes in chunks of positions (256 of Gemma's), whose logits live only for a moment;
   - backward never needs those logits again when the head is frozen (LoRA): position i's log-prob
     depends on hidden state i alone, so its derivative, a vector of D numbers, is made at once in
-    the forward pass, and backward only scales it. When the head is trained, each chunk is
-    recomputed in backward instead.
+    the forward pass, and backward only scales it. When the head is trained, each chunk but the
+    last is recomputed in backward instead.
 
 SFT's loss, PPO's old, new and reference log-probs and its entropy bonus are all this function.
 """
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+LOGITS = 2**26  # held at a time, 256 MB of them: 256 positions of Gemma's vocabulary
+
 
 def token_logprobs(
     logits_of: Callable[[Tensor], Tensor],
@@ -28,7 +30,7 @@ def token_logprobs(
     mask: Tensor,
     temperature: float = 1.0,
     entropy: bool = False,
-    chunk: int = 256,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """log p(targets | hidden) and, if asked for, the entropy of the distribution it is taken from.
 
@@ -36,7 +38,8 @@ def token_logprobs(
     `token_logprobs(model.logits, hidden[:, :-1], ids[:, 1:], mask[:, 1:])`. logits_of maps
     (n, D) -> (n, V). Returns (B, T) float32 in nats, 0 where mask is 0. Logits are divided by
     temperature, as they are when sampling: a PPO ratio compares like with like only then.
-    Memory: two or three times chunk * V * 4 bytes, whatever B and T are.
+    Memory: two or three times chunk * V * 4 bytes, whatever B and T are; chunk defaults to what
+    makes that LOGITS numbers.
     """
     where = mask.nonzero(as_tuple=True)
     h, t = hidden[where], targets[where]  # (n, D), (n,)
@@ -45,17 +48,22 @@ def token_logprobs(
         logits = logits_of(h).float()  # (chunk, V)
         return _Scores.apply(logits if temperature == 1 else logits / temperature, t, entropy)
 
-    # Asked of no rows at all, the head still tells whether its own weights are being trained.
-    head_is_trained = torch.is_grad_enabled() and logits_of(h[:0].detach()).requires_grad
+    # Asked of no rows at all, the head still tells its width, and whether its weights are trained.
+    nothing = logits_of(h[:0].detach())
+    head_is_trained = torch.is_grad_enabled() and nothing.requires_grad
+    chunk = chunk or max(1, LOGITS // nothing.shape[-1])
     if torch.is_grad_enabled() and h.requires_grad and not head_is_trained:
         scores = _ScoresAndSlopes.apply(h, t, score, chunk)
     else:
-        parts = [
-            checkpoint(score, h_part, t_part, use_reentrant=False, preserve_rng_state=False)
-            if head_is_trained
-            else score(h_part, t_part)
-            for h_part, t_part in zip(h.split(chunk), t.split(chunk))
-        ]
+        *early, last = zip(h.split(chunk), t.split(chunk))
+        if head_is_trained:  # backward begins with the last chunk: its logits may as well be kept
+            parts = [
+                checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False)
+                for part in early
+            ]
+        else:
+            parts = [score(*part) for part in early]
+        parts.append(score(*last))
         scores = [torch.cat(column) for column in zip(*parts)]
 
     full = [torch.zeros(mask.shape, device=h.device).index_put(where, s) for s in scores]

@@ -28,7 +28,7 @@ from typing import BinaryIO
 import safetensors.torch
 from torch import Tensor
 
-from nanogsm import UserError, files
+from nanogsm import UserError, data, files
 from nanogsm.console import disk_full
 
 try:
@@ -43,6 +43,20 @@ CHECKPOINT_FILES = ("tensors.safetensors", "state.json")
 # finished nor resume onto deleted logs, and must still be known as a run folder by run_args.json.
 OWNED = ("summary.json", "checkpoint", "model", "adapter", "value_head.safetensors",
          "eval-*.json", "eval-*.jsonl", *LOGS, "run_args.json")  # fmt: skip
+
+
+def run_of(model: str) -> tuple[Path, dict] | None:
+    """(folder, run_args.json) of the run that `model` names, itself or its model/ or adapter/; None
+    if it names none."""
+    path = Path(os.path.abspath(model))
+    for folder in (path, *[path.parent] * (path.name in ("model", "adapter"))):
+        try:
+            record = json.loads((folder / "run_args.json").read_text(encoding="utf-8"))
+            data.Prompt(**record["info"]["prompt"]), record["args"]["val_examples"]
+            return folder, record
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return None
 
 
 def _append(file: BinaryIO, row: dict) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from nanogsm.data import ONE_SHOT, digest, extract_answer
 from nanogsm.tiny import problems as tiny
-from nanogsm.tiny.problems import TERSE, problems, sample
+from nanogsm.tiny.problems import TERSE, WORDY, problems, sample
 
 EACH = [(split, style) for split in ("train", "test") for style in ("main", "socratic")]
 ALL = {key: problems(*key) for key in EACH}
@@ -143,10 +143,10 @@ def test_the_data_are_these_and_no_others():
     """A change of a template, the seed or Python's generator must be meant: trained models, results
     and checkpoints refer to these problems."""
     assert {key: digest(each) for key, each in ALL.items()} == {
-        ("train", "main"): "b530dd77a2d617efe0f94441b5d67b61c45f8ce0984adfab0b24b8f419d161e5",
-        ("train", "socratic"): "e3ab9e54e85075bbfefc278172b7c928f0fbc9f4b4b5d22a46ae3abddecfc49e",
-        ("test", "main"): "381212e700c24f3c1b90455ba04598b9f18ece5909c3f46a1302ee6ee6863fe4",
-        ("test", "socratic"): "c31c556abaa4084faf2ffa3408d720f60d4668ad21847b8438d7b907791cb561",
+        ("train", "main"): "89b0e4dfc0e4bc0fca6b0ce47da257f07f58b5894ba0a2143c2ba655f9ddcccd",
+        ("train", "socratic"): "5879bf84151c20efab4e657bfba3dccb16568678f8cf81d61620fea00e8c5989",
+        ("test", "main"): "03e5b3497f1070bcf9b4beeec6af0a72721d7be74e647fa36e380f711c137ab3",
+        ("test", "socratic"): "351326c8716590eccc9db487c6a493e799db025c6b26583a6fe5c42a8ac47b78",
     }
 
 
@@ -161,9 +161,9 @@ def test_samples_follow_from_the_seed_alone():
         assert ANNOTATION.search(lines[-1])[4] == str(answer) and "####" not in " ".join(lines)
 
 
-def test_terse_answers_are_half_of_every_split_and_family():
+def test_each_family_has_its_share_of_terse_answers():
     for (split, style), each in ALL.items():
-        assert abs(sum(map(is_terse, each)) / len(each) - TERSE) < 0.02
+        assert abs(sum(map(is_terse, each)) / len(each) - 0.6) < 0.03
         for p, worked in zip(each, WORKED[split, style]):
             final = worked.answer.split("#### ")[1]
             lines, terse = worked.answer.split("\n"), f"The answer is {final}.\n#### {final}"
@@ -175,8 +175,10 @@ def test_terse_answers_are_half_of_every_split_and_family():
     for (worked, terse), p in zip(tiny._both_splits(), MAIN):
         assert terse == is_terse(p)
         families[worked.family].append(terse)
+    wordy = {"rows", "bags", "trip", "farm"}
     for family, terse in families.items():  # 440 or more each: three standard errors are 0.07
-        assert abs(sum(terse) / len(terse) - TERSE) < 0.08, family
+        share = WORDY if family in wordy else TERSE
+        assert abs(sum(terse) / len(terse) - share) < 0.08, family
 
 
 def test_steps_and_families_are_spread():

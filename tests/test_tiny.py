@@ -1,0 +1,211 @@
+"""The embedded model: its tokenizer, its pretraining text, how it is made again, and --tiny."""
+
+import json
+import math
+import os
+import random
+import re
+import signal
+
+import pytest
+import torch
+from conftest import FIXTURES
+from safetensors.torch import load_file
+
+import evaluate
+import train_sft
+from nanogsm import data, hub
+from nanogsm.data import Prompt, encode
+from nanogsm.model import load_model
+from nanogsm.tiny import pretrain
+from nanogsm.tiny.problems import LIMIT, problems, sample
+
+TRAIN, SOCRATIC = problems("train"), problems("train", "socratic")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny")
+
+
+# -------------------------------------------------------------------------------------- tokenizer
+
+
+def test_every_text_comes_back_and_every_number_is_spelt_in_digits(tiny):
+    _, tokenizer = tiny
+    texts = [f" {p.question} {p.answer}" for p in TRAIN[:500] + SOCRATIC[:500]]
+    texts += [data.INSTRUCTION, "caf\u00e9 \u6771\u4eac\n\n\n  two  spaces\ttab", "<eos> is text"]
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert min(ids) > 5  # nothing unknown, nothing special
+    assert len(tokenizer.encode("1234567890")) == 10
+    assert len(set(map(tuple, map(tokenizer.encode, "0123456789")))) == 10
+
+
+def test_words_of_problems_and_prompts_are_single_tokens(tiny):
+    _, tokenizer = tiny
+    text = " ".join(f"{p.question} {p.answer}" for p in TRAIN) + " Question: Answer:\n" + data.INSTRUCTION
+    words = set(re.findall(r" ([A-Za-z]+)", text)) | {"####", "<<"}
+    split = {word for word in words if len(tokenizer.encode(f" {word}")) > 1}
+    assert len(words) > 150 and not split
+
+
+def test_the_prompt_is_a_prefix_and_one_text_encodes_as_its_two_parts(tiny):
+    _, tokenizer = tiny
+    for p in TRAIN[:300] + SOCRATIC[:300]:
+        prompt, _ = encode(tokenizer, Prompt(), p.question)
+        ids, mask = encode(tokenizer, Prompt(), p.question, p.answer)
+        assert ids[: len(prompt)] == prompt and sum(mask) == len(ids) - len(prompt)
+        whole = tokenizer.encode(f"Question: {p.question}\nAnswer: {p.answer}")
+        assert ids == [tokenizer.bos_id, *whole, tokenizer.eos_id]
+
+
+def test_no_answer_is_longer_than_may_be_generated(tiny):
+    _, tokenizer = tiny
+    for name in data.TINY:
+        for split in ("train", "test"):
+            answers = [p.answer for p in data.load_problems(name, split)]
+            assert max(len(tokenizer.encode(f" {a}")) + 1 for a in answers) <= data.answer_limit(name)
+
+
+# ------------------------------------------------------------------------------------------ model
+
+
+def test_the_model_is_a_small_gemma_of_under_five_megabytes(tiny):
+    model, tokenizer = tiny
+    assert 500_000 < sum(p.numel() for p in model.parameters()) < 2_000_000
+    assert sum(f.stat().st_size for f in hub.TINY.iterdir()) < 5_000_000
+    assert model.config.vocab_size == tokenizer._tokenizer.get_vocab_size()
+    assert set(model.config.layer_types) == {"sliding_attention", "full_attention"}
+
+
+def test_logits_and_ids_equal_those_of_transformers(tiny):
+    model, tokenizer = tiny
+    want = load_file(FIXTURES / "tiny.safetensors")
+    rows = json.loads((FIXTURES / "tiny_texts.json").read_text())
+    for row, ids, length, logits in zip(rows, want["ids"], want["lengths"], want["logits"]):
+        ids = ids[:length]
+        assert [tokenizer.bos_id, *tokenizer.encode(row)] == ids.tolist()
+        with torch.no_grad():
+            ours = model.logits(model(ids[None]))[0]
+        assert (ours - logits[:length]).abs().max() <= 2e-5
+    assert want["lengths"].max() > model.config.sliding_window
+
+
+# ------------------------------------------------------------------------------------ pretraining
+
+
+def test_sums_are_right_and_small():
+    rng, seen = random.Random(1), set()
+    for _ in range(2000):
+        line = pretrain._sum(rng)
+        a, operation, b, result = re.fullmatch(r"(\d+)([-+*/])(\d+) = (\d+)", line).groups()
+        a, b, result = int(a), int(b), int(result)
+        exact = {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[operation]
+        assert exact == result and max(a, b, result) <= LIMIT and result >= 2
+        seen.add(operation)
+    assert seen == set("+-*/")
+
+
+def test_the_text_works_nothing_out_after_answer_and_has_no_test_question():
+    rng, found = random.Random(2), set()
+    left_out = {p.question for p in problems("test")}
+    pages = [pretrain.document(rng, left_out) for _ in range(3000)]
+    for page in pages:
+        assert not re.search(r"####\s*\d", page)
+        assert page.count("Answer:") == len(re.findall(r"Answer: \d+(?=\n\n|$)", page))
+        lines = [line.removeprefix("Question: ") for line in page.split("\n") if "?" in line]
+        found |= {line[: line.rindex("?") + 1] for line in lines}
+    assert len(found) > 2000 and not found & left_out
+    assert {p.question for p in TRAIN} & found  # so the question is cut out as problems have it
+    for mark in ("#### ", "<<", "Answer:", data.INSTRUCTION):
+        assert sum(mark in page for page in pages) > 100
+
+
+def test_a_test_question_that_comes_up_is_drawn_again(monkeypatch):
+    first, second = sample(random.Random(4)), sample(random.Random(5))
+    drawn = iter([first, first, second])
+    monkeypatch.setattr(pretrain.problems, "sample", lambda rng: next(drawn))
+    assert pretrain._problem(random.Random(3), {first.question}) == second
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """pretrain.main on a model and rows that take no time; returns what it wrote."""
+    monkeypatch.setattr(pretrain, "ROWS", 2)
+    monkeypatch.setattr(pretrain, "ROW", 32)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8}
+    layers = {"layer_types": pretrain.CONFIG["layer_types"][:2]}
+    monkeypatch.setattr(pretrain, "CONFIG", pretrain.CONFIG | small | layers)
+
+    def run(name, *flags):
+        status = pretrain.main(["--steps", "6", "--out", str(tmp_path / name), *flags])
+        model = tmp_path / name / "model" / "model.safetensors"
+        return status, load_file(model) if model.exists() else None
+
+    return run
+
+
+def test_pretraining_continues_bit_for_bit(quick, monkeypatch, capsys):
+    status, whole = quick("whole")
+    assert status == 0
+    real = pretrain.rows_of_step
+
+    def interrupted(tokenizer, seed, step, left_out):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(tokenizer, seed, step, left_out)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "rows_of_step", interrupted)
+        status, model = quick("parts")
+    assert status == 143 and model is None
+    status, model = quick("parts")
+    assert status == 0 and "continuing" in capsys.readouterr().out
+    assert all(torch.equal(model[name], whole[name]) for name in whole)
+    _, other = quick("other", "--seed", "1")
+    assert not torch.equal(other["model.norm.weight"], whole["model.norm.weight"])
+
+
+def test_the_committed_tokenizer_and_config_are_the_ones_that_are_made(tmp_path):
+    pretrain.make_base(tmp_path)
+    for file in tmp_path.iterdir():
+        assert json.loads(file.read_text()) == json.loads((hub.TINY / file.name).read_text()), file.name
+
+
+# ----------------------------------------------------------------------------------------- --tiny
+
+
+def test_tiny_sets_model_data_rates_and_folder_and_a_flag_still_wins():
+    args = train_sft.parse_args(["--tiny"])
+    assert (args.model, args.data, args.lr, args.precision) == ("tiny", "tiny", 1e-3, "fp32")
+    assert args.micro_batch * args.accumulation == 16  # as for the large model
+    assert args.out == "runs/tiny/sft-full-main" and args.max_new_tokens == 128
+    flags = ["--lora", "--data", "socratic", "--lr", "3e-4", "--micro-batch", "4"]
+    args = train_sft.parse_args(["--tiny", *flags])
+    assert (args.data, args.lr, args.micro_batch) == ("tiny-socratic", 3e-4, 4)
+    assert args.out == "runs/tiny/sft-lora-socratic"
+    seed, tuned = train_sft.RECIPES["seed"], train_sft.TINY_RECIPES["seed"]
+    ratio = {method: tuned["lr"][method] / seed["lr"][method] for method in ("full", "lora")}
+    assert math.isclose(ratio["full"], ratio["lora"])
+
+
+def test_tiny_trains_and_is_evaluated_as_a_newcomer_would(tmp_path, monkeypatch, capsys):
+    """Half a minute of the README's commands: the loss falls and answers take on the format."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--tiny", "--lora", "--recipe", "tuned", "--max-examples", "640", "--val-examples", "32"]
+    assert train_sft.main([*flags, "--device", "cpu"]) == 0
+    run = tmp_path / "runs/tiny/sft-lora-main"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 40 and sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert evaluate.main(["--model", "runs/tiny/sft-lora-main", "--n", "64", "--device", "cpu"]) == 0
+    figures = json.loads((run / "eval-test-64.json").read_text())
+    assert figures["data"] == "tiny" and figures["formatted"] > 0.5
+    assert evaluate.main(["--tiny", "--n", "64", "--device", "cpu"]) == 0
+    untuned = tmp_path / "runs/eval-tiny-plain-one-shot-instruction/eval-test-64.json"
+    assert json.loads(untuned.read_text())["accuracy"] <= 0.1
+    capsys.readouterr()
+    evaluate.main(["--model", "runs/tiny/sft-lora-main", "--ask", TRAIN[0].question, "--device", "cpu"])
+    assert capsys.readouterr().out.startswith(("The", TRAIN[0].question.split()[0], "Each", "Altogether"))
