@@ -33,9 +33,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nanogsm import UserError, console, data, files, generate, hub, lora, runs
+from nanogsm import UserError, budget, console, data, files, generate, hub, lora, runs
 from nanogsm.logprob import token_logprobs
-from nanogsm.model import Gemma, load_model, save_model
+from nanogsm.model import Gemma, load_model, read_config, save_model
 from nanogsm.optim import AdamW
 
 # What a recipe sets when the flag is not given. "seed" is the report's, with what it leaves open
@@ -525,6 +525,43 @@ def health(figures: dict, args: argparse.Namespace) -> list[str]:
     return said
 
 
+def print_plan(args, found: hub.ModelFiles, prompt, problems, held_out) -> None:
+    config, tokenizer = read_config(found.base), data.Tokenizer(found.base)
+    with torch.device("meta"):  # counts parameters without allocating one
+        model = Gemma(config)
+    total = sum(p.numel() for p in model.parameters())
+    lora.add_lora(model, args.lora_r, args.lora_alpha)
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    policy = adapters if args.lora else total
+    separate = args.critic == "separate"
+    critic = adapters * separate + config.hidden_size + 1
+    longest = max(len(data.encode(tokenizer, prompt, p.question)[0]) for p in problems)
+    longest += args.max_new_tokens
+    updates = math.ceil(math.ceil(args.rollouts / args.micro_batch) / args.accumulation)
+    print(f"start        {args.init} ({config.model_type}), {total:,} parameters; {prompt}")
+    print(f"trained      {policy:,} of the policy, {critic:,} of the critic ({args.critic})")
+    print(f"data         {len(problems):,} problems, {len(held_out)} held out; prompt and answer up to "
+          f"{longest} tokens")  # fmt: skip
+    print(f"steps        {args.steps} of {args.rollouts} answers; {args.epochs} x {updates} updates on "
+          f"{args.micro_batch} x {args.accumulation} each; lr {args.lr:g}, critic {args.value_lr:g} "
+          f"({args.recipe} recipe); {args.optim}")  # fmt: skip
+    print(f"compute      {args.device}, {args.precision}")
+    if args.dry_run:
+        bf16, frozen = args.precision == "bf16", args.lora
+        tokens, forwards = args.micro_batch * longest, 1 + separate
+        copies = 0 if frozen else budget.frozen_copy_bytes(config, total, bf16) * (1 + bf16)
+        activations = budget.activation_bytes(config, tokens, frozen, bf16, args.checkpointing)
+        budget.print_budget({
+            "weights": budget.model_bytes(config, total + policy * frozen, policy, bf16) + 4 * critic,
+            "copies": copies,  # the reference's, the sampler's
+            "gradients": 4 * (policy + critic),
+            "optimizer": budget.moments_bytes(policy + critic, args.optim),
+            "activations": forwards * activations,
+            "vocabulary": budget.head_bytes(config, tokens, frozen, bf16),
+            "cache": budget.cache_bytes(config, args.rollout_batch, longest, bf16),
+        })  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if not Path(args.init).is_dir() and args.init.startswith("runs/"):
@@ -539,13 +576,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--init lies in the run folder {args.out}: choose another --out")
     problems = data.load_problems(args.data, "train", args.data_dir)
     problems, held_out = data.split_validation(problems, args.val_examples)
-    print(f"start        {args.init}; {prompt}")
-    print(f"data         {len(problems):,} problems, {len(held_out)} held out")
-    print(f"steps        {args.steps} of {args.rollouts} rollouts; {args.epochs} x "
-          f"{math.ceil(args.rollouts / args.micro_batch / args.accumulation)} updates of "
-          f"{args.micro_batch} x {args.accumulation} answers each; lr {args.lr:g}, critic "
-          f"({args.critic}) {args.value_lr:g} ({args.recipe} recipe); {args.optim}")  # fmt: skip
-    print(f"compute      {args.device}, {args.precision}")
+    print_plan(args, found, prompt, problems, held_out)
     if args.dry_run:
         return 0
 

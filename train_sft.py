@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from nanogsm import UserError, console, data, generate, hub, lora, runs
-from nanogsm.logprob import LOGITS, token_logprobs
+from nanogsm import UserError, budget, console, data, generate, hub, lora, runs
+from nanogsm.logprob import token_logprobs
 from nanogsm.model import Config, Gemma, load_model, read_config, save_model
 from nanogsm.optim import AdamW, cosine_with_min_lr
 
@@ -190,34 +190,6 @@ def mean_loss(model: Gemma, examples: list, micro_batch: int, pad_id: int, autoc
 # ------------------------------------------------------------------------------------- planning
 
 
-def memory_budget(c: Config, args, trained: int, total: int, longest: int) -> dict[str, float]:
-    """Bytes by use, a rough estimate: what kernels and the allocator take beside it is not in it."""
-    bf16 = args.precision == "bf16"
-    low = 2 if bf16 else 4  # bytes of an activation that goes into a matrix product
-    stream = 2 if bf16 and args.lora else 4  # of one in the residual stream, as wide as the weights
-    D, F, N = c.hidden_size, c.intermediate_size, c.head_dim
-    heads = c.num_attention_heads + 2 * c.num_key_value_heads
-    tokens = args.micro_batch * longest
-    # What backward needs of a block: gate, up and two products of them; q, k and v with their
-    # normed and turned forms; the norms' inputs and outputs.
-    block = tokens * (4 * F * low + 3 * heads * N * low + 8 * D * stream)
-    blocks = c.num_hidden_layers * (tokens * D * stream if args.checkpointing else block) + block
-    embedding = c.vocab_size * D
-    frozen = (total - trained) * c.dtype.itemsize  # on a float32 device the embedding is cast once
-    frozen += embedding * (4 - c.dtype.itemsize) * (not bf16)
-    # A chunk's logits and their gradient; for a trained head also its bfloat16 copy (autocast's) and
-    # a gradient of its own beside the accumulated one.
-    head = 8 * min(LOGITS, tokens * c.vocab_size) + (0 if args.lora else embedding * (4 + low * bf16))
-    casts = 0 if args.lora or not bf16 else 2 * (total - embedding)  # autocast keeps its copies
-    return {
-        "weights": (frozen + trained * 4 if args.lora else total * 4) + casts,
-        "gradients": trained * 4,
-        "optimizer": trained * (8 if args.optim == "adamw" else 2.1),
-        "activations": blocks,
-        "vocabulary": head,
-    }
-
-
 def print_plan(args, config: Config, examples, validation, steps: int) -> None:
     with torch.device("meta"):  # counts parameters without allocating one
         model = Gemma(config)
@@ -235,10 +207,14 @@ def print_plan(args, config: Config, examples, validation, steps: int) -> None:
           f"warm-up {args.warmup:g} ({args.recipe} recipe); {args.optim}")  # fmt: skip
     print(f"compute      {args.device}, {args.precision}")
     if args.dry_run:
-        budget = memory_budget(config, args, trained, total, max(lengths))
-        for name, size in budget.items():
-            print(f"  {name:<12} {size / 2**30:7.2f} GiB")
-        print(f"  {'in all':<12} {sum(budget.values()) / 2**30:7.2f} GiB, an estimate")
+        bf16, tokens = args.precision == "bf16", args.micro_batch * max(lengths)
+        budget.print_budget({
+            "weights": budget.model_bytes(config, total, trained, bf16),
+            "gradients": 4 * trained,
+            "optimizer": budget.moments_bytes(trained, args.optim),
+            "activations": budget.activation_bytes(config, tokens, args.lora, bf16, args.checkpointing),
+            "vocabulary": budget.head_bytes(config, tokens, args.lora, bf16),
+        })  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------- the run

@@ -143,10 +143,10 @@ def test_the_data_are_these_and_no_others():
     """A change of a template, the seed or Python's generator must be meant: trained models, results
     and checkpoints refer to these problems."""
     assert {key: digest(each) for key, each in ALL.items()} == {
-        ("train", "main"): "89b0e4dfc0e4bc0fca6b0ce47da257f07f58b5894ba0a2143c2ba655f9ddcccd",
-        ("train", "socratic"): "5879bf84151c20efab4e657bfba3dccb16568678f8cf81d61620fea00e8c5989",
-        ("test", "main"): "03e5b3497f1070bcf9b4beeec6af0a72721d7be74e647fa36e380f711c137ab3",
-        ("test", "socratic"): "351326c8716590eccc9db487c6a493e799db025c6b26583a6fe5c42a8ac47b78",
+        ("train", "main"): "c0690e81c494ac8de981098a573d64e9883ffb73c90a5f83e481c54e0055244b",
+        ("train", "socratic"): "d33b5c30268ac547eb021a295972edaaafa2d9ee41c4c443c23a79bd4d437fd5",
+        ("test", "main"): "f5421e839d4124e1a9428b40f376b2520d8a3f4b5033d12a03de4ef83737abfd",
+        ("test", "socratic"): "3e94d1ad7a515817a0521dce1437e165f5c9a238fe85ac33cf2cb9cdf81f7978",
     }
 
 
@@ -163,7 +163,7 @@ def test_samples_follow_from_the_seed_alone():
 
 def test_each_family_has_its_share_of_terse_answers():
     for (split, style), each in ALL.items():
-        assert abs(sum(map(is_terse, each)) / len(each) - 0.6) < 0.03
+        assert abs(sum(map(is_terse, each)) / len(each) - 0.54) < 0.03
         for p, worked in zip(each, WORKED[split, style]):
             final = worked.answer.split("#### ")[1]
             lines, terse = worked.answer.split("\n"), f"The answer is {final}.\n#### {final}"
@@ -175,7 +175,7 @@ def test_each_family_has_its_share_of_terse_answers():
     for (worked, terse), p in zip(tiny._both_splits(), MAIN):
         assert terse == is_terse(p)
         families[worked.family].append(terse)
-    wordy = {"rows", "bags", "trip", "farm"}
+    wordy = {"share", "week", "gifts", "trip", "class", "shop"}
     for family, terse in families.items():  # 440 or more each: three standard errors are 0.07
         share = WORDY if family in wordy else TERSE
         assert abs(sum(terse) / len(terse) - share) < 0.08, family

@@ -125,9 +125,9 @@ def make_tokenizer(file: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(  # for others: we put it in ourselves
         single="<bos> $A", special_tokens=[("<bos>", SPECIAL.index("<bos>"))]
     )
-    texts = [data.INSTRUCTION, "user model Question: Answer: #### Sums\n#### Stories\n\n"]
+    texts = [data.INSTRUCTION, "user model Question: Answer: The answer is #### Sums\n#### Stories\n\n"]
     for style in ("main", "socratic"):
-        texts += [f" {p.question} {p.answer}" for p in problems.problems("train", style)]
+        texts += [f" {p.question} {p.answer}" for p in problems.problems("train", style, worked_only=True)]
     trainer = trainers.BpeTrainer(
         special_tokens=SPECIAL + BYTES,
         initial_alphabet=[*map(chr, range(33, 127)), "▁", "\n"],
@@ -187,7 +187,7 @@ def rows_of_step(tokenizer: data.Tokenizer, seed: int, step: int, left_out: set[
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description="Make the embedded model again, from nothing.",
                                 formatter_class=console.Help)  # fmt: skip
-    p.add_argument("--steps", type=int, default=1500, help=f"of {ROWS * ROW:,} tokens")
+    p.add_argument("--steps", type=int, default=1000, help=f"of {ROWS * ROW:,} tokens")
     p.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
     p.add_argument("--seed", type=int, default=0, help="of the weights and the text (0)")
     p.add_argument("--out", default="runs/tiny-pretrain", help="run folder; its model/ is the result")

@@ -15,15 +15,15 @@ and both styles have the same questions in the same order. Everything follows fr
 test problems come from the same families, names and small numbers: a test problem is new, its kind is
 not, and for four in ten a training problem has the same calculation with other names or words.
 
-The data are built so that reinforcement learning has something to find. Six answers in ten show no
+The data are built so that reinforcement learning has something to find. Half of the answers show no
 working, only
 
     The answer is 18.
     #### 18
 
 People who wrote GSM8K's answers differ in how much working they show; here the difference is made
-large, and goes by the kind of problem: in most families seven answers in ten are terse, in every
-fourth family three in ten (TERSE, WORDY; drawn for each problem by itself). Supervised training
+large, and goes by the kind of problem: in most families three answers in four are terse, in every
+third family one in ten (TERSE, WORDY; drawn for each problem by itself). Supervised training
 learns these habits, and RL can discover that showing the work pays everywhere.
 `problems(..., worked_only=True)` has the working everywhere: the ceiling for supervised training.
 """
@@ -39,7 +39,7 @@ from nanogsm.data import Problem
 
 SEED = 8
 SIZES = {"train": 7473, "test": 1319}
-TERSE, WORDY = 0.7, 0.3  # share of answers without working: in most families, in every fourth
+TERSE, WORDY = 0.75, 0.1  # share of answers without working: in most families, in every third
 LIMIT = 100  # no number is larger, and none is below 2: every noun can be a plural
 
 HE, SHE = ("he", "He", "his", "him"), ("she", "She", "her", "her")
@@ -349,7 +349,7 @@ def _both_splits() -> list[tuple[Worked, bool]]:
         worked = sample(rng)
         if worked.question not in seen:
             seen.add(worked.question)
-            wordy = list(TEMPLATES).index(worked.family) % 4 == 3
+            wordy = list(TEMPLATES).index(worked.family) % 3 == 2
             found.append((worked, rng.random() < (WORDY if wordy else TERSE)))
     return found
 

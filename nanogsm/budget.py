@@ -1,0 +1,58 @@
+"""How much memory a run will want, from the config alone: what --dry-run prints.
+
+Estimates: what kernels, the allocator and the process itself take beside it is not in them.
+"""
+
+from nanogsm.logprob import LOGITS
+from nanogsm.model import Config
+
+
+def model_bytes(c: Config, total: int, trained: int, bf16: bool) -> int:
+    """Bytes of a model's weights while training. trained == total: float32, and the bfloat16 copies
+    that autocast keeps of the linear layers'. Fewer: the base as its checkpoint has it (where
+    products are in float32 its embedding is cast once), and float32 adapters."""
+    embedding = c.vocab_size * c.hidden_size
+    if trained == total:
+        return 4 * total + 2 * (total - embedding) * bf16
+    cast = embedding * (4 - c.dtype.itemsize) * (not bf16)
+    return (total - trained) * c.dtype.itemsize + cast + 4 * trained
+
+
+def frozen_copy_bytes(c: Config, total: int, bf16: bool) -> int:
+    """Bytes of a copy whose linear layers are rounded to bfloat16 and whose embedding is not."""
+    embedding = c.vocab_size * c.hidden_size
+    return 4 * embedding + (total - embedding) * (2 if bf16 else 4)
+
+
+def activation_bytes(c: Config, tokens: int, frozen: bool, bf16: bool, checkpointing: bool) -> int:
+    """Bytes that a forward over `tokens` (padding counts) keeps for backward: of a block gate, up and
+    two products of them; q, k and v with their normed and turned forms; the norms' inputs and
+    outputs. With checkpointing only each block's input, and one block whole."""
+    D, F, N = c.hidden_size, c.intermediate_size, c.head_dim
+    heads = c.num_attention_heads + 2 * c.num_key_value_heads
+    product = 2 if bf16 else 4  # bytes of a number that goes into a matrix product
+    stream = 2 if bf16 and frozen else 4  # of one in the residual stream, as wide as the weights
+    block = tokens * (4 * F * product + 3 * heads * N * product + 8 * D * stream)
+    return c.num_hidden_layers * (tokens * D * stream if checkpointing else block) + block
+
+
+def head_bytes(c: Config, tokens: int, frozen: bool, bf16: bool) -> int:
+    """Bytes of a chunk's logits and their gradient; if the head is trained also its bfloat16 copy
+    (autocast's) and a gradient of its own beside the accumulated one."""
+    own = c.vocab_size * c.hidden_size * (4 + 2 * bf16)
+    return 8 * min(LOGITS, tokens * c.vocab_size) + (0 if frozen else own)
+
+
+def moments_bytes(trained: int, optim: str) -> int:
+    return int(trained * (8 if optim == "adamw" else 2.1))
+
+
+def cache_bytes(c: Config, rows: int, length: int, bf16: bool) -> int:
+    """Bytes of the KV cache for rows of that many tokens."""
+    per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    return rows * length * per_token * (2 if bf16 else 4)
+
+
+def print_budget(budget: dict[str, float]) -> None:
+    for name, size in (budget | {"in all": sum(budget.values())}).items():
+        print(f"  {name:<12} {size / 2**30:7.2f} GiB" + ", an estimate" * (name == "in all"))
