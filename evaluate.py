@@ -9,7 +9,7 @@
 
 Writes eval-<split>-<n>.json (the figures) and .jsonl (one row a completion) to the run's folder.
 A prompt other than the run's own, or sampling, is named in the file, so nothing is overwritten by
-something else. This is the only script that opens the test split.
+something else. No training script opens the test split.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import torch
 
 from nanogsm import UserError, console, data, files, generate
 from nanogsm.model import load_model
-from nanogsm.runs import run_of
+from nanogsm.runs import is_tiny, run_of
 
 Z95 = NormalDist().inv_cdf(0.975)
 
@@ -37,8 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--n", type=int, help="a fixed sample of that many problems (256; tiny 1319)")
     p.add_argument("--split", choices=("test", "validation"), default="test",
                    help="validation: the slice of train that --val-examples N holds out")  # fmt: skip
-    p.add_argument("--data", help="main, socratic or a .jsonl file of your own (main; a run on "
-                   "generated problems: those)")  # fmt: skip
+    p.add_argument("--data", help="main, socratic or a .jsonl file of your own (main)")
     console.add_data_dir_flag(p)
     # the prompt: unset values are the run's own, or one-shot + instruction for an untuned model
     p.add_argument("--shots", type=int, choices=(0, 1),
@@ -59,8 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     console.add_compute_flags(p)
     args = p.parse_args(argv)
     args.model = os.path.expanduser(args.model or ("tiny" if args.tiny else "google/gemma-2b-it"))
-    run = run_of(args.model)
-    args.tiny = args.tiny or args.model == "tiny" or bool(run and run[1]["args"].get("tiny"))
+    args.tiny = args.tiny or is_tiny(args.model)
     args.n = args.n if args.n is not None else 1319 if args.tiny else 256
     args.batch_size = args.batch_size if args.batch_size is not None else 256 if args.tiny else 64
     args.data, args.precision = console.for_tiny(args)
@@ -142,6 +140,7 @@ def resolve(args: argparse.Namespace) -> tuple[data.Prompt, Path, str]:
         own_data = f"own-{own_data}"
     parts = ["eval", own_data or args.split, *["validation"] * bool(own_data and args.split != "test")]
     parts += [str(args.n), *["socratic"] * args.data.endswith("socratic")]
+    parts += ["tiny"] * (args.data in data.TINY and not is_tiny(args.model))
     if prompt != usual or (args.out and not run):
         parts.append(tag)
     if args.temperature:

@@ -39,37 +39,46 @@ from nanogsm.model import Gemma, load_model, read_config, save_model
 from nanogsm.optim import AdamW
 
 # What a recipe sets when the flag is not given. "seed" is the report's, with what it leaves open
-# assumed as said in the README; "tuned" is ours. Learning rates are (full, LoRA), of the actor and
-# of the critic.
+# assumed as said in the README; "tuned" is ours.
 RECIPES = {
     "seed": {
-        "lr": (5e-7, 5e-7), "value_lr": (5e-7, 5e-7), "steps": 100, "rollouts": 512,
-        "rollout_batch": 32, "micro_batch": 2, "accumulation": 8, "epochs": 2, "kl_coef": 0.05,
-        "value_coef": 0.1, "entropy_coef": 0.01, "clip": 0.2, "value_clip": 0.2, "gamma": 0.99,
-        "lam": 0.95, "critic": "shared", "critic_warmup": 0,
+        "lr": {"full": 5e-7, "lora": 5e-7}, "value_lr": 5e-7, "critic": "shared", "critic_warmup": 0,
+        "steps": 100, "rollouts": 512, "rollout_batch": 32,
+        "micro_batch": 2, "accumulation": 8, "epochs": 2,
+        "gamma": 0.99, "lam": 0.95, "kl_coef": 0.05, "value_coef": 0.1, "entropy_coef": 0.01,
+        "clip": 0.2, "value_clip": 0.2,
     },
     "tuned": {
-        "lr": (1e-6, 2e-5), "value_lr": (1e-4, 1e-4), "steps": 100, "rollouts": 512,
-        "rollout_batch": 64, "micro_batch": 8, "accumulation": 16, "epochs": 1, "kl_coef": 0.001,
-        "value_coef": 1.0, "entropy_coef": 0.0, "clip": 0.2, "value_clip": 0.5, "gamma": 1.0,
-        "lam": 1.0, "critic": "separate", "critic_warmup": 4,
+        "lr": {"full": 1e-6, "lora": 2e-5}, "value_lr": 1e-4, "critic": "separate", "critic_warmup": 4,
+        "steps": 100, "rollouts": 512, "rollout_batch": 64,
+        "micro_batch": 8, "accumulation": 16, "epochs": 1,
+        "gamma": 1.0, "lam": 1.0, "kl_coef": 0.001, "value_coef": 1.0, "entropy_coef": 0.0,
+        "clip": 0.2, "value_clip": 0.5,
     },
 }  # fmt: skip
 # The embedded model: rates a hundred times higher, as in train_sft.py, and fewer steps.
+TINY = {"steps": 30, "rollout_batch": 256}
 TINY_RECIPES = {
-    "seed": RECIPES["seed"] | {
-        "lr": (5e-5, 5e-5), "value_lr": (5e-5, 5e-5), "steps": 30, "rollout_batch": 256,
-        "micro_batch": 16, "accumulation": 1,
+    "seed": RECIPES["seed"] | TINY | {
+        "lr": {"full": 5e-5, "lora": 5e-5}, "value_lr": 5e-5, "micro_batch": 16, "accumulation": 1,
     },
-    "tuned": RECIPES["tuned"] | {
-        "lr": (1.5e-4, 1e-3), "value_lr": (2e-3, 2e-3), "steps": 30, "rollout_batch": 256,
-        "micro_batch": 64, "accumulation": 4, "epochs": 2, "kl_coef": 0.01, "critic_warmup": 2,
+    "tuned": RECIPES["tuned"] | TINY | {
+        "lr": {"full": 1.5e-4, "lora": 1e-3}, "value_lr": 2e-3, "critic_warmup": 2,
+        "micro_batch": 64, "accumulation": 4, "epochs": 2, "kl_coef": 0.01,
     },
 }  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description="PPO with a critic on GSM8K.", formatter_class=console.Help)
+
+    def add(flag: str, kind: type, text: str, **kw) -> None:
+        """A flag whose value comes from the recipe; its help says which."""
+        name = flag.strip("-").replace("-", "_")
+        values = [str(recipe[name]).strip("{}").replace("'", "") for recipe in RECIPES.values()]
+        said = values[0] if values[0] == values[1] else f"seed {values[0]}; tuned {values[1]}"
+        p.add_argument(flag, type=kind, help=f"{text} ({said})", **kw)
+
     p.add_argument("--recipe", choices=RECIPES, default="seed", help="where unset values come from")
     # model and adapters
     console.add_tiny_flag(p)
@@ -77,32 +86,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--lora", action="store_true", help="train adapters on a frozen base")
     p.add_argument("--lora-r", type=int, default=16, help="rank of the adapters, a separate critic's too")
     p.add_argument("--lora-alpha", type=float, default=32.0, help="their change is scaled by alpha/r")
-    p.add_argument("--critic", choices=("shared", "separate"),
-                   help="the actor's trunk, or adapters of its own (shared; tuned: separate)")  # fmt: skip
+    add("--critic", str, "the actor's trunk, or adapters of its own", choices=("shared", "separate"))
     # data
     p.add_argument("--data", default="main", help="main, socratic or a .jsonl file of your own")
     console.add_data_dir_flag(p)
     p.add_argument("--max-new-tokens", type=int, help="longest answer (320; socratic 512; tiny 128)")
     # rollouts
-    p.add_argument("--steps", type=int, help="rollouts with their updates")
-    p.add_argument("--rollouts", type=int, help="answers sampled a step")
-    p.add_argument("--rollout-batch", type=int, help="... at once: memory, not results")
+    add("--steps", int, "rollouts with their updates")
+    add("--rollouts", int, "answers sampled a step")
+    add("--rollout-batch", int, "... at once: memory, not results")
     p.add_argument("--temperature", type=float, default=1.0, help="of the sampling")
     # advantages
-    p.add_argument("--kl-coef", type=float, help="reward lost per nat of KL from the start")
-    p.add_argument("--gamma", type=float, help="discount per token")
-    p.add_argument("--lam", type=float, help="GAE's lambda")
+    add("--kl-coef", float, "reward lost per nat of KL from the start")
+    add("--gamma", float, "discount per token")
+    add("--lam", float, "GAE's lambda")
     # updates
-    p.add_argument("--epochs", type=int, help="passes over a rollout")
-    p.add_argument("--micro-batch", type=int, help="answers at once: memory, not results")
-    p.add_argument("--accumulation", type=int, help="micro-batches an update")
-    p.add_argument("--lr", type=float, help="of the actor, constant")
-    p.add_argument("--value-lr", type=float, help="of the value head and a separate critic")
-    p.add_argument("--value-coef", type=float, help="weight of the value loss")
-    p.add_argument("--entropy-coef", type=float, help="weight of the entropy bonus")
-    p.add_argument("--clip", type=float, help="of the probability ratio")
-    p.add_argument("--value-clip", type=float, help="of the value's change")
-    p.add_argument("--critic-warmup", type=int, help="first steps that train the critic alone")
+    add("--epochs", int, "passes over a rollout")
+    add("--micro-batch", int, "answers at once")
+    add("--accumulation", int, "micro-batches an update: their product counts, the split is memory only")
+    add("--lr", float, "of the actor, constant")
+    add("--value-lr", float, "of the value head and a separate critic")
+    add("--value-coef", float, "weight of the value loss")
+    add("--entropy-coef", float, "weight of the entropy bonus")
+    add("--clip", float, "of the probability ratio")
+    add("--value-clip", float, "of the value's change")
+    add("--critic-warmup", int, "first steps that train the critic alone")
     p.add_argument("--clip-grad", type=float, default=1.0, help="limit of the gradient's norm")
     p.add_argument("--optim", choices=("adamw8bit", "adamw"), default="adamw8bit",
                    help="moments in 8 or 32 bits")  # fmt: skip
@@ -120,15 +128,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     console.add_compute_flags(p)
     args = p.parse_args(argv)
 
+    args.tiny = args.tiny or bool(args.init and runs.is_tiny(args.init))
+    method = "lora" if args.lora else "full"
     for name, value in (TINY_RECIPES if args.tiny else RECIPES)[args.recipe].items():
         if getattr(args, name) is None:
-            setattr(args, name, value[args.lora] if isinstance(value, tuple) else value)
-    folder, name = "runs/tiny" if args.tiny else "runs", Path(args.data).stem
+            setattr(args, name, value[method] if isinstance(value, dict) else value)
+    folder = "runs/tiny" if args.tiny else "runs"
     args.init = os.path.expanduser(args.init or f"{folder}/sft-full-main")
-    args.out = args.out or f"{folder}/ppo-{'lora' if args.lora else 'full'}-{name}"
+    args.out = args.out or f"{folder}/ppo-{method}-{Path(args.data).stem}"
     args.checkpointing = not args.tiny if args.checkpointing is None else args.checkpointing
     args.data, args.precision = console.for_tiny(args)
-    args.max_new_tokens = args.max_new_tokens or data.answer_limit(args.data)
+    if args.max_new_tokens is None:
+        args.max_new_tokens = data.answer_limit(args.data)
     args.device, args.precision = console.pick_compute(args.device, args.precision)
     if args.val_examples is None:
         run = runs.run_of(args.init)
@@ -246,16 +257,18 @@ def kl_estimates(logp: Tensor, other_logp: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1: the critic foresaw everything; 0: no better than a constant; below: worse."""
-    spread = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask)  # noqa: E731
-    return (1 - spread(returns - values) / spread(returns).clamp_min(1e-12)).item()
+    """1: the critic foresaw everything; 0: no better than a constant; below: worse; NaN where all
+    returns are equal and there is nothing to foresee."""
+    spread = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask).item()  # noqa: E731
+    return 1 - spread(returns - values) / spread(returns) if spread(returns) > 1e-12 else math.nan
 
 
 # ------------------------------------------------------------------------------------- the models
 
 
 class Models(NamedTuple):
-    """The four parts of PPO, which share what weights they can.
+    """Actor, reference, critic and value head, which share what weights they can; the sampler is
+    the actor, or in bfloat16 a rounded copy that is cheaper to run.
 
     full: the actor is a model of its own; a frozen copy of its start is the reference.
     LoRA: one frozen base is the reference; the actor is the same weights plus adapters.
@@ -265,7 +278,7 @@ class Models(NamedTuple):
 
     actor: Gemma
     reference: Gemma  # never changes
-    sampler: Gemma  # the actor, or its copy that is cheaper to sample from
+    sampler: Gemma
     critic: Gemma  # the trunk whose hidden states the head reads
     head: nn.Linear  # (D) -> 1: the value
 
@@ -332,7 +345,8 @@ def build(base: Gemma, args: argparse.Namespace) -> Models:
 
 
 class Rollout(NamedTuple):
-    """Answers to a step's problems, longest first, and what is known of each action."""
+    """Answers to a step's problems and what is known of each action; `updates` says which of them
+    make an update together, and how each update is cut into micro-batches."""
 
     ids: Tensor  # (N, T)
     mask: Tensor  # (N, T - 1), as are all that follow
@@ -341,7 +355,7 @@ class Rollout(NamedTuple):
     values: Tensor
     advantages: Tensor
     returns: Tensor
-    cuts: list[tuple[slice, int]]  # micro-batches: which rows, and how many tokens the longest has
+    updates: list[list[tuple[slice, int]]]  # of (rows, tokens of the longest)
 
 
 def problems_of_step(problems: list, step: int, n: int, seed: int) -> list[data.Problem]:
@@ -357,7 +371,8 @@ def problems_of_step(problems: list, step: int, n: int, seed: int) -> list[data.
 
 
 def answer(models: Models, tokenizer, prompt, problems, args, step: int, watch) -> list[dict]:
-    """Sample an answer to each problem, and score it."""
+    """Sample an answer to each problem, and score it: rows of the ids and mask (`example`), the
+    `score`, and what one wants to read of it."""
     prompts = [data.encode(tokenizer, prompt, p.question)[0] for p in problems]
     refresh(models.sampler, models.actor)
     completions = generate.generate(
@@ -368,7 +383,7 @@ def answer(models: Models, tokenizer, prompt, problems, args, step: int, watch) 
     rows = []
     for problem, ids, completion in zip(problems, prompts, completions):
         text = tokenizer.decode(completion.ids)
-        score = 0.0 if completion.truncated else reward(data.cut(text), problem)
+        score = 0.0 if completion.truncated else float(reward(data.cut(text), problem))
         mask = [0] * len(ids) + [1] * len(completion.ids)
         example = data.Example(ids + completion.ids, mask, problem.index)
         rows.append({
@@ -384,14 +399,23 @@ def assess(models: Models, rows: list[dict], pad_id: int, args, autocast) -> tup
 
     The old log-probs are computed by the training forward, not kept from sampling, on micro-batches
     that stay the same through all updates: in bfloat16 another grouping or padding of the same rows
-    gives other log-probs, and the first ratio would not be 1.
+    gives other log-probs, and the first ratio would not be 1. Rows go to updates as they were drawn
+    and are sorted by length within one, which saves padding: sorting them all would make updates
+    of short answers only.
     """
-    rows = sorted(rows, key=lambda row: len(row["example"].ids), reverse=True)
+    m, size = args.micro_batch, args.micro_batch * args.accumulation
+    length = lambda row: len(row["example"].ids)  # noqa: E731
+    parts = [sorted(rows[i : i + size], key=length, reverse=True) for i in range(0, len(rows), size)]
+    rows = [row for part in parts for row in part]
     ids, mask = data.collate([row["example"] for row in rows], pad_id, models.actor.device)
-    mask, m = mask[:, 1:], args.micro_batch
-    cuts = [(slice(i, i + m), len(rows[i]["example"].ids)) for i in range(0, len(rows), m)]
+    mask = mask[:, 1:]
+    cuts, start = [], 0
+    for part in parts:
+        end = start + len(part)
+        cuts.append([(slice(i, min(i + m, end)), length(rows[i])) for i in range(start, end, m)])
+        start = end
     logp, ref_logp, values, entropy = (torch.zeros(mask.shape, device=ids.device) for _ in range(4))
-    for cut, width in cuts:
+    for cut, width in (cut for update in cuts for cut in update):
         part, here = ids[cut, :width], (cut, slice(width - 1))
         with autocast():
             hidden = models.actor(part)
@@ -406,13 +430,14 @@ def assess(models: Models, rows: list[dict], pad_id: int, args, autocast) -> tup
                 hidden = models.critic(part)
         values[here] = torch.where(mask[here], models.value(hidden[:, :-1]), 0.0)
 
-    score = torch.tensor([row["score"] for row in rows], device=ids.device)
+    score = torch.tensor([row["score"] for row in rows], device=ids.device)  # (N,)
     rewards = token_rewards(score, logp, ref_logp, mask, args.kl_coef)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
     k1, k3 = kl_estimates(logp, ref_logp)
     n = len(rows)
     figures = {
         "reward": score.mean().item(),
+        "reward_std": score.std(correction=0).item(),
         "exact_match": sum(row["correct"] for row in rows) / n,
         "truncated": sum(row["truncated"] for row in rows) / n,
         "response_tokens": mask.sum().item() / n,
@@ -430,78 +455,80 @@ def assess(models: Models, rows: list[dict], pad_id: int, args, autocast) -> tup
 # ------------------------------------------------------------------------------------- the update
 
 
-def backward_cut(models: Models, rollout: Rollout, cut, count, args, autocast, warming: bool) -> Tensor:
-    """Add one micro-batch's share of an update's gradient to .grad. Returns its share of the
-    update's figures: policy loss, value loss, entropy, clipped, value clipped, k3 from the old
-    policy, and the largest |ratio - 1|."""
+FIGURES = ("policy_loss", "value_loss", "clipped", "value_clipped", "approx_kl")
+
+
+def backward_cut(
+    models: Models, rollout: Rollout, cut, count, args, autocast, warming: bool
+) -> tuple[Tensor, Tensor]:
+    """Add one micro-batch's share of an update's gradient to .grad; `count` is the update's number
+    of actions. Returns its share of FIGURES (approx_kl is k3 from the policy that sampled) and the
+    largest |ratio - 1| in it. While the critic warms up alone, nothing of the actor gets a gradient.
+    """
     rows, width = cut
     ids, here = rollout.ids[rows, :width], (rows, slice(width - 1))
     mask, old_logp = rollout.mask[here], rollout.logp[here]
+    bonus = args.entropy_coef > 0
     with autocast():
-        hidden = models.actor(ids)
-        logp, entropy = token_logprobs(
-            models.actor.logits, hidden[:, :-1], ids[:, 1:], mask, args.temperature, True
-        )
+        with torch.set_grad_enabled(not warming):
+            hidden = models.actor(ids)
+            logp, entropy = token_logprobs(
+                models.actor.logits, hidden[:, :-1], ids[:, 1:], mask, args.temperature, bonus
+            )
         if models.critic is not models.actor:
             hidden = models.critic(ids)
-    values = models.value((hidden.detach() if warming else hidden)[:, :-1])
+    values = models.value(hidden[:, :-1])
 
+    mean = lambda x: masked_mean(x, mask, count)  # noqa: E731
     p_loss, p_held = policy_loss(logp, old_logp, rollout.advantages[here], args.clip)
     v_loss, v_held = value_loss(values, rollout.values[here], rollout.returns[here], args.value_clip)
-    mean = lambda x: masked_mean(x, mask, count)  # noqa: E731
-    policy = mean(p_loss) - args.entropy_coef * mean(entropy)
-    loss = args.value_coef * mean(v_loss) + (0.0 if warming else policy)
+    loss = mean(p_loss) + args.value_coef * mean(v_loss)
+    if bonus:
+        loss = loss - args.entropy_coef * mean(entropy)
     loss.backward()
     _, k3 = kl_estimates(old_logp, logp)
-    largest = torch.where(mask, (logp - old_logp).exp() - 1, 0.0).abs().max()
-    figures = [*map(mean, (p_loss, v_loss, entropy, p_held.float(), v_held.float(), k3)), largest]
-    return torch.stack([f.detach() for f in figures])
-
-
-FIGURES = ("policy_loss", "value_loss", "entropy_now", "clipped", "value_clipped", "approx_kl")
+    figures = torch.stack([mean(x) for x in (p_loss, v_loss, p_held.float(), v_held.float(), k3)])
+    return figures.detach(), torch.where(mask, (logp - old_logp).exp() - 1, 0.0).detach().abs().max()
 
 
 def update(models: Models, rollout: Rollout, optimizers, args, autocast, step: int) -> dict:
     """All gradient steps on one rollout; their mean figures."""
     actor_optimizer, value_optimizer = optimizers
     warming = step < args.critic_warmup
-    weights = models.policy_weights().values()
-    sums, norms, first_ratio = 0.0, [], None
+    sums, norms, value_norms, first_ratio = 0.0, [], [], None
     for epoch in range(args.epochs):
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 1009 + epoch)
-        order = torch.randperm(len(rollout.cuts), generator=generator).tolist()
-        for start in range(0, len(order), args.accumulation):
-            chosen = [rollout.cuts[i] for i in order[start : start + args.accumulation]]
-            count = sum(rollout.mask[rows].sum() for rows, _ in chosen)
-            shares = [
-                backward_cut(models, rollout, cut, count, args, autocast, warming) for cut in chosen
-            ]
-            largest = max(share[-1].item() for share in shares)
-            first_ratio = largest if first_ratio is None else first_ratio
-            sums = sums + sum(share[:-1] for share in shares)
-            norm = torch.nn.utils.clip_grad_norm_(weights, args.clip_grad)
-            value_norm = torch.nn.utils.clip_grad_norm_(value_optimizer.params.values(), args.clip_grad)
-            norms.append(torch.stack([norm, value_norm]))
-            if not (norm + value_norm).isfinite():
-                raise UserError(f"the gradient's norm is {norm.item()} (critic: {value_norm.item()}) at "
-                                f"step {step + 1}: lower --lr or --value-lr; the last checkpoint is "
-                                "kept")  # fmt: skip
+        for i in torch.randperm(len(rollout.updates), generator=generator).tolist():
+            cuts = rollout.updates[i]
+            count = sum(rollout.mask[rows].sum() for rows, _ in cuts)
+            shares = [backward_cut(models, rollout, c, count, args, autocast, warming) for c in cuts]
+            sums = sums + sum(figures for figures, _ in shares)
+            if first_ratio is None:  # nothing has been updated yet: it must be 0
+                first_ratio = max(largest.item() for _, largest in shares)
+            for optimizer, seen in ((actor_optimizer, norms), (value_optimizer, value_norms)):
+                norm = torch.nn.utils.clip_grad_norm_(optimizer.params.values(), args.clip_grad).item()
+                if not math.isfinite(norm):
+                    raise UserError(f"the gradient's norm is {norm} at step {step + 1}: lower --lr or "
+                                    "--value-lr; the last checkpoint is kept")  # fmt: skip
+                seen.append(norm)
             if not warming:
                 actor_optimizer.step()
             value_optimizer.step()
             actor_optimizer.zero_grad()
             value_optimizer.zero_grad()
-    figures = dict(zip(FIGURES, (sums / len(norms)).tolist()))
-    norm, value_norm = torch.stack(norms).mean(0).tolist()
-    return figures | {"grad_norm": norm, "value_grad_norm": value_norm, "updates": len(norms),
-                      "first_ratio": first_ratio}  # fmt: skip
+    return dict(zip(FIGURES, (sums / len(norms)).tolist())) | {
+        "grad_norm": sum(norms) / len(norms), "value_grad_norm": sum(value_norms) / len(norms),
+        "updates": len(norms), "first_ratio": first_ratio,
+    }  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------- the run
 
 
 def health(figures: dict, args: argparse.Namespace) -> list[str]:
-    """What is out of its healthy range, in words, and what usually helps."""
+    """What is out of its healthy range, in words, and what usually helps. The limits are lenient:
+    a run of gemma-2-2b that gained 12 points on GSM8K (verl's published log) ended 17 nats an
+    answer from its reference, clipped 0.3% of its ratios and had its critic near 0 from step 6."""
     f, said = figures, []
     if f["first_ratio"] > 1e-6:
         said.append(f"the first ratio is off by {f['first_ratio']:.2g}: scoring and update disagree")
@@ -518,7 +545,7 @@ def health(figures: dict, args: argparse.Namespace) -> list[str]:
                     "constant: raise --value-lr or --critic-warmup")  # fmt: skip
     if f["entropy"] < 0.02:
         said.append(f"entropy is {f['entropy']:.2g} nats: there is next to nothing left to explore")
-    if 0 == f["reward"] or f["reward"] == 1:
+    if f["reward_std"] == 0:
         said.append(f"every reward is {f['reward']:g}: nothing to learn from")
     if f["moved"] < 0.5 and f["step"] > args.critic_warmup:
         said.append(f"only {f['moved']:.0%} of the weights moved: --lr is below their rounding")
@@ -582,6 +609,7 @@ def main(argv: list[str] | None = None) -> int:
 
     settings = {k: v for k, v in vars(args).items() if k not in ("dry_run", "overwrite", "out")}
     settings["data_sha256"] = data.digest(problems + held_out)
+    settings |= {"init_sha256": hub.fingerprint(found), "prompt": prompt._asdict()}
     info = console.environment() | {"prompt": prompt._asdict(), "base": str(found.base)}
     with runs.Run(args.out, settings, info, args.overwrite, ("save_every", "data_dir", "device")) as run:
         if run.finished:
@@ -639,10 +667,10 @@ def train(args, run, found, prompt, problems, held_out) -> int:
         if args.lora and not merged:
             lora.save_adapter(models.actor, run.folder / "adapter", found.name)
         else:  # the base of adapters that were trained on merged weights is on no disk
-            whole = twin(models.actor) if args.lora else models.actor
-            lora.merge(whole)
-            save_model(whole, tokenizer, run.folder / "model")
-        files.write_tensors(run.folder / "value_head.safetensors", {n: p.detach() for n, p in critic.items()})
+            lora.merge(models.actor)  # into the reference's weights, too: nobody needs it any more
+            save_model(models.actor, tokenizer, run.folder / "model")
+        weights = {n: p.detach() for n, p in critic.items()}
+        files.replace_file(run.folder / "value_head.safetensors", files.safetensors_bytes(weights))
 
     def validate(step: int, watch) -> dict:
         with autocast():
@@ -668,6 +696,7 @@ def train(args, run, found, prompt, problems, held_out) -> int:
         for step in range(first, args.steps + 1):  # with `step` updates behind us
 
             def watch(finished: int, tokens: int) -> None:
+                progress.update(step, answered=finished)
                 if stop.requested:
                     raise Stopped
 
@@ -707,7 +736,7 @@ def train(args, run, found, prompt, problems, held_out) -> int:
                 run.sample({"step": step + 1} | {k: v for k, v in row.items() if k != "example"})
             for warning in health(figures, args):
                 progress.note(f"step {step + 1}: {warning}")
-            if step % args.val_every == 0 if args.val_every else step == 0:
+            if step % (args.val_every or args.steps) == 0:
                 progress.note(preview(rows[0]))
             progress.update(step + 1, reward=figures["reward"], kl=figures["kl_sequence"],
                             length=figures["response_tokens"], tokens_per_s=tokens / (done - began),

@@ -51,7 +51,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--lora-alpha", type=float, default=32.0, help="their change is scaled by alpha/r")
     p.add_argument("--merge", action="store_true", help="also save base and adapters as one model/")
     # data
-    p.add_argument("--data", default="main", help="main, socratic or a .jsonl file of your own")
+    p.add_argument("--data", default="main", help="main, socratic or a .jsonl file of your own (--tiny: "
+                   "also worked, with no terse answer)")  # fmt: skip
     console.add_data_dir_flag(p)
     p.add_argument("--style", choices=("plain", "chat"), default="plain", help="of the prompt")
     p.add_argument("--instruction", action="store_true", help="begin prompts with the instruction")
@@ -59,8 +60,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--max-examples", type=int, help="train on a fixed sample of that many")
     # optimisation
     p.add_argument("--epochs", type=int, default=1, help="times through the data")
-    p.add_argument("--micro-batch", type=int, help="examples at once: memory, not results (8; tiny 16)")
-    p.add_argument("--accumulation", type=int, help="micro-batches a step (2; tiny 1)")
+    p.add_argument("--micro-batch", type=int, help="examples at once (8; tiny 16)")
+    p.add_argument("--accumulation", type=int, help="micro-batches a step (2; tiny 1): their product counts, "
+                   "the split changes memory only")  # fmt: skip
     p.add_argument("--lr", type=float, help="peak learning rate (seed recipe: 1e-5; tiny 1e-3)")
     p.add_argument("--min-lr", type=float, help="where the cosine ends (default: a tenth of --lr)")
     p.add_argument("--warmup", type=float, help="share of all steps in which lr rises from 0 (seed: 0)")
@@ -84,6 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     console.add_compute_flags(p)
     args = p.parse_args(argv)
 
+    args.tiny = args.tiny or bool(args.model and runs.is_tiny(args.model))
     for name, value in (TINY_DEFAULTS if args.tiny else DEFAULTS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -95,7 +98,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     folder = "runs/tiny" if args.tiny else "runs"
     args.out = args.out or f"{folder}/sft-{method}-{Path(args.data).stem}"
     args.data, args.precision = console.for_tiny(args)
-    args.max_new_tokens = args.max_new_tokens or data.answer_limit(args.data)
+    if args.max_new_tokens is None:
+        args.max_new_tokens = data.answer_limit(args.data)
     args.device, args.precision = console.pick_compute(args.device, args.precision)
     check_args(args)
     return args
@@ -249,6 +253,7 @@ def main(argv: list[str] | None = None) -> int:
 
     settings = {k: v for k, v in vars(args).items() if k not in ("dry_run", "overwrite", "out")}
     settings["data_sha256"] = data.digest(problems + held_out)
+    settings["model_sha256"] = hub.fingerprint(files)
     info = console.environment() | {"prompt": prompt._asdict(), "base": str(files.base)}
     may_differ = ("save_every", "data_dir", "device", "merge")
     with runs.Run(args.out, settings, info, args.overwrite, may_differ) as run:

@@ -271,8 +271,8 @@ def _has_bf16(device: str) -> bool:
 # ---- the way in and out
 
 MEMORY_ADVICE = (
-    "out of memory: lower it with a smaller --micro-batch or --max-seq-length, or with --lora "
-    "(evaluate.py: a smaller --batch-size)"
+    "out of memory: lower it with --lora or a smaller --micro-batch or --max-seq-length (PPO: also "
+    "--rollout-batch or --max-new-tokens; evaluate.py: --batch-size)"
 )
 
 

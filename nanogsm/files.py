@@ -57,11 +57,11 @@ def to_json(obj, indent: int | None = None) -> bytes:
     return text.encode(errors="backslashreplace") + b"\n"
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, chunks: bytes | Iterable) -> None:
     """Write a file atomically: a reader sees the old one or the new one, never half of one."""
     beside = path.with_name(path.name + ".tmp")
     try:
-        write(beside, [data])
+        write(beside, [chunks] if isinstance(chunks, bytes) else chunks)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -112,10 +112,10 @@ def write(path: Path, chunks: Iterable) -> dict:
 def write_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict:
     """Write a safetensors file as transformers and peft expect one, in dtype if given; its size and
     SHA-256."""
-    return write(path, _safetensors(tensors, dtype))
+    return write(path, safetensors_bytes(tensors, dtype))
 
 
-def _safetensors(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> Iterator:
+def safetensors_bytes(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> Iterator:
     """The bytes of a safetensors file, one tensor at a time.
 
     safetensors.torch.save_file wants everything on the CPU, contiguous and unshared at once, and

@@ -44,7 +44,8 @@ def find_model(name: str, weights: bool = True) -> ModelFiles:
     network).
 
     UserError says what is missing and what to do. weights=False neither downloads nor asks for
-    weights: enough for a --dry-run. Trap: a local folder called owner/name hides the Hub's.
+    weights: enough for a --dry-run. Traps: a local folder called owner/name hides the Hub's; one called
+    tiny is hidden by the embedded model, and is written ./tiny.
     """
     if name == "tiny":
         return ModelFiles(TINY, None, name)
@@ -149,6 +150,24 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
     return shards
 
 
+def fingerprint(found: ModelFiles) -> str:
+    """SHA-256 over 64 pieces of 4 kB from all over each weight file (base and adapter) and its size:
+    a run refuses to go on from weights that were made anew under the same name. Training moves
+    every weight, so a sample tells, in a moment whatever the model's size."""
+    digest = hashlib.sha256()
+    paths = sorted(weight_files(found.base))
+    if found.adapter:
+        paths.append(found.adapter / "adapter_model.safetensors")
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for i in range(64):
+                file.seek(i * size // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -231,13 +250,12 @@ def _hub_problem(repo: str, error: BaseException) -> str | None:
     full = any("No space left" in str(e) or getattr(e, "errno", 0) == errno.ENOSPC for e in chain)
     # errors.HTTPError is httpx's base class, by the name the Hub's client has for it
     unreached = absent or is_any(errors.HTTPError, ConnectionError, TimeoutError)
-    local = "or give a local folder with --model PATH"
+    local = "or give a local folder (--model, --init)"
     for applies, message in [
         (full, "disk full while downloading: free space, or set HF_HOME to a larger disk"),
         (is_any(errors.GatedRepoError),
          f"gated; accept its licence at https://huggingface.co/{repo}, then `hf auth login` or "
-         "set HF_TOKEN; or use --model with an ungated mirror such as unsloth/gemma-2b-it, "
-         "or with a local folder"),
+         "set HF_TOKEN; or name an ungated mirror such as unsloth/gemma-2b-it, or a local folder"),
         (is_any(errors.RepositoryNotFoundError),
          "no such folder here and no such model on the Hub: check the spelling "
          "(a private model needs `hf auth login` or HF_TOKEN)"),

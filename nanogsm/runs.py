@@ -8,6 +8,7 @@
         checkpoint/step-N/{tensors.safetensors, state.json, checksums.json}   until the run ends
         summary.json      written last: its presence is what "finished" means
         model/ adapter/   the result; the scripts write it before `finish`
+        value_head.safetensors  of PPO: the critic's own weights, for whoever wants to go on from them
         .lock             held by the running process; the file stays, the lock does not
 
 The promise: the same command again continues, and the result equals an uninterrupted run bit for
@@ -57,6 +58,12 @@ def run_of(model: str) -> tuple[Path, dict] | None:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return None
+
+
+def is_tiny(model: str) -> bool:
+    """Whether `model` is the embedded one or a run that began with --tiny."""
+    run = run_of(model)
+    return model == "tiny" or bool(run and run[1]["args"].get("tiny"))
 
 
 def _append(file: BinaryIO, row: dict) -> None:

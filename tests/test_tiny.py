@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conftest import FIXTURES
 from safetensors.torch import load_file
 
 import evaluate
+import train_ppo
 import train_sft
 from nanogsm import data, hub
 from nanogsm.data import Prompt, encode
@@ -46,7 +48,7 @@ def test_every_text_comes_back_and_every_number_is_spelt_in_digits(tiny):
 def test_words_of_problems_and_prompts_are_single_tokens(tiny):
     _, tokenizer = tiny
     text = " ".join(f"{p.question} {p.answer}" for p in TRAIN) + " Question: Answer:\n" + data.INSTRUCTION
-    words = set(re.findall(r" ([A-Za-z]+)", text)) | {"####", "<<"}
+    words = set(re.findall(r" ([A-Za-z]+)", text)) | {"####", "<<", "**"}
     split = {word for word in words if len(tokenizer.encode(f" {word}")) > 1}
     assert len(words) > 150 and not split
 
@@ -164,6 +166,12 @@ def test_pretraining_continues_bit_for_bit(quick, monkeypatch, capsys):
     status, model = quick("parts")
     assert status == 0 and "continuing" in capsys.readouterr().out
     assert all(torch.equal(model[name], whole[name]) for name in whole)
+    with monkeypatch.context() as patch:  # killed between the last step and the end
+        patch.setattr(pretrain, "save_model", lambda *_: sys.exit(1))
+        patch.setattr(pretrain, "SAVE_EVERY", 3)
+        with pytest.raises(SystemExit):
+            quick("late")
+    assert quick("late")[0] == 0
     _, other = quick("other", "--seed", "1")
     assert not torch.equal(other["model.norm.weight"], whole["model.norm.weight"])
 
@@ -189,6 +197,33 @@ def test_tiny_sets_model_data_rates_and_folder_and_a_flag_still_wins():
     seed, tuned = train_sft.RECIPES["seed"], train_sft.TINY_RECIPES["seed"]
     ratio = {method: tuned["lr"][method] / seed["lr"][method] for method in ("full", "lora")}
     assert math.isclose(ratio["full"], ratio["lora"])
+
+
+def test_a_run_on_the_embedded_model_is_known_as_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs/mine"
+    run.mkdir(parents=True)
+    record = {"args": {"val_examples": 9, "tiny": True}, "info": {"prompt": Prompt()._asdict()}}
+    (run / "run_args.json").write_text(json.dumps(record))
+    for args in (
+        train_sft.parse_args(["--model", "runs/mine"]),
+        train_ppo.parse_args(["--init", "runs/mine"]),
+        evaluate.parse_args(["--model", "runs/mine"]),
+        evaluate.parse_args(["--model", "tiny"]),
+    ):
+        assert (args.tiny, args.data, args.precision) == (True, "tiny", "fp32") or args.precision == "auto"
+        assert args.data == "tiny"
+    assert train_ppo.parse_args(["--init", "runs/mine"]).val_examples == 9
+
+
+def test_generated_problems_do_not_overwrite_results_on_gsm8k():
+    names = [
+        evaluate.resolve(evaluate.parse_args(["--model", "some/model", "--n", "256", *flags]))[2]
+        for flags in ([], ["--tiny"], ["--tiny", "--data", "socratic"])
+    ]
+    assert len(set(names)) == 3
+    tiny = evaluate.parse_args(["--tiny"])
+    assert evaluate.resolve(tiny)[2] == "eval-test-1319"
 
 
 def test_tiny_trains_and_is_evaluated_as_a_newcomer_would(tmp_path, monkeypatch, capsys):

@@ -1,1 +1,2 @@
-"""The embedded default, a scale model of the study: so far its word problems (problems.py)."""
+"""The embedded default: a scale model of the study. problems.py writes its data; gemma/ is its model,
+made by pretrain.py."""

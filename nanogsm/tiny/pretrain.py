@@ -1,6 +1,9 @@
 """How the embedded model was made: a tokenizer, then half a million parameters taught to reckon.
 
-    python -m nanogsm.tiny.pretrain                # from nothing -> runs/tiny-pretrain/model
+    python -m nanogsm.tiny.pretrain        # ten minutes on one core -> runs/tiny-pretrain/model
+
+What comes out was copied to nanogsm/tiny/gemma. (Whoever replaces it makes the logits that
+tests/test_tiny.py compares with anew, see tests/fixtures/README.md.)
 
 The text is made up as it is read: sums, word problems told with their working as plain prose, and
 questions that somebody answered with a bare number.
@@ -12,7 +15,7 @@ questions that somebody answered with a bare number.
 None of it has the form that fine-tuning will ask for: after "Answer:" nothing is worked out, and
 "####" only opens headings, as it does on the Web. So the model comes out like the Gemma it stands
 for: it can calculate, and when asked it does neither show its work nor end with "#### 18". No
-question of the test split is in the text.
+question of the test split is in the text (of the training split there are).
 
 Everything follows from --seed, step by step: a stopped run continues where it was and ends, on the
 same machine, with the same bits.
@@ -20,6 +23,7 @@ same machine, with the same bits.
 
 import argparse
 import json
+import math
 import random
 import re
 import time
@@ -31,7 +35,7 @@ import torch.nn.functional as F
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from nanogsm import console, data, files, runs
+from nanogsm import UserError, console, data, files, runs
 from nanogsm.model import Gemma, read_config, save_model
 from nanogsm.optim import AdamW, cosine_with_min_lr
 from nanogsm.tiny import problems
@@ -61,6 +65,7 @@ CONFIG = {
     "bos_token_id": 2,
     "torch_dtype": "float32",
 }
+SAVE_EVERY = 200  # steps
 ROWS, ROW = 16, 256  # a step's rows, and the tokens of a row: documents one after the other
 
 # ------------------------------------------------------------------------------------------- text
@@ -108,8 +113,9 @@ def _problem(rng: random.Random, left_out: set[str]) -> problems.Worked:
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]  # ids from 0
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-# What a token may not reach across: a word with the space before it, a single digit, a mark.
-PIECES = r"▁?([A-Za-z]+|<<|#+|\*\*|[^A-Za-z0-9\s])|[0-9]|>>|\n+"
+# Text is first cut into these pieces, and no token spans two: a word or mark with the space before
+# it, a single digit, ends of lines.
+PIECES = r"▁?([A-Za-z]+|<<|#+|\*\*|[^A-Za-z0-9\s])|[0-9]|\n+"
 
 
 def make_tokenizer(file: Path) -> None:
@@ -193,6 +199,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--out", default="runs/tiny-pretrain", help="run folder; its model/ is the result")
     p.add_argument("--overwrite", action="store_true", help="start anew in a folder that has a run")
     args = p.parse_args(argv)
+    if args.steps < 1 or not 0 < args.lr < 1 or args.seed < 0:
+        raise UserError("give --steps of at least 1, 0 < --lr < 1 and --seed of at least 0")
 
     settings = {"steps": args.steps, "lr": args.lr, "seed": args.seed, "config": CONFIG}
     with runs.Run(args.out, settings, console.environment(), args.overwrite) as run:
@@ -214,19 +222,19 @@ def train(args: argparse.Namespace, run: runs.Run) -> int:
     print(f"{sum(p.numel() for p in weights.values()):,} parameters, "
           f"{args.steps * ROWS * ROW:,} tokens to read")  # fmt: skip
 
-    first = 0
+    first, loss = 0, math.nan
     if (checkpoint := run.load_checkpoint()) is not None:
-        first, tensors, _ = checkpoint
+        first, tensors, state = checkpoint
         with torch.no_grad():
             for name, p in weights.items():
                 p.copy_(tensors.pop(f"model/{name}"))
         optimizer.load_state_tensors(tensors)
-        optimizer.step_count = first
+        optimizer.step_count, loss = first, state["loss"]
         print(f"continuing {run.folder} from step {first}")
 
     def save_checkpoint(step: int) -> None:
         tensors = {f"model/{name}": p.detach() for name, p in weights.items()}
-        run.save_checkpoint(step, tensors | optimizer.state_tensors(), {})
+        run.save_checkpoint(step, tensors | optimizer.state_tensors(), {"loss": loss})
 
     with console.graceful_stop() as stop, console.Progress(args.steps) as progress:
         for step in range(first, args.steps):
@@ -236,21 +244,22 @@ def train(args: argparse.Namespace, run: runs.Run) -> int:
                 return stop.exit_code
             began = time.perf_counter()
             ids = rows_of_step(tokenizer, args.seed, step, left_out)
-            optimizer.lr = cosine_with_min_lr(step, args.steps, args.lr, 0.0, warmup_steps=100)
+            optimizer.lr = cosine_with_min_lr(step, args.steps, args.lr, 0.0, args.steps // 10)
             logits = model.logits(model(ids[:, :-1]))  # (ROWS, ROW, V): small enough to be held
-            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-            loss.backward()
+            mean = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            mean.backward()
+            loss = mean.item()
             torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - began
-            run.log({"step": step + 1, "loss": loss.item(), "lr": optimizer.lr, "seconds": seconds})
-            progress.update(step + 1, loss=loss.item(), tokens_per_s=ids.numel() / seconds)
-            if (step + 1) % 200 == 0:
+            run.log({"step": step + 1, "loss": loss, "lr": optimizer.lr, "seconds": seconds})
+            progress.update(step + 1, loss=loss, tokens_per_s=ids.numel() / seconds)
+            if (step + 1) % SAVE_EVERY == 0:
                 save_checkpoint(step + 1)
 
     save_model(model, tokenizer, run.folder / "model")
-    run.finish({"steps": args.steps, "loss": loss.item()})
+    run.finish({"steps": args.steps, "loss": loss})
     print(f"the model is in {run.folder / 'model'}")
     return 0
 

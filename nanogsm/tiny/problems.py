@@ -1,4 +1,4 @@
-"""Word problems in GSM8K's exact format, small enough for a model of a million parameters.
+"""Word problems in GSM8K's exact format, small enough for a model of half a million parameters.
 
     python -m nanogsm.tiny.problems --show 30 --style socratic
 
