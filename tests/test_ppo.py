@@ -548,8 +548,10 @@ def flags(tmp_path):
 
 @pytest.fixture
 def rewarding(monkeypatch):
-    """A reward that a random model earns now and then: an odd number of characters. Of type int."""
+    """A reward that a random model earns now and then, an odd number of characters, and an end that
+    it comes upon: every third token."""
     monkeypatch.setattr(train_ppo, "reward", lambda text, _: len(text) % 2)
+    monkeypatch.setattr(data.Tokenizer, "_configured_stops", lambda _: set(range(7, 384, 3)))
 
 
 def metrics(folder):
