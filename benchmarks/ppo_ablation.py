@@ -1,0 +1,164 @@
+"""What each setting of PPO is worth: from --recipe seed to --recipe tuned, knob by knob, both ways.
+
+    python train_sft.py --tiny
+    python -m benchmarks.ppo_ablation --steps 8 --seeds 3 --out results/tiny/ppo-ablation.jsonl
+
+Every row is a short run on the embedded model: "seed" and "tuned" as they are, "seed, but ..." with
+one setting taken from tuned, "tuned, but ..." with one put back, and three things no flag changes,
+done by patching a function here. Judged by exact match on the slice held out of train, after the
+last step, and by the mean reward of all rollouts, which also tells how soon it rose. Finished rows
+are in --out and are not run again: stop and go on at will.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import statistics
+import tempfile
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+import train_ppo
+from nanogsm import console
+
+KNOBS = {
+    "gamma": ["gamma"],
+    "lambda": ["lam"],
+    "KL": ["kl_coef"],
+    "learning rate": ["lr"],
+    "value lr": ["value_lr"],
+    "value loss weight": ["value_coef"],
+    "critic": ["critic"],
+    "critic warm-up": ["critic_warmup"],
+    "entropy bonus": ["entropy_coef"],
+    "answers an update": ["micro_batch", "accumulation"],
+    "value clip": ["value_clip"],
+}
+
+
+def flags(recipe: str, names: list[str]) -> list[str]:
+    values = train_ppo.TINY_RECIPES[recipe]
+    pick = lambda value: value["full"] if isinstance(value, dict) else value  # noqa: E731
+    return [text for n in names for text in (f"--{n.replace('_', '-')}", str(pick(values[n])))]
+
+
+def rows() -> dict[str, tuple[list[str], contextlib.AbstractContextManager]]:
+    """{row: (flags, patch)}."""
+    nothing = contextlib.nullcontext()
+    found = {}
+    for recipe, other in (("seed", "tuned"), ("tuned", "seed")):
+        start = ["--recipe", recipe]
+        found[recipe] = start, nothing
+        for knob, names in KNOBS.items():
+            found[f"{recipe}, but {other}'s {knob}"] = start + flags(other, names), nothing
+    start = ["--recipe", "tuned"]
+    found["tuned, but 1 epoch"] = [*start, "--epochs", "1"], nothing
+    found["tuned, but 4 epochs"] = [*start, "--epochs", "4"], nothing
+    found["tuned, but advantages not whitened"] = start, patch("train_ppo.whiten", lambda x, mask: x)
+    found["tuned, but advantages whitened by update"] = start, patch("train_ppo.update", whitened_by_update)
+    found["tuned, but bfloat16 weights"] = start, patch("train_ppo.update", rounded_after_update)
+    return found
+
+
+real_update = train_ppo.update
+
+
+def whitened_by_update(models, rollout, *rest):
+    advantages = rollout.advantages.clone()
+    for update in rollout.updates:
+        part = slice(update[0][0].start, update[-1][0].stop)
+        advantages[part] = train_ppo.whiten(advantages[part], rollout.mask[part])
+    return real_update(models, rollout._replace(advantages=advantages), *rest)
+
+
+def rounded_after_update(models, rollout, optimizers, *rest):
+    """Weights that are bfloat16 between any two steps of the optimizer: the small steps get lost."""
+    actor, _ = optimizers
+    step = actor.step
+
+    def step_and_round():
+        step()
+        with torch.no_grad():
+            for p in actor.params.values():
+                p.copy_(p.bfloat16())
+
+    with patch.object(actor, "step", step_and_round):
+        return real_update(models, rollout, optimizers, *rest)
+
+
+def run(row_flags: list[str], seed: int, args: argparse.Namespace, folder: str) -> dict:
+    argv = [*row_flags, "--tiny", "--init", args.init, "--seed", str(seed), "--steps", str(args.steps),
+            "--rollouts", str(args.rollouts), "--val-every", "0", "--overwrite", "--out", folder]  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        status = train_ppo.main(argv)
+    if status:
+        print(said.getvalue())
+        raise SystemExit(status)
+    steps = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    steps, held_out = [s for s in steps if "reward" in s], [s for s in steps if "val_exact_match" in s]
+    return {
+        "exact_match": held_out[-1]["val_exact_match"],
+        "mean_reward": statistics.fmean(s["reward"] for s in steps),
+        "rewards": [s["reward"] for s in steps],
+        "kl_sequence": steps[-1]["kl_sequence"],
+        "explained_variance": steps[-1]["explained_variance"],
+        "response_tokens": steps[-1]["response_tokens"],
+        "seconds": sum(s["seconds"] for s in steps),
+    }
+
+
+def table(results: list[dict]) -> None:
+    """Mean over seeds, and the difference from the row it varies, with its standard error (paired
+    by seed, which fixes the problems)."""
+    by_row = {}
+    for r in results:
+        by_row.setdefault(r["row"], {})[r["seed"]] = r
+    print("| row | exact match, held out | against its recipe | mean reward | KL | tokens |")
+    print("|---|---|---|---|---|---|")
+    for row, seeds in by_row.items():
+        mean = lambda key: statistics.fmean(r[key] for r in seeds.values())  # noqa: E731
+        base = by_row.get(row.split(",")[0], {})
+        shared = [100 * (r["exact_match"] - base[s]["exact_match"]) for s, r in seeds.items() if s in base]
+        change = ""
+        if "," in row and len(shared) > 1:
+            error = statistics.stdev(shared) / math.sqrt(len(shared))
+            change = f"{statistics.fmean(shared):+.1f} ± {error:.1f}"
+        print(f"| {row} | {100 * mean('exact_match'):.1f} | {change} | {mean('mean_reward'):.3f} "
+              f"| {mean('kl_sequence'):.1f} | {mean('response_tokens'):.0f} |")  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=console.Help)
+    p.add_argument("--init", default="runs/tiny/sft-full-main", help="the run all rows start from")
+    p.add_argument("--steps", type=int, default=8, help="of PPO a row")
+    p.add_argument("--rollouts", type=int, default=512, help="answers a step")
+    p.add_argument("--seeds", type=int, default=3, help="runs a row")
+    p.add_argument("--only", nargs="*", default=[""], help="rows that contain one of these texts")
+    p.add_argument("--out", default="runs/ppo-ablation.jsonl", help="finished rows, one a line")
+    args = p.parse_args(argv)
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    results = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    done = {(r["row"], r["seed"]) for r in results}
+    for seed in range(args.seeds):
+        for row, (row_flags, patched) in rows().items():
+            if (row, seed) in done or not any(text in row for text in args.only):
+                continue
+            with tempfile.TemporaryDirectory() as folder, patched:
+                result = {"row": row, "seed": seed, "steps": args.steps, "rollouts": args.rollouts,
+                          **run(row_flags, seed, args, folder)}  # fmt: skip
+            results.append(result)
+            with open(out, "a") as file:
+                file.write(json.dumps(result) + "\n")
+            print(f"{row}, seed {seed}: exact match {result['exact_match']:.3f}, mean reward "
+                  f"{result['mean_reward']:.3f}, {result['seconds']:.0f} s", flush=True)  # fmt: skip
+    table(results)
+    return 0
+
+
+if __name__ == "__main__":
+    console.entry(main)

@@ -1,0 +1,124 @@
+"""Does the suite notice a wrong line? Applies named one-line mutations to a copy of the code, one at
+a time, and runs the tests that should see red.
+
+    python tests/mutate.py                # all; about half an hour on two cores
+    python tests/mutate.py gae KL         # those whose name contains one of these
+
+Exit status 1 if one goes unnoticed. Not collected by pytest.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PPO, DATA, MODEL, LORA = "train_ppo.py", "nanogsm/data.py", "nanogsm/model.py", "nanogsm/lora.py"
+LOGPROB, GENERATE, OPTIM, SFT = (
+    "nanogsm/logprob.py", "nanogsm/generate.py", "nanogsm/optim.py", "train_sft.py",
+)  # fmt: skip
+TESTS = {
+    PPO: "test_ppo", DATA: "test_data", MODEL: "test_model", LORA: "test_lora", LOGPROB: "test_logprob",
+    GENERATE: "test_generate", OPTIM: "test_optim", SFT: "test_sft", "evaluate.py": "test_evaluate",
+    "nanogsm/runs.py": "test_runs", "nanogsm/tiny/problems.py": "test_tiny_problems",
+}  # fmt: skip
+
+# name, file, the text (there once), what stands there instead
+MUTATIONS = [
+    ("PPO: advantage sign", PPO, "return -torch.min(free, held)", "return torch.min(free, held)"),
+    ("PPO: clip on the wrong side", PPO, "return -torch.min(free, held)", "return -torch.max(free, held)"),
+    ("PPO: no lower clip", PPO, "ratio.clamp(1 - clip, 1 + clip)", "ratio.clamp(max=1 + clip)"),
+    ("PPO: ratio upside down", PPO, "(logp - old_logp).exp()\n    free", "(old_logp - logp).exp()\n    free"),
+    ("PPO: value clip takes the smaller", PPO, "torch.max(free, held), held > free", "torch.min(free, held), held > free"),
+    ("PPO: value loss without 1/2", PPO, "0.5 * (values - returns) ** 2, 0.5", "1.0 * (values - returns) ** 2, 0.5"),
+    ("PPO: gamma left out", PPO, "rewards[:, t] + gamma * next_value", "rewards[:, t] + next_value"),
+    ("PPO: lambda left out", PPO, "delta + gamma * lam *", "delta + gamma *"),
+    ("PPO: value sign in delta", PPO, "* next_value - values[:, t]", "* next_value + values[:, t]"),
+    ("PPO: gae looks past the answer", PPO, "next_value = torch.where(mask[:, t], values[:, t], 0.0)", "next_value = values[:, t]"),
+    ("PPO: return is the advantage", PPO, "torch.where(mask, advantages + values, 0.0)", "torch.where(mask, advantages, 0.0)"),
+    ("PPO: KL rewarded", PPO, "-kl_coef * (logp - ref_logp)", "kl_coef * (logp - ref_logp)"),
+    ("PPO: KL on the prompt too", PPO, "torch.where(mask, -kl_coef * (logp - ref_logp), 0.0)", "-kl_coef * (logp - ref_logp)"),
+    ("PPO: score one action early", PPO, "torch.where(columns == last, score", "torch.where(columns == last - 1, score"),
+    ("PPO: score everywhere", PPO, "torch.where(columns == last, score", "torch.where(mask, score"),
+    ("PPO: whitening keeps the mean", PPO, "(x - mean) * torch.rsqrt", "x * torch.rsqrt"),
+    ("PPO: whitening counts padding", PPO, "mean = masked_mean(x, mask)\n", "mean = x.mean()\n"),
+    ("PPO: k3 without its 1", PPO, "(-d).exp() - 1 + d", "(-d).exp() + d"),
+    ("PPO: mask not shifted", PPO, "mask = mask[:, 1:]", "mask = mask[:, :-1]"),
+    ("PPO: values one token late", PPO, "values = models.value(hidden[:, :-1])", "values = models.value(hidden[:, 1:])"),
+    ("PPO: entropy punished", PPO, "loss - args.entropy_coef", "loss + args.entropy_coef"),
+    ("PPO: value loss not weighted", PPO, "args.value_coef * mean(v_loss)", "mean(v_loss)"),
+    ("PPO: mean of each cut", PPO, "mean = lambda x: masked_mean(x, mask, count)", "mean = lambda x: masked_mean(x, mask)"),
+    ("PPO: warm-up trains the actor", PPO, "            if not warming:\n", "            if True:\n"),
+    ("PPO: warm-up trains the head alone", PPO, "            hidden = models.critic(ids)\n    values", "            hidden = models.critic(ids).detach()\n    values"),
+    ("PPO: temperature forgotten", PPO, "part[:, 1:], mask[here], args.temperature, True", "part[:, 1:], mask[here], 1.0, True"),
+    ("PPO: stale sampler", PPO, "    refresh(models.sampler, models.actor)\n    completions", "    completions"),
+    ("PPO: a cut answer is rewarded", PPO, "0.0 if completion.truncated else float(", "float("),
+    ("PPO: reference shares the actor", PPO, "actor, reference = base, frozen_copy(base, bf16)", "actor, reference = base, base"),
+    ("PPO: actor's adapters on the critic", PPO, "critic = twin(reference)", "critic = twin(actor)"),
+    ("PPO: problems repeat", PPO, "epoch, i = divmod(place, len(problems))", "epoch, i = 0, place % len(problems)"),
+    ("data: label shift", DATA, "add(target, 1)", "add(target, 0)"),
+    ("data: no end of sequence", DATA, "        add(end, 1)  #", "        pass  #"),
+    ("data: end not supervised", DATA, "        add(end, 1)  #", "        add(end, 0)  #"),
+    ("data: BOS twice", DATA, "    add(tokenizer.bos_id)  #", "    add(tokenizer.bos_id); add(tokenizer.bos_id)  #"),
+    ("data: the space goes to the prompt", DATA, 'add(f"{lead}Question: {question}\\nAnswer:")', 'add(f"{lead}Question: {question}\\nAnswer: ")'),
+    ("data: last ####", DATA, 'text.partition("####")', 'text.rpartition("####")'),
+    ("data: padding supervised", DATA, "mask = torch.zeros((len(rows), T), dtype=torch.bool)", "mask = torch.ones((len(rows), T), dtype=torch.bool)"),
+    ("data: one stop id", DATA, "frozenset({self.eos_id, self.end_of_turn_id} |", "frozenset({self.eos_id} |"),
+    ("model: w instead of 1 + w", MODEL, "gain = 1.0 + self.weight.float()", "gain = self.weight.float()"),
+    ("model: embedding not scaled", MODEL, "c.hidden_size**0.5, dtype", "1.0, dtype"),
+    ("model: rotary pairs swapped", MODEL, "torch.cat((-second, first), dim=-1)", "torch.cat((second, -first), dim=-1)"),
+    ("model: window one too wide", MODEL, "(distance < window)", "(distance <= window)"),
+    ("model: attention scale", MODEL, "c.query_pre_attn_scalar**-0.5", "c.hidden_size**-0.5"),
+    ("model: exact GELU", MODEL, 'approximate="tanh"', 'approximate="none"'),
+    ("model: cache one short", MODEL, "self.k[layer, :, :, : self.used], ", "self.k[layer, :, :, : self.used - 1], "),
+    ("LoRA: scale", LORA, "_replace(model, name, LoRALinear(base, a, torch.zeros(base.out_features, r), alpha / r))", "_replace(model, name, LoRALinear(base, a, torch.zeros(base.out_features, r), alpha))"),
+    ("LoRA: merge forgets the scale", LORA, "return self.scale * self.lora_B", "return self.lora_B"),
+    ("LoRA: B not zero", LORA, "torch.zeros(base.out_features, r), alpha", "torch.ones(base.out_features, r), alpha"),
+    ("logprob: entropy sign", LOGPROB, "h = -torch.xlogy", "h = torch.xlogy"),
+    ("logprob: slope without the onehot", LOGPROB, "grad.scatter_add_(-1, t[:, None], g_logp[:, None])", "grad"),
+    ("logprob: temperature multiplies", LOGPROB, "logits / temperature", "logits * temperature"),
+    ("generate: prefill off by one", GENERATE, "lengths - 1]", "lengths - 2]"),
+    ("generate: uniform numbers by slot", GENERATE, "request[s] for s in slots])\n        first", "s for s in slots])\n        first"),
+    ("generate: stop token ignored", GENERATE, "over = i in stop_ids or is_over", "over = is_over"),
+    ("optim: no bias correction", OPTIM, "self.lr / (1 - beta1**self.step_count)", "self.lr"),
+    ("optim: decay on norms", OPTIM, "if p.dim() >= 2 else 1.0", "if p.dim() >= 1 else 1.0"),
+    ("optim: cosine upside down", OPTIM, "(1 + math.cos(", "(1 - math.cos("),
+    ("SFT: loss by micro-batch", SFT, "part = -logp.sum() / supervised", "part = -logp.sum() / mask.sum()"),
+    ("SFT: no shift", SFT, "hidden[:, :-1], ids[:, 1:], mask[:, 1:])\n        part", "hidden[:, :-1], ids[:, :-1], mask[:, :-1])\n        part"),
+    ("SFT: same order every epoch", SFT, "seed * 1_000_003 + epoch", "seed * 1_000_003"),
+    ("evaluate: McNemar one-sided", "evaluate.py", "min(1.0, 2 * sum", "min(1.0, sum"),
+    ("evaluate: Wilson without its centre", "evaluate.py", "p + z2n / 2", "p"),
+]  # fmt: skip
+
+
+def noticed(name: str, file: str, old: str, new: str) -> bool:
+    """Whether the tests of `file` fail on a copy of the repository with this mutation in it."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    if text.count(old) != 1:
+        sys.exit(f"{name}: {file} has its text {text.count(old)} times: bring this list up to date")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        ignore = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache")
+        shutil.copytree(ROOT, copy, ignore=ignore)
+        (copy / file).write_text(text.replace(old, new), encoding="utf-8")
+        test = f"tests/{TESTS[file]}.py"
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", test]
+        return subprocess.run(command, cwd=copy, capture_output=True).returncode == 1
+
+
+def main() -> int:
+    wanted = [m for m in MUTATIONS if not sys.argv[1:] or any(text in m[0] for text in sys.argv[1:])]
+    survivors = []
+    for mutation in wanted:
+        began = time.time()
+        seen = noticed(*mutation)
+        print(f"{'noticed' if seen else 'SURVIVED':<9} {mutation[0]} ({time.time() - began:.0f} s)", flush=True)
+        survivors += [] if seen else [mutation[0]]
+    print(f"{len(wanted) - len(survivors)} of {len(wanted)} noticed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
