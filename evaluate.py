@@ -23,7 +23,7 @@ from statistics import NormalDist, fmean
 
 import torch
 
-from nanogsm import UserError, console, data, files, generate
+from nanogsm import UserError, console, data, files, generate, hub
 from nanogsm.model import load_model
 from nanogsm.runs import is_tiny, run_of
 
@@ -169,6 +169,7 @@ def choose_problems(args: argparse.Namespace) -> list[data.Problem]:
 
 
 def evaluate(args: argparse.Namespace) -> int:
+    hub.find_model(args.model, weights=False)  # a misspelt name is said before any data are fetched
     problems = choose_problems(args)
     args.n = len(problems)
     prompt, folder, name = resolve(args)

@@ -572,6 +572,8 @@ def print_plan(args, found: hub.ModelFiles, prompt, problems, held_out) -> None:
     print(f"steps        {args.steps} of {args.rollouts} answers; {args.epochs} x {updates} updates on "
           f"{args.micro_batch} x {args.accumulation} each; lr {args.lr:g}, critic {args.value_lr:g} "
           f"({args.recipe} recipe); {args.optim}")  # fmt: skip
+    if args.critic_warmup:
+        print(f"warm-up      the first {args.critic_warmup} steps train the critic alone")
     print(f"compute      {args.device}, {args.precision}")
     if args.dry_run:
         bf16, frozen = args.precision == "bf16", args.lora
@@ -593,8 +595,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if not Path(args.init).is_dir() and args.init.startswith("runs/"):
         sft = "python train_sft.py" + " --tiny" * args.tiny
-        raise UserError(f"no {args.init} yet: PPO starts from a fine-tuned model; first {sft}, or "
-                        "name another with --init")  # fmt: skip
+        raise UserError(f"no {args.init} yet: PPO starts from a fine-tuned model; {sft} makes "
+                        "the default one, --init names another")  # fmt: skip
     trained = runs.run_of(args.init)
     prompt = data.Prompt(**trained[1]["info"]["prompt"]) if trained else data.Prompt()
     found = hub.find_model(args.init, weights=not args.dry_run)

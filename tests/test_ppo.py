@@ -671,7 +671,7 @@ def test_lora_from_an_adapter_starts_at_its_merged_weights(flags, rewarding, tmp
 
 def test_a_missing_start_says_what_to_do_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"no runs/sft-full-main yet.*python train_sft.py,"):
+    with pytest.raises(UserError, match=r"no runs/sft-full-main yet.*python train_sft.py makes"):
         train_ppo.main([])
     with pytest.raises(UserError, match=r"runs/tiny/sft-full-main yet.*train_sft.py --tiny"):
         train_ppo.main(["--tiny"])

@@ -374,6 +374,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--show", type=int, default=30, help="how many problems")
     parser.add_argument("--style", choices=("main", "socratic"), default="main")
     args = parser.parse_args(argv)
+    if args.show < 1:
+        parser.error(f"--show is {args.show}: give at least 1")
     everything = [p for split in SIZES for p in problems(split, args.style)]
     for p in everything[: args.show]:
         print(f"{p.question}\n{p.answer}\n")
