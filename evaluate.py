@@ -31,7 +31,7 @@ Z95 = NormalDist().inv_cdf(0.975)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Exact match on GSM8K.", formatter_class=console.Help)
+    p = console.Parser("Exact match on GSM8K.")
     console.add_tiny_flag(p)
     p.add_argument("--model", help="Hub id, folder or run (google/gemma-2b-it; tiny)")
     p.add_argument("--n", type=int, help="a fixed sample of that many problems (256; tiny 1319)")
@@ -147,7 +147,8 @@ def resolve(args: argparse.Namespace) -> tuple[data.Prompt, Path, str]:
         parts.append(f"{args.samples}x-t{args.temperature:g}-seed{args.seed}")
     if args.max_new_tokens:
         parts.append(f"max{args.max_new_tokens}")
-    untuned = f"runs/eval-{args.model.strip('/').replace('/', '--')}-{tag}"
+    runs = "runs/tiny" if args.tiny else "runs"
+    untuned = f"{runs}/eval-{args.model.strip('/').replace('/', '--')}-{tag}"
     return prompt, Path(args.out or (run[0] if run else untuned)), "-".join(parts)
 
 
@@ -189,7 +190,7 @@ def evaluate(args: argparse.Namespace) -> int:
           f"{'greedy' if not args.temperature else f'{args.samples} samples at {args.temperature:g}'}, "
           f"{args.device} {args.precision}")  # fmt: skip
     began = time.perf_counter()
-    with console.Progress(len(problems) * args.samples) as line:
+    with console.Progress(len(problems) * args.samples, "answer") as line:
         rows = generate.exact_match(
             model, tokenizer, problems, prompt, limit, args.batch_size, args.temperature,
             args.samples, args.seed,
@@ -269,6 +270,8 @@ def read_rows(where: str) -> tuple[str, list[dict]]:
         if not found:
             raise UserError(f"{where} has no evaluation yet: python evaluate.py --model {where}")
         path = found[-1]
+    elif not path.exists():
+        raise UserError(f"there is no {where}: --compare takes two runs or two eval .jsonl files")
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         kinds = {"index": int, "correct": bool, "gold": (int, float), "question": str, "completion": str}

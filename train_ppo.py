@@ -64,13 +64,13 @@ TINY_RECIPES = {
     },
     "tuned": RECIPES["tuned"] | TINY | {
         "lr": {"full": 1.5e-4, "lora": 1e-3}, "value_lr": 2e-3, "critic_warmup": 2,
-        "micro_batch": 64, "accumulation": 4, "epochs": 2, "kl_coef": 0.01,
+        "micro_batch": 16, "accumulation": 16, "epochs": 2, "kl_coef": 0.01,
     },
 }  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="PPO with a critic on GSM8K.", formatter_class=console.Help)
+    p = console.Parser("PPO with a critic on GSM8K.")
 
     def add(flag: str, kind: type, text: str, **kw) -> None:
         """A flag whose value comes from the recipe; its help says which."""
@@ -546,7 +546,8 @@ def health(figures: dict, args: argparse.Namespace) -> list[str]:
     if f["entropy"] < 0.02:
         said.append(f"entropy is {f['entropy']:.2g} nats: there is next to nothing left to explore")
     if f["reward_std"] == 0:
-        said.append(f"every reward is {f['reward']:g}: nothing to learn from")
+        said.append(f"every reward is {f['reward']:g}, so that no answer was better than another: take "
+                    "more --rollouts a step, or problems that are solved now and then")  # fmt: skip
     if f["moved"] < 0.5 and f["step"] > args.critic_warmup:
         said.append(f"only {f['moved']:.0%} of the weights moved: --lr is below their rounding")
     return said
@@ -573,7 +574,8 @@ def print_plan(args, found: hub.ModelFiles, prompt, problems, held_out) -> None:
           f"{args.micro_batch} x {args.accumulation} each; lr {args.lr:g}, critic {args.value_lr:g} "
           f"({args.recipe} recipe); {args.optim}")  # fmt: skip
     if args.critic_warmup:
-        print(f"warm-up      the first {args.critic_warmup} steps train the critic alone")
+        all_of_it = ": nothing of the policy will change" * (args.critic_warmup >= args.steps)
+        print(f"warm-up      the first {args.critic_warmup} steps train the critic alone{all_of_it}")
     print(f"compute      {args.device}, {args.precision}")
     if args.dry_run:
         bf16, frozen = args.precision == "bf16", args.lora
@@ -757,9 +759,9 @@ class Stopped(Exception):
 
 
 def preview(row: dict) -> str:
-    """One answer for the console, on two lines."""
-    text = row["completion"].replace("\n", " / ")
-    return f"  {row['question']}\n  {text}  -> reward {row['score']:g}"
+    """One answer for the console, indented."""
+    text = f"{row['question']}\n{row['completion'].strip()}\n-> reward {row['score']:g}"
+    return "\n".join("    " + line for line in text.split("\n"))
 
 
 if __name__ == "__main__":

@@ -40,8 +40,7 @@ TINY_DEFAULTS = {"model": "tiny", "micro_batch": 16, "accumulation": 1, "checkpo
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Fine-tune Gemma on GSM8K, full or LoRA.",
-                                formatter_class=console.Help)  # fmt: skip
+    p = console.Parser("Fine-tune Gemma on GSM8K, full or LoRA.")
     p.add_argument("--recipe", choices=RECIPES, default="seed", help="where unset values come from")
     # model and adapters
     console.add_tiny_flag(p)

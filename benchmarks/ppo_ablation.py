@@ -132,7 +132,7 @@ def table(results: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=console.Help)
+    p = console.Parser(__doc__.split("\n")[0])
     p.add_argument("--init", default="runs/tiny/sft-full-main", help="the run all rows start from")
     p.add_argument("--steps", type=int, default=8, help="of PPO a row")
     p.add_argument("--rollouts", type=int, default=512, help="answers a step")

@@ -54,5 +54,7 @@ def cache_bytes(c: Config, rows: int, length: int, bf16: bool) -> int:
 
 
 def print_budget(budget: dict[str, float]) -> None:
-    for name, size in (budget | {"in all": sum(budget.values())}).items():
-        print(f"  {name:<12} {size / 2**30:7.2f} GiB" + ", an estimate" * (name == "in all"))
+    total = sum(budget.values())
+    scale, unit = (2**30, "GiB") if total >= 2**30 else (2**20, "MiB")
+    for name, size in (budget | {"in all": total}).items():
+        print(f"  {name:<12} {size / scale:7.2f} {unit}" + ", an estimate" * (name == "in all"))

@@ -90,21 +90,20 @@ def printable(text: str) -> str:
 
     A model can emit escape sequences, and a terminal would obey them.
     """
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
-    )
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 class Progress:
-    """One updating console line; to a file or pipe, a line at most every ten seconds.
+    """One updating console line; to a file or pipe, a line at most every ten seconds. `unit` is
+    what is counted.
 
     Use as `with Progress(total_steps) as progress:` so that the line is ended whatever happens.
     """
 
     SECONDS = 10.0
 
-    def __init__(self, total_steps: int):
-        self.total = total_steps
+    def __init__(self, total: int, unit: str = "step"):
+        self.total, self.unit = total, unit
         self.terminal = sys.stdout.isatty()
         self.line = ""  # what the terminal's last line shows
         self.printed = -math.inf  # when a line was last printed
@@ -125,7 +124,7 @@ class Progress:
         """
         now = time.monotonic()
         self.first = self.first or (step, now)
-        parts = [f"step {step}/{self.total}"]
+        parts = [f"{self.unit} {step}/{self.total}"]
         parts += [_figure(name, value) for name, value in figures.items() if value is not None]
         if self.first[0] < step < self.total:
             left = (self.total - step) * (now - self.first[1]) / (step - self.first[0])
@@ -215,6 +214,16 @@ class Help(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         says_nothing = action.default in (None, False, 0, "auto", argparse.SUPPRESS)
         return (action.help or "") + ("" if says_nothing else " (%(default)s)")
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad flags get one line as all bad input does, not a page of usage."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=Help)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the flags)")
 
 
 def add_compute_flags(parser: argparse.ArgumentParser) -> None:

@@ -142,11 +142,14 @@ class Run:
         record = _read_json(path)
         old = record["args"]
         changed = []
-        for name in sorted((old.keys() | args.keys()) - set(may_differ)):
+        names = (old.keys() | args.keys()) - set(may_differ)
+        for name in sorted(names, key=lambda name: (name.endswith("_sha256"), name)):  # causes first
             # As text, because in Python 1 == 1.0 == True.
             was, now = (json.dumps(a[name], sort_keys=True) if name in a else "absent"
                         for a in (old, args))  # fmt: skip
-            if was != now:
+            if was != now and name.endswith("_sha256"):
+                changed.append(f"what --{name.removesuffix('_sha256')} names changed")
+            elif was != now:
                 changed.append(f"{name} was {was}, now {now}")
         if changed:
             raise UserError(

@@ -328,8 +328,7 @@ def test_run_is_asked_as_it_was_trained_and_results_go_to_its_folder(tmp_path):
         (["--temperature", "1", "--samples", "4", "--seed", "3"], "eval-test-8-4x-t1-seed3"),
         (["--max-new-tokens", "64"], "eval-test-8-max64"),
         (
-            ["--data", "socratic", "--style", "chat", "--temperature", "0.7"]
-            + ["--max-new-tokens", "64"],
+            ["--data", "socratic", "--style", "chat", "--temperature", "0.7"] + ["--max-new-tokens", "64"],
             "eval-test-8-socratic-chat-zero-shot-1x-t0.7-seed0-max64",
         ),
         (["--seed", "3"], "eval-test-8"),  # greedy: the seed is of no effect
@@ -451,10 +450,9 @@ def test_a_folder_that_cannot_be_is_refused_before_the_model_is_loaded(mine, tmp
 
 
 @pytest.mark.parametrize("argv", [["--shots", "2"], ["--style", "verse"], ["--compare", "one"]])
-def test_values_outside_the_choices_are_refused_by_the_parser(argv, capsys):
-    with pytest.raises(SystemExit) as stopped:
+def test_values_outside_the_choices_are_refused_by_the_parser(argv):
+    with pytest.raises(UserError, match=argv[0]):
         parse_args(argv)
-    assert stopped.value.code == 2 and argv[0] in capsys.readouterr().err
 
 
 def test_help_names_every_flag(capsys):
@@ -642,8 +640,7 @@ def test_compare_counts_pairs_and_prints_what_changed_in_full(tmp_path, capsys):
     assert "=== fixed: B right where A was wrong: 6 ===" in fixed
     for i in range(4, 10):
         assert (
-            f"--- problem {i}, answer {i}\nWhat is question {i}?\n"
-            f"[A] A says\nof {i}\n[B] B says\nof {i}\n"
+            f"--- problem {i}, answer {i}\nWhat is question {i}?\n[A] A says\nof {i}\n[B] B says\nof {i}\n"
         ) in fixed
     assert regressed.strip() == (
         "--- problem 3, answer 3\nWhat is question 3?\n[A] A says\nof 3\n[B] B says\nof 3"
@@ -717,7 +714,7 @@ def test_compare_refuses_what_is_no_evaluation(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="has no evaluation yet: python evaluate.py --model"):
         main(["--compare", good, str(tmp_path / "empty")])
-    with pytest.raises(UserError, match="cannot read an evaluation from .*none.jsonl"):
+    with pytest.raises(UserError, match="^there is no .*none.jsonl: --compare takes two"):
         main(["--compare", str(tmp_path / "none.jsonl"), good])
     for content in ("{", "[1]\n", '{"index": 1}\n', "3\n"):
         (tmp_path / "bad.jsonl").write_text(content)

@@ -620,7 +620,7 @@ def test_a_run_does_not_go_on_from_another_start(flags, rewarding, tmp_path):
     model.model.layers[2].mlp.up_proj.weight.data += 0.01
     save_model(model, tokenizer, tmp_path / "other")
     shutil.copy(tmp_path / "other/model.safetensors", start)
-    with pytest.raises(UserError, match="init_sha256"):
+    with pytest.raises(UserError, match="what --init names changed"):
         train_ppo.main(argv)
 
 

@@ -243,9 +243,7 @@ def test_damage_says_that_an_older_checkpoint_can_be_used(tmp_path):
     (steps / "step-3/tensors.safetensors").write_bytes(b"")
     with (
         open_run(tmp_path / "r") as run,
-        pytest.raises(
-            UserError, match="has 0 bytes instead of .* delete .*step-3 to continue from step 2"
-        ),
+        pytest.raises(UserError, match="has 0 bytes instead of .* delete .*step-3 to continue from step 2"),
     ):
         run.load_checkpoint()
     shutil.rmtree(steps / "step-3")

@@ -198,7 +198,7 @@ def test_changed_data_is_not_continued(problems, tmp_path):
     train_sft.main(argv)
     file = tmp_path / "sums.jsonl"
     file.write_text(file.read_text().replace("apples", "pears"))
-    with pytest.raises(UserError, match="data_sha256"):
+    with pytest.raises(UserError, match="what --data names changed"):
         train_sft.main(argv)
 
 
@@ -329,7 +329,7 @@ def test_dry_run_needs_no_weights_and_writes_nothing(problems, tmp_path, capsys)
     assert train_sft.main(argv) == 0
     out = capsys.readouterr().out
     assert "50,328 parameters" not in out and "43,008 trained" in out  # 93,336 with adapters
-    assert "6 of 2 x 2 examples" in out and "GiB" in out
+    assert "6 of 2 x 2 examples" in out and "MiB, an estimate" in out
     assert not (tmp_path / "run").exists()
 
 

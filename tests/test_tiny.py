@@ -241,7 +241,7 @@ def test_tiny_trains_and_is_evaluated_as_a_newcomer_would(tmp_path, monkeypatch,
     figures = json.loads((run / "eval-test-64.json").read_text())
     assert figures["data"] == "tiny" and figures["formatted"] > 0.5
     assert evaluate.main(["--tiny", "--n", "64", "--device", "cpu"]) == 0
-    untuned = tmp_path / "runs/eval-tiny-plain-one-shot-instruction/eval-test-64.json"
+    untuned = tmp_path / "runs/tiny/eval-tiny-plain-one-shot-instruction/eval-test-64.json"
     assert json.loads(untuned.read_text())["accuracy"] <= 0.1
     capsys.readouterr()
     evaluate.main(["--model", "runs/tiny/sft-lora-main", "--ask", TRAIN[0].question, "--device", "cpu"])

@@ -191,8 +191,7 @@ def rows_of_step(tokenizer: data.Tokenizer, seed: int, step: int, left_out: set[
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description="Make the embedded model again, from nothing.",
-                                formatter_class=console.Help)  # fmt: skip
+    p = console.Parser("Make the embedded model again, from nothing.")
     p.add_argument("--steps", type=int, default=1000, help=f"of {ROWS * ROW:,} tokens")
     p.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
     p.add_argument("--seed", type=int, default=0, help="of the weights and the text (0)")
