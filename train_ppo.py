@@ -49,7 +49,7 @@ RECIPES = {
         "clip": 0.2, "value_clip": 0.2,
     },
     "tuned": {
-        "lr": {"full": 1e-6, "lora": 2e-5}, "value_lr": 1e-4, "critic": "separate", "critic_warmup": 4,
+        "lr": {"full": 1e-6, "lora": 2e-5}, "value_lr": 1e-4, "critic": "shared", "critic_warmup": 0,
         "steps": 100, "rollouts": 512, "rollout_batch": 64,
         "micro_batch": 8, "accumulation": 16, "epochs": 1,
         "gamma": 1.0, "lam": 1.0, "kl_coef": 0.001, "value_coef": 1.0, "entropy_coef": 0.0,
@@ -57,14 +57,14 @@ RECIPES = {
     },
 }  # fmt: skip
 # The embedded model: rates a hundred times higher, as in train_sft.py, and fewer steps.
-TINY = {"steps": 30, "rollout_batch": 256}
+TINY = {"steps": 20, "rollout_batch": 256}
 TINY_RECIPES = {
     "seed": RECIPES["seed"] | TINY | {
         "lr": {"full": 5e-5, "lora": 5e-5}, "value_lr": 5e-5, "micro_batch": 16, "accumulation": 1,
     },
     "tuned": RECIPES["tuned"] | TINY | {
-        "lr": {"full": 1.5e-4, "lora": 1e-3}, "value_lr": 2e-3, "critic_warmup": 2,
-        "micro_batch": 16, "accumulation": 16, "epochs": 2, "kl_coef": 0.01,
+        "lr": {"full": 1.5e-4, "lora": 1e-3}, "value_lr": 2e-3,
+        "micro_batch": 16, "accumulation": 16, "kl_coef": 0.01,
     },
 }  # fmt: skip
 
@@ -440,6 +440,7 @@ def assess(models: Models, rows: list[dict], pad_id: int, args, autocast) -> tup
         "reward_std": score.std(correction=0).item(),
         "exact_match": sum(row["correct"] for row in rows) / n,
         "truncated": sum(row["truncated"] for row in rows) / n,
+        "worked": sum("<<" in row["completion"] for row in rows) / n,  # shows a calculation
         "response_tokens": mask.sum().item() / n,
         "kl": masked_mean(k3, mask).item(),
         "kl_sequence": torch.where(mask, k1, 0.0).sum().item() / n,
@@ -722,8 +723,10 @@ def train(args, run, found, prompt, problems, held_out) -> int:
             except Stopped:
                 return leave(step)
             rolled = time.perf_counter()
+            progress.update(step, now="scoring")
             rollout, figures = assess(models, rows, tokenizer.pad_id, args, autocast)
             scored = time.perf_counter()
+            progress.update(step, now="updating")
             before = probe.detach().clone()
             figures |= update(models, rollout, (actor_optimizer, value_optimizer), args, autocast, step)
             done = time.perf_counter()

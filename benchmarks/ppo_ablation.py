@@ -4,10 +4,10 @@
     python -m benchmarks.ppo_ablation --steps 8 --seeds 3 --out results/tiny/ppo-ablation.jsonl
 
 Every row is a short run on the embedded model: "seed" and "tuned" as they are, "seed, but ..." with
-one setting taken from tuned, "tuned, but ..." with one put back, and three things no flag changes,
-done by patching a function here. Judged by exact match on the slice held out of train, after the
-last step, and by the mean reward of all rollouts, which also tells how soon it rose. Finished rows
-are in --out and are not run again: stop and go on at will.
+one setting taken from tuned, "tuned, but ..." with one put back, and what no flag changes, done by
+patching a function here. Judged by the mean reward of all rollouts, which also tells how soon it
+rose, and by exact match on the slice held out of train after the last step. Finished rows are in
+--out and are not run again: stop and go on at will.
 """
 
 import argparse
@@ -33,9 +33,9 @@ KNOBS = {
     "value lr": ["value_lr"],
     "value loss weight": ["value_coef"],
     "critic": ["critic"],
-    "critic warm-up": ["critic_warmup"],
     "entropy bonus": ["entropy_coef"],
-    "answers an update": ["micro_batch", "accumulation"],
+    "answers an update": ["accumulation"],
+    "epochs": ["epochs"],
     "value clip": ["value_clip"],
 }
 
@@ -54,17 +54,30 @@ def rows() -> dict[str, tuple[list[str], contextlib.AbstractContextManager]]:
         start = ["--recipe", recipe]
         found[recipe] = start, nothing
         for knob, names in KNOBS.items():
-            found[f"{recipe}, but {other}'s {knob}"] = start + flags(other, names), nothing
-    start = ["--recipe", "tuned"]
-    found["tuned, but 1 epoch"] = [*start, "--epochs", "1"], nothing
-    found["tuned, but 4 epochs"] = [*start, "--epochs", "4"], nothing
-    found["tuned, but advantages not whitened"] = start, patch("train_ppo.whiten", lambda x, mask: x)
-    found["tuned, but advantages whitened by update"] = start, patch("train_ppo.update", whitened_by_update)
-    found["tuned, but bfloat16 weights"] = start, patch("train_ppo.update", rounded_after_update)
+            if flags(other, names) != flags(recipe, names):
+                found[f"{recipe}, but {other}'s {knob}"] = start + flags(other, names), nothing
+        for change, name, replacement in (
+            ("whitened update by update", "update", whitened_by_update),
+            ("bfloat16 weights", "update", rounded_after_update),
+            ("a random value head", "build", random_head),
+        ):
+            found[f"{recipe}, but {change}"] = start, patch(f"train_ppo.{name}", replacement)
+        found[f"{recipe}, but two steps of critic warm-up"] = [*start, "--critic-warmup", "2"], nothing
+    found["tuned, but not whitened"] = start, patch("train_ppo.whiten", lambda x, mask: x)
+    separate = ["--critic", "separate"]
+    found["tuned, but a separate critic"] = ["--recipe", "tuned", *separate], nothing
     return found
 
 
-real_update = train_ppo.update
+real_update, real_build = train_ppo.update, train_ppo.build
+
+
+def random_head(base, args):
+    """The value head as PyTorch starts any linear layer, not at zero."""
+    models = real_build(base, args)
+    torch.manual_seed(args.seed)
+    models.head.reset_parameters()
+    return models
 
 
 def whitened_by_update(models, rollout, *rest):

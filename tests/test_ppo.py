@@ -223,7 +223,8 @@ def answers(n=8, seed=0):
         prompt, response = draw(7, 300, (draw(2, 7),)), draw(7, 300, (draw(1, 13),))
         example = data.Example(prompt + response, [0] * len(prompt) + [1] * len(response), i)
         right = bool(draw(0, 2))
-        rows.append({"example": example, "score": float(right), "correct": right, "truncated": False})
+        rows.append({"example": example, "score": float(right), "correct": right, "truncated": False,
+                     "completion": "<<1+1=2>>2" if i == 0 else "2"})  # fmt: skip
     return rows
 
 
@@ -393,7 +394,8 @@ def test_the_drawing_at_the_top(gemma):
     args, models, *_ = models_and_rollout(gemma, kl_coef=0.0, gamma=1.0, lam=0.0)
     example = data.Example([2, 11, 12, 13, 14, 15, 1], [0, 0, 0, 1, 1, 1, 1], 0)
     longer = data.Example([2, 11, 12, 13, 14, 15, 16, 1], [0, 0, 0, 1, 1, 1, 1, 1], 1)
-    rows = [{"example": e, "score": 1.0, "correct": True, "truncated": False} for e in (longer, example)]
+    row = {"score": 1.0, "correct": True, "truncated": False, "completion": ""}
+    rows = [row | {"example": e} for e in (longer, example)]
     models.head.bias.data += 0.25  # so lambda 0 leaves an advantage at the last action only
     rollout, _ = train_ppo.assess(models, rows, 0, args, PLAIN)
     assert rollout.mask[1].tolist() == [False, False, True, True, True, True, False]
@@ -645,7 +647,7 @@ def test_the_result_is_a_run_folder_that_evaluates_and_loads(flags, rewarding, t
     varied = next(row for row in rows if row["reward_std"])  # else the variance explained is undefined
     for name in ("reward", "exact_match", "kl", "kl_sequence", "approx_kl", "entropy", "policy_loss",
                  "value_loss", "clipped", "value_clipped", "explained_variance", "grad_norm",
-                 "response_tokens", "truncated", "moved", "tokens", "first_ratio"):  # fmt: skip
+                 "response_tokens", "truncated", "worked", "moved", "tokens", "first_ratio"):  # fmt: skip
         assert math.isfinite(varied[name]), name
     assert rows[0]["first_ratio"] == 0 and rows[0]["kl"] == 0 and rows[0]["moved"] > 0.9
 

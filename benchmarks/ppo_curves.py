@@ -1,0 +1,102 @@
+"""What PPO did on the embedded model: a table of test scores before and after, and the curves.
+
+    for s in 0 1 2; do
+        d=runs/tiny/study-$s
+        python train_sft.py --tiny --seed $s --out $d/sft
+        python evaluate.py --model $d/sft
+        for r in seed tuned; do
+            python train_ppo.py --tiny --seed $s --recipe $r --init $d/sft --out $d/$r
+            python evaluate.py --model $d/$r
+        done
+    done
+    python -m benchmarks.ppo_curves runs/tiny/study-{0,1,2} --out results/tiny/ppo
+
+writes results/tiny/ppo.json (before, after, exact paired test, curves) and results/tiny/ppo.svg.
+"""
+
+import json
+from pathlib import Path
+
+from evaluate import mcnemar, wilson
+from nanogsm import UserError, charts, console, files
+
+CURVES = {
+    "val_exact_match": "right, greedy, held-out problems",
+    "reward": "right, sampled, training problems",
+    "worked": "answers that show a calculation",
+    "response_tokens": "length of an answer, tokens",
+}
+
+
+def read(path: Path) -> list[dict]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}): see the commands above --help") from error
+
+
+def right_by_problem(run: Path) -> dict[int, bool]:
+    found = sorted(run.glob("eval-test-*.jsonl"))
+    if len(found) != 1:
+        raise UserError(f"{run} has {len(found)} evaluations, not 1: python evaluate.py --model {run}")
+    return {row["index"]: row["correct"] for row in read(found[0])}
+
+
+def paired(before: dict[int, bool], after: dict[int, bool]) -> dict:
+    """Exact match of both on the same problems, and the exact test of the difference."""
+    if before.keys() != after.keys():
+        raise UserError("the two evaluations are about different problems")
+    n = len(after)
+    fixed = sum(after[i] and not before[i] for i in after)
+    broken = sum(before[i] and not after[i] for i in after)
+    low, high = wilson(sum(after.values()), n)
+    return {
+        "n": n, "before": sum(before.values()) / n, "after": sum(after.values()) / n, "ci_low": low,
+        "ci_high": high, "fixed": fixed, "broken": broken, "mcnemar_p": mcnemar(fixed, broken),
+    }  # fmt: skip
+
+
+def collect(folder: Path, recipe: str) -> dict:
+    run = folder / recipe
+    record = json.loads((run / "run_args.json").read_text(encoding="utf-8"))
+    rows = read(run / "metrics.jsonl")
+    steps = [row for row in rows if "reward" in row]
+    return {
+        "recipe": recipe,
+        "seed": record["args"]["seed"],
+        "commit": record["info"].get("commit"),
+        **paired(right_by_problem(folder / "sft"), right_by_problem(run)),
+        "seconds": sum(row["seconds"] for row in steps),
+        "peak_memory": max(row["peak_memory"] for row in steps),
+        "curves": {k: [(row["step"], row[k]) for row in rows if k in row] for k in CURVES},
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = console.Parser(__doc__.split("\n")[0])
+    p.add_argument("folders", nargs="+", type=Path, help="each with the runs sft, seed and tuned")
+    p.add_argument("--out", default="runs/ppo", help="path of the .json and the .svg, without ending")
+    args = p.parse_args(argv)
+    results = [collect(folder, recipe) for recipe in ("seed", "tuned") for folder in args.folders]
+    print("| recipe | seed | before | after | points | fixed, broken | McNemar p | time | peak |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for r in results:
+        print(f"| {r['recipe']} | {r['seed']} | {100 * r['before']:.1f}% | {100 * r['after']:.1f}% "
+              f"[{100 * r['ci_low']:.1f}, {100 * r['ci_high']:.1f}] "
+              f"| {100 * (r['after'] - r['before']):+.1f} | {r['fixed']}, {r['broken']} "
+              f"| {r['mcnemar_p']:.2g} | {r['seconds'] / 60:.1f} min "
+              f"| {r['peak_memory'] / 2**30:.2f} GiB |")  # fmt: skip
+    panels = [
+        charts.Panel(title, [(r["recipe"], r["curves"][key]) for r in results], key != "response_tokens")
+        for key, title in CURVES.items()
+    ]
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    text = "[\n" + ",\n".join(json.dumps(r) for r in results) + "\n]\n"
+    files.replace_file(out.with_suffix(".json"), text.encode())
+    files.replace_file(out.with_suffix(".svg"), charts.page(panels, ["tuned", "seed"]).encode())
+    return 0
+
+
+if __name__ == "__main__":
+    console.entry(main)
