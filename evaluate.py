@@ -62,15 +62,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.n = args.n if args.n is not None else 1319 if args.tiny else 256
     args.batch_size = args.batch_size if args.batch_size is not None else 256 if args.tiny else 64
     args.data, args.precision = console.for_tiny(args)
-    for name in ("n", "samples", "batch_size", "max_new_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1")
+    at_least = {"n": 1, "samples": 1, "batch_size": 1, "max_new_tokens": 1, "seed": 0}
+    console.check_numbers(args, at_least)
     if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
         raise UserError(f"--temperature is {args.temperature}: give 0 (greedy) or, say, 0.7")
     if args.samples > 1 and args.temperature == 0:
         raise UserError("--samples above 1 needs --temperature above 0: greedy answers are all alike")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed is {args.seed}: give 0 or more, below 2**63")
     if args.ask is not None and not args.ask.strip():
         raise UserError("--ask needs a question")
     return args

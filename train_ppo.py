@@ -26,6 +26,7 @@ import argparse
 import copy
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -70,12 +71,13 @@ TINY_RECIPES = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = console.Parser("PPO with a critic on GSM8K.")
+    p = console.Parser("PPO with a critic on GSM8K. With --tiny this page shows the values for it.")
+    shown = TINY_RECIPES if "--tiny" in (sys.argv if argv is None else argv) else RECIPES
 
     def add(flag: str, kind: type, text: str, **kw) -> None:
         """A flag whose value comes from the recipe; its help says which."""
         name = flag.strip("-").replace("-", "_")
-        values = [str(recipe[name]).strip("{}").replace("'", "") for recipe in RECIPES.values()]
+        values = [str(recipe[name]).strip("{}").replace("'", "") for recipe in shown.values()]
         said = values[0] if values[0] == values[1] else f"seed {values[0]}; tuned {values[1]}"
         p.add_argument(flag, type=kind, help=f"{text} ({said})", **kw)
 
@@ -151,20 +153,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     at_least = {"lora_r": 1, "max_new_tokens": 1, "steps": 1, "rollouts": 1, "rollout_batch": 1,
                 "epochs": 1, "micro_batch": 1, "accumulation": 1, "critic_warmup": 0,
-                "val_examples": 0, "val_every": 0, "save_every": 1, "seed": 0}  # fmt: skip
-    for name, low in at_least.items():
-        if getattr(args, name) < low:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least {low}")
-    for name in ("lr", "value_lr", "clip", "value_clip", "clip_grad", "lora_alpha", "temperature"):
-        if not (getattr(args, name) > 0 and math.isfinite(getattr(args, name))):
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a positive number")
-    for name in ("kl_coef", "value_coef", "entropy_coef"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give 0 or more")
+                "val_examples": 0, "val_every": 0, "save_every": 1, "seed": 0,
+                "kl_coef": 0, "value_coef": 0, "entropy_coef": 0}  # fmt: skip
+    positive = ("lr", "value_lr", "clip", "value_clip", "clip_grad", "lora_alpha")
+    console.check_numbers(args, at_least, positive)
+    if not 0.01 <= args.temperature <= 100:
+        raise UserError(f"--temperature is {args.temperature}: give 1, or at least 0.01")
     if not (0 <= args.gamma <= 1 and 0 <= args.lam <= 1):
         raise UserError("give 0 <= --gamma <= 1 and 0 <= --lam <= 1")
-    if args.seed >= 2**31:
-        raise UserError(f"--seed is {args.seed}: give one below 2**31")
 
 
 # ------------------------------------------------------------------------------------- the reward
@@ -618,8 +614,7 @@ def main(argv: list[str] | None = None) -> int:
     info = console.environment() | {"prompt": prompt._asdict(), "base": str(found.base)}
     with runs.Run(args.out, settings, info, args.overwrite, ("save_every", "data_dir", "device")) as run:
         if run.finished:
-            figures = ", ".join(f"{k} {v:.4g}" for k, v in run.summary.items() if isinstance(v, float))
-            print(f"{args.out} is already finished ({figures}); to train again give --overwrite or --out")
+            print(run.already_finished())
         elif status := train(args, run, found, prompt, problems, held_out):
             return status
     print(f"the result is in {args.out}; next: python evaluate.py --model {args.out}")

@@ -108,17 +108,9 @@ def check_args(args: argparse.Namespace) -> None:
     at_least = {"lora_r": 1, "max_seq_length": 2, "max_examples": 1, "epochs": 1, "micro_batch": 1,
                 "accumulation": 1, "val_examples": 0, "val_every": 0, "max_new_tokens": 1,
                 "save_every": 1, "seed": 0}  # fmt: skip
-    for name, low in at_least.items():
-        value = getattr(args, name)
-        if value is not None and value < low:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: give at least {low}")
-    for name in ("lr", "clip", "lora_alpha"):
-        if not (getattr(args, name) > 0 and math.isfinite(getattr(args, name))):
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a positive number")
+    console.check_numbers(args, at_least, positive=("lr", "clip", "lora_alpha"))
     if not (0 <= args.min_lr <= args.lr and 0 <= args.warmup <= 1 and 0 <= args.weight_decay < 10):
         raise UserError("give 0 <= --min-lr <= --lr, 0 <= --warmup <= 1 and 0 <= --weight-decay < 10")
-    if args.seed >= 2**31:
-        raise UserError(f"--seed is {args.seed}: give one below 2**31")
     if args.merge and not args.lora:
         raise UserError("--merge goes with --lora: full fine-tuning has nothing to merge")
     if args.keep == "best" and not (args.val_every and args.val_examples):
@@ -257,8 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     may_differ = ("save_every", "data_dir", "device", "merge")
     with runs.Run(args.out, settings, info, args.overwrite, may_differ) as run:
         if run.finished:
-            figures = ", ".join(f"{k} {v:.4g}" for k, v in run.summary.items() if isinstance(v, float))
-            print(f"{args.out} is already finished ({figures}); to train again give --overwrite or --out")
+            print(run.already_finished())
         else:
             status = train(args, run, files, prompt, examples, size, steps, validation, held_out)
             if status:

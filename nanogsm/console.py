@@ -226,6 +226,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
+def check_numbers(args: argparse.Namespace, at_least: dict[str, float], positive: tuple = ()) -> None:
+    """UserError for the first flag that is below its limit, or not positive; None is unset."""
+    wrong = [(name, f"at least {low}") for name, low in at_least.items()
+             if getattr(args, name) is not None and not low <= getattr(args, name) < math.inf]  # fmt: skip
+    wrong += [(name, "a positive number") for name in positive if not 0 < getattr(args, name) < math.inf]
+    for name, wanted in wrong:
+        raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give {wanted}")
+    if args.seed >= 2**31:
+        raise UserError(f"--seed is {args.seed}: give one below 2**31")
+
+
 def add_compute_flags(parser: argparse.ArgumentParser) -> None:
     """--device and --precision, to be resolved by `pick_compute`."""
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu; auto takes the first there is")

@@ -236,6 +236,11 @@ class Run:
         tensors = safetensors.torch.load_file(folder / "tensors.safetensors")
         return saved["step"], tensors, saved["state"]
 
+    def already_finished(self) -> str:
+        """What to say instead of training once more."""
+        figures = ", ".join(f"{k} {v:.4g}" for k, v in self.summary.items() if isinstance(v, float))
+        return f"{self.folder} is already finished ({figures}); to train again give --overwrite or --out"
+
     def finish(self, summary: dict) -> None:
         """Mark the run as finished, then drop the checkpoint. Call it when the result is saved."""
         for file in self._logs.values():
