@@ -136,7 +136,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value[method] if isinstance(value, dict) else value)
     folder = "runs/tiny" if args.tiny else "runs"
-    args.init = os.path.expanduser(args.init or f"{folder}/sft-full-main")
+    args.init = os.path.expanduser(f"{folder}/sft-full-main" if args.init is None else args.init)
     args.out = args.out or f"{folder}/ppo-{method}-{Path(args.data).stem}"
     args.checkpointing = not args.tiny if args.checkpointing is None else args.checkpointing
     args.data, args.precision = console.for_tiny(args)

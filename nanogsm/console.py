@@ -227,14 +227,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_numbers(args: argparse.Namespace, at_least: dict[str, float], positive: tuple = ()) -> None:
-    """UserError for the first flag that is below its limit, or not positive; None is unset."""
-    wrong = [(name, f"at least {low}") for name, low in at_least.items()
-             if getattr(args, name) is not None and not low <= getattr(args, name) < math.inf]  # fmt: skip
-    wrong += [(name, "a positive number") for name in positive if not 0 < getattr(args, name) < math.inf]
-    for name, wanted in wrong:
-        raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give {wanted}")
-    if args.seed >= 2**31:
-        raise UserError(f"--seed is {args.seed}: give one below 2**31")
+    """UserError for the first flag that is absurd: below its limit or above ten millions (a seed:
+    2**31 - 1), or not positive. None is unset."""
+    for name in (*at_least, *positive):
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        most = 2**31 - 1 if name == "seed" else 10**7
+        if name in positive and not 0 < value < math.inf:
+            raise UserError(f"{flag} is {value}: give a positive number")
+        if name in at_least and value is not None and not at_least[name] <= value <= most:
+            limit = f"at most {most:,}" if value > most else f"at least {at_least[name]}"
+            raise UserError(f"{flag} is {value}: give {limit}")
 
 
 def add_compute_flags(parser: argparse.ArgumentParser) -> None:

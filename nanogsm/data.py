@@ -163,7 +163,7 @@ class Tokenizer:
         for name in ("config.json", "generation_config.json"):
             try:
                 given = json.loads((self.folder / name).read_text("utf-8")).get("eos_token_id")
-            except (OSError, ValueError, AttributeError):
+            except (OSError, ValueError, AttributeError, RecursionError):
                 continue  # read_config complains about config.json; the other is optional
             stops |= {i for i in (given if isinstance(given, list) else [given]) if type(i) is int}
         return stops

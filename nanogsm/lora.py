@@ -126,8 +126,10 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         r = config["r"]
         scale = config["lora_alpha"] / (math.sqrt(r) if config.get("use_rslora") else r)
         tensors = load_file(file)
-    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, SafetensorError) as e:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError, SafetensorError) as e:
         raise UserError(f"cannot use the adapter in {folder}: {e}") from e
+    if not (type(r) is int and r > 0 and type(scale) is float and math.isfinite(scale)):
+        raise UserError(f"cannot use the adapter in {folder}: r {r!r}, scale {scale!r}")
     kinds = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
     other = [kind for kind in kinds if config.get(kind)]
     if config.get("peft_type") != "LORA" or other or config.get("bias", "none") != "none":

@@ -77,7 +77,7 @@ def read_config(folder: Path) -> Config:
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return _config_from(raw)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         problem = f"missing field {e}" if isinstance(e, KeyError) else str(e)
         raise UserError(f"cannot use {folder / 'config.json'}: {problem}") from e
 
@@ -86,6 +86,13 @@ def _config_from(raw: dict) -> Config:
     kind = raw["model_type"]
     if kind not in ("gemma", "gemma2", "gemma3_text"):
         raise ValueError(f"model_type {kind!r} is not gemma, gemma2 or gemma3_text (text only)")
+    sizes = {
+        "vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**22, "num_hidden_layers": 1000,
+        "num_attention_heads": 2**12, "num_key_value_heads": 2**12, "head_dim": 2**12,
+    }  # fmt: skip
+    for name, limit in sizes.items():  # first of all: what follows counts up to them
+        if type(raw[name]) is not int or not 0 < raw[name] <= limit:
+            raise ValueError(f"{name} is {raw[name]!r}")
     layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
     unsupported = ["attention_bias", "use_bidirectional_attention"]
     if kind != "gemma2":
@@ -110,6 +117,10 @@ def _config_from(raw: dict) -> Config:
     if len(layer_types) != layers or set(layer_types) - {"full_attention", "sliding_attention"}:
         raise ValueError("layer_types must name full_attention or sliding_attention per layer")
 
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype {dtype!r} is not supported")
+
     config = Config(
         model_type=kind,
         vocab_size=raw["vocab_size"],
@@ -127,20 +138,25 @@ def _config_from(raw: dict) -> Config:
         # Asked for with [] where a family must have it: without it another model would run.
         attn_logit_softcapping=raw["attn_logit_softcapping"] if kind == "gemma2" else None,
         final_logit_softcapping=raw["final_logit_softcapping"] if kind == "gemma2" else None,
-        dtype=getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+        dtype=getattr(torch, dtype),
     )
-    sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
-    for name in (*sizes.split(), "num_key_value_heads", "head_dim"):
+    floats = "rms_norm_eps query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping"
+    for name in floats.split():
         value = getattr(config, name)
-        if not isinstance(value, int) or not 0 < value < 2**24:
+        if not (_positive(value) or (value is None and name.endswith("capping"))):
             raise ValueError(f"{name} is {value!r}")
     if heads % config.num_key_value_heads or config.head_dim % 2:
         raise ValueError("heads must divide by key/value heads, and head_dim by 2")
-    if "sliding_attention" in layer_types and not (config.sliding_window or 0) > 0:
+    window = config.sliding_window
+    if "sliding_attention" in layer_types and not (type(window) is int and window > 0):
         raise ValueError("there are local layers but no sliding_window")
     if not set(layer_types) <= config.rope.keys():
         raise ValueError("rope_parameters lack a kind of layer that layer_types names")
     return config
+
+
+def _positive(value) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e300
 
 
 def _rope_from(raw: dict) -> dict[str, tuple[float, float]]:
@@ -148,7 +164,10 @@ def _rope_from(raw: dict) -> dict[str, tuple[float, float]]:
         rope_type = r.get("rope_type") or r.get("type") or "default"
         if rope_type not in ("default", "linear"):
             raise ValueError(f"rope type {rope_type!r} is not supported")
-        return float(r.get("rope_theta") or theta), float(r.get("factor") or 1.0)
+        found = r.get("rope_theta") or theta, r.get("factor") or 1.0
+        if not all(map(_positive, found)):
+            raise ValueError(f"rope theta and factor are {found!r}")
+        return float(found[0]), float(found[1])
 
     new = raw.get("rope_parameters")
     if new and "full_attention" in new:  # transformers 5, a table per kind of layer

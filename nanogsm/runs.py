@@ -17,6 +17,7 @@ a file is written beside its place, forced to disk and renamed, so a kill at any
 the older or the newer one, never half of one. No pickle: a checkpoint cannot run code.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -85,6 +86,7 @@ class Run:
     def __init__(self, folder: Path | str, args: dict, info: dict, overwrite: bool = False,
                  may_differ: tuple[str, ...] = ()):  # fmt: skip
         self.folder = Path(folder)
+        self._made_folder, self._new = not self.folder.exists(), False
         self._logs: dict[str, BinaryIO] = {}
         self._lock = _claim(self.folder)
         try:
@@ -114,8 +116,19 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
+        if kind and self._new and not any(os.fstat(f.fileno()).st_size for f in self._logs.values()):
+            self._withdraw()
         self.close()
+
+    def _withdraw(self) -> None:
+        """Leave no trace of a run that failed before its first step, on damaged weights, say: the
+        same command with better ones must not be refused for having other arguments."""
+        for name in ("run_args.json", *LOGS, ".lock"):
+            files.remove(self.folder / name)
+        if self._made_folder:
+            with contextlib.suppress(OSError):  # somebody put a file there meanwhile
+                self.folder.rmdir()
 
     def close(self) -> None:
         """Close the logs and release the lock; the end of the process does the same."""
@@ -136,7 +149,8 @@ class Run:
     def _adopt(self, args: dict, info: dict, may_differ: tuple[str, ...]) -> None:
         """Record a new run's arguments, or refuse to continue one that had others."""
         path = self.folder / "run_args.json"
-        if not path.exists():
+        self._new = not path.exists()
+        if self._new:
             files.write_json(path, {"args": args, "info": info})
             return
         record = _read_json(path)

@@ -116,6 +116,19 @@ def test_layer_kinds_of_gemma_3_270m_and_1b(tmp_path):
         ({"layer_types": ["full_attention"]}, "layer_types"),
         ({"sliding_window": None}, "sliding_window"),
         ({"dtype": "complex7"}, "complex7"),
+        ({"dtype": "load"}, "dtype 'load'"),  # an attribute of torch, and no dtype
+        ({"dtype": ["float32"]}, "dtype"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),  # nothing counts up to it
+        ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"vocab_size": -1}, "vocab_size"),
+        ({"head_dim": 15}, "head_dim"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
+        ({"sliding_window": "wide"}, "sliding_window"),
+        ({"layer_types": [["full_attention"]] * 3}, "config.json"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": -1}}}, "rope theta"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4, "rope_type": "yarn"}}}, "yarn"),
     ],
 )
 def test_a_config_we_cannot_run_is_refused_by_name(tmp_path, change, says):

@@ -422,6 +422,21 @@ def test_overwrite_starts_anew_and_deletes_only_a_runs_own_files(tmp_path):
     assert json.loads((tmp_path / "r/run_args.json").read_text())["args"] == {"lr": 3}
 
 
+def test_a_run_that_fails_before_its_first_step_leaves_nothing(tmp_path):
+    for folder, there in ((tmp_path / "new", False), (tmp_path / "mine", True)):
+        if there:
+            folder.mkdir()
+        with pytest.raises(ValueError), Run(folder, {}, {}):
+            raise ValueError("damaged weights")
+        assert folder.exists() == there and (not there or not list(folder.iterdir()))
+    with pytest.raises(ValueError), Run(tmp_path / "begun", {}, {}) as run:
+        run.log({"step": 1})
+        raise ValueError("not finite")
+    with pytest.raises(ValueError), Run(tmp_path / "begun", {}, {}):  # no longer new: kept
+        raise ValueError("damaged weights")
+    assert (tmp_path / "begun/run_args.json").exists()
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_foreign_folder_is_refused_untouched(tmp_path, overwrite):
     (tmp_path / "model").mkdir()
