@@ -1,0 +1,144 @@
+"""Killed at random, continued, and equal to a run nobody killed, bit for bit.
+
+    python tests/kill.py                 # 51 kills of full SFT, LoRA and PPO on the embedded model
+    python tests/kill.py --kills 4 --seed 3
+
+Every second kill comes from outside after a random time, the others strike at a random disk
+operation of a checkpoint or of the end: before a write reaches the disk, before a rename, before an older
+file is deleted. A killed run is started again by the same command until it ends. Compared are all
+weights, the optimizer's state, and every row of metrics and samples (what the clock says aside).
+Exit status 1 if anything differs. Not collected by pytest.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--tiny", "--val-examples", "16", "--save-every", "2", "--max-new-tokens", "48"]
+SFT = [*SMALL, "--max-examples", "160", "--val-every", "4"]
+RUNS = {  # name: script and flags; "sft" comes first, the others start from it
+    "sft": ["train_sft.py", *SFT],
+    "lora": ["train_sft.py", *SFT, "--lora"],
+    "ppo": ["train_ppo.py", *SMALL, "--init", "sft", "--recipe", "tuned", "--critic", "separate",
+            "--steps", "6", "--rollouts", "32", "--micro-batch", "8", "--accumulation", "2",
+            "--val-every", "3"],
+}  # fmt: skip
+
+# Runs the script named in argv[2:] with two changes: the last checkpoint is kept for comparison, and
+# the argv[1]-th disk operation of ours is never reached (0: all are).
+HARNESS = """
+import os, runpy, shutil, signal, sys
+sys.path.insert(0, os.environ["ROOT"])
+from pathlib import Path
+from nanogsm import files, runs
+left = int(sys.argv[1])
+def deadly(module, name):
+    real = getattr(module, name)
+    def wrapped(*args, **kw):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kw)
+    setattr(module, name, wrapped)
+for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"), (Path, "rename"),
+                     (Path, "unlink"), (Path, "replace")):
+    deadly(module, name)
+finish = runs.Run.finish
+def keep(run, summary):
+    kept = Path(str(run.folder) + "-kept")
+    shutil.copytree(run.folder / "checkpoint", kept, dirs_exist_ok=True)
+    finish(run, summary)
+runs.Run.finish = keep
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start(command: list[str], out: str, place: Path, die_at: int = 0) -> subprocess.Popen:
+    script, *flags = command
+    argv = [sys.executable, "-c", HARNESS, str(die_at), str(ROOT / script), *flags, "--out", out]
+    env = os.environ | {"ROOT": str(ROOT)}
+    return subprocess.Popen(argv, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env)
+
+
+def ended(process: subprocess.Popen) -> None:
+    error = process.communicate()[1].decode()
+    if process.returncode:
+        sys.exit(f"the run failed with status {process.returncode}: {error[-2000:]}")
+
+
+def everything(folder: Path) -> dict:
+    """All that a run left behind and that the clock has no part in."""
+    found = {}
+    for place in (folder, Path(f"{folder}-kept")):
+        for file in place.rglob("*.safetensors"):
+            for name, array in load_file(file).items():
+                key = (str(file.relative_to(place)), name)
+                found[key] = (str(array.dtype), array.shape, array.tobytes())
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        clock = ("seconds", "peak_memory")
+        found[name] = [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]
+    return found
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--kills", type=int, default=17, help="of each of the three runs")
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args()
+    rng, wrong = random.Random(args.seed), 0
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        for name, command in RUNS.items():
+            began = time.time()
+            ended(start(command, name, place))
+            seconds, whole = time.time() - began, everything(place / name)
+            from_outside = in_disk_operation = complete = 0
+            while from_outside + in_disk_operation < args.kills:
+                while from_outside + in_disk_operation < args.kills:
+                    outside = (from_outside + in_disk_operation) % 2 == 0
+                    process = start(command, "cut", place, 0 if outside else rng.randrange(1, 60))
+                    if outside:
+                        try:
+                            process.wait(rng.uniform(0, 0.9 * seconds))
+                        except subprocess.TimeoutExpired:
+                            process.send_signal(signal.SIGKILL)
+                    error = process.communicate()[1].decode()
+                    if process.returncode == 0:
+                        break
+                    if process.returncode != -signal.SIGKILL:
+                        sys.exit(f"{name}: status {process.returncode} after a kill: {error[-2000:]}")
+                    from_outside += outside
+                    in_disk_operation += not outside
+                ended(start(command, "cut", place))
+                different = [k for k, v in everything(place / "cut").items() if whole.get(k) != v]
+                different += [k for k in whole if k not in everything(place / "cut")]
+                complete += 1
+                if different:
+                    wrong += 1
+                    print(f"{name}: {len(different)} of {len(whole)} differ, the first is {different[0]}")
+                for gone in ("cut", "cut-kept"):
+                    shutil.rmtree(place / gone)
+            rows = len(whole["metrics.jsonl"]) + len(whole["samples.jsonl"])
+            print(f"{name}: {from_outside} kills from outside, {in_disk_operation} in a disk operation, "
+                  f"{complete} runs came to their end; {len(whole) - 2} tensors and {rows} rows compared",
+                  flush=True)  # fmt: skip
+    print("all equal" if not wrong else f"{wrong} runs differ")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
