@@ -352,6 +352,7 @@ class Rollout(NamedTuple):
     advantages: Tensor
     returns: Tensor
     updates: list[list[tuple[slice, int]]]  # of (rows, tokens of the longest)
+    problems: list[int]  # (N,), their indices
 
 
 def problems_of_step(problems: list, step: int, n: int, seed: int) -> list[data.Problem]:
@@ -445,8 +446,9 @@ def assess(models: Models, rows: list[dict], pad_id: int, args, autocast) -> tup
         "value": masked_mean(values, mask).item(),
         "return": masked_mean(returns, mask).item(),
     }
-    rollout = Rollout(ids, mask, logp, ref_logp, values, whiten(advantages, mask), returns, cuts)
-    return rollout, figures
+    numbers = [row["example"].index for row in rows]
+    whitened = whiten(advantages, mask)
+    return Rollout(ids, mask, logp, ref_logp, values, whitened, returns, cuts, numbers), figures
 
 
 # ------------------------------------------------------------------------------------- the update
@@ -505,8 +507,9 @@ def update(models: Models, rollout: Rollout, optimizers, args, autocast, step: i
             for optimizer, seen in ((actor_optimizer, norms), (value_optimizer, value_norms)):
                 norm = torch.nn.utils.clip_grad_norm_(optimizer.params.values(), args.clip_grad).item()
                 if not math.isfinite(norm):
-                    raise UserError(f"the gradient's norm is {norm} at step {step + 1}: lower --lr or "
-                                    "--value-lr; the last checkpoint is kept")  # fmt: skip
+                    answered = rollout.problems[cuts[0][0].start : cuts[-1][0].stop]
+                    raise UserError(f"gradient norm {norm} at step {step + 1}; problems {answered}: lower "
+                                    "--lr or --value-lr; the last checkpoint is kept")  # fmt: skip
                 seen.append(norm)
             if not warming:
                 actor_optimizer.step()

@@ -613,6 +613,20 @@ def test_a_stop_while_answers_are_sampled_saves_and_continues(flags, rewarding, 
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_problems(
+    flags, rewarding, tmp_path, monkeypatch
+):
+    real, calls = train_ppo.reward, []
+    monkeypatch.setattr(  # six answers a step: the seventh is of step 2
+        train_ppo, "reward", lambda *given: calls.append(1) or (math.inf if len(calls) > 6 else real(*given))
+    )
+    monkeypatch.setattr(data.Tokenizer, "_configured_stops", lambda _: set(range(1, 384)))  # none is cut
+    with pytest.raises(UserError, match=r"norm nan at step 2; problems \[\d+, \d+.*: lower --lr"):
+        train_ppo.main([*flags, "--out", str(tmp_path / "run")])
+    assert [p.name for p in (tmp_path / "run/checkpoint").iterdir()] == ["step-1"]
+    assert not (tmp_path / "run/model").exists()
+
+
 def test_a_run_does_not_go_on_from_another_start(flags, rewarding, tmp_path):
     start = tmp_path / "start"
     shutil.copytree(FIXTURES / "gemma3", start)
