@@ -57,7 +57,8 @@ RECIPES = {
         "clip": 0.2, "value_clip": 0.5,
     },
 }  # fmt: skip
-# The embedded model: rates a hundred times higher, as in train_sft.py, and fewer steps.
+# The embedded model: rates 20 to 150 times higher, as it is so small, and fewer steps; tuned: twice
+# the answers an update, ten times the KL penalty.
 TINY = {"steps": 20, "rollout_batch": 256}
 TINY_RECIPES = {
     "seed": RECIPES["seed"] | TINY | {
@@ -96,7 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # rollouts
     add("--steps", int, "rollouts with their updates")
     add("--rollouts", int, "answers sampled a step")
-    add("--rollout-batch", int, "... at once: memory, not results")
+    add("--rollout-batch", int, "... at once: memory; results but for rounding")
     p.add_argument("--temperature", type=float, default=1.0, help="of the sampling")
     # advantages
     add("--kl-coef", float, "reward lost per nat of KL from the start")
@@ -108,7 +109,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--accumulation", int, "micro-batches an update: their product counts, the split is memory only")
     add("--lr", float, "of the actor, constant")
     add("--value-lr", float, "of the value head and a separate critic")
-    add("--value-coef", float, "weight of the value loss")
+    add("--value-coef", float, "weight of the value loss in a shared trunk (elsewhere Adam cancels it)")
     add("--entropy-coef", float, "weight of the entropy bonus")
     add("--clip", float, "of the probability ratio")
     add("--value-clip", float, "of the value's change")
@@ -130,13 +131,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     console.add_compute_flags(p)
     args = p.parse_args(argv)
 
+    args.init = args.init and os.path.expanduser(args.init)
     args.tiny = args.tiny or bool(args.init and runs.is_tiny(args.init))
     method = "lora" if args.lora else "full"
     for name, value in (TINY_RECIPES if args.tiny else RECIPES)[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value[method] if isinstance(value, dict) else value)
     folder = "runs/tiny" if args.tiny else "runs"
-    args.init = os.path.expanduser(f"{folder}/sft-full-main" if args.init is None else args.init)
+    args.init = f"{folder}/sft-full-main" if args.init is None else args.init
     args.out = args.out or f"{folder}/ppo-{method}-{Path(args.data).stem}"
     args.checkpointing = not args.tiny if args.checkpointing is None else args.checkpointing
     args.data, args.precision = console.for_tiny(args)
@@ -186,8 +188,9 @@ def masked_mean(x: Tensor, mask: Tensor, count: int | Tensor | None = None) -> T
 def token_rewards(score: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """r_t = -kl_coef (log p_t - log p_ref,t), plus the answer's score (B,) at the last action.
 
-    The first term's sum is k1, an estimate of the KL divergence from the reference: unbiased, and
-    as part of the reward it need not be differentiated (Ziegler et al. 2019, arXiv 1909.08593).
+    Summed over an answer, log p - log p_ref is k1, an unbiased estimate of its KL divergence from
+    the reference (Ziegler et al. 2019, arXiv 1909.08593). It is a number here: as part of the
+    reward it is not differentiated.
     """
     columns = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask, columns, -1).amax(1, keepdim=True)
@@ -217,14 +220,15 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """Mean 0 and variance 1 over the mask: the step size then does not depend on how the rewards
-    are scaled. Over all of a rollout's actions at once: a micro-batch's own mean would be noise."""
+    are scaled. Over all of a rollout's actions at once: a micro-batch's own mean would be noise.
+    Trap: where all answers are worth the same, what is blown up to variance 1 is noise."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     return torch.where(mask, (x - mean) * torch.rsqrt(variance + 1e-8), 0.0)
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """(loss, whether the clip holds) of each action:
+    """(loss, whether it is the clipped one) of each action:
 
         ratio = p / p_old        loss = -min(ratio A, clamp(ratio, 1 - clip, 1 + clip) A)
 
@@ -232,16 +236,16 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float)
     probability only so far. Against that direction it is not.
     """
     ratio = (logp - old_logp).exp()
-    free, held = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
-    return -torch.min(free, held), held < free
+    free, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+    return -torch.min(free, clipped), clipped < free
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """(loss, whether the clip holds) of each guess: (V - R)^2 / 2, or, if that is larger, the same
-    with V kept within `clip` of the guess at rollout time."""
+    """(loss, whether it is the clipped one) of each guess: (V - R)^2 / 2, or, if that is larger, the
+    same with V kept within `clip` of the guess at rollout time."""
     near = old_values + (values - old_values).clamp(-clip, clip)
-    free, held = 0.5 * (values - returns) ** 2, 0.5 * (near - returns) ** 2
-    return torch.max(free, held), held > free
+    free, clipped = 0.5 * (values - returns) ** 2, 0.5 * (near - returns) ** 2
+    return torch.max(free, clipped), clipped > free
 
 
 def kl_estimates(logp: Tensor, other_logp: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,7 +258,8 @@ def kl_estimates(logp: Tensor, other_logp: Tensor) -> tuple[Tensor, Tensor]:
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1: the critic foresaw everything; 0: no better than a constant; below: worse; NaN where all
-    returns are equal and there is nothing to foresee."""
+    returns are equal and there is nothing to foresee. Trap: the returns must be those of lambda 1;
+    any other lambda mixes the critic's own guesses into them, and it agrees with itself."""
     spread = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask).item()  # noqa: E731
     return 1 - spread(returns - values) / spread(returns) if spread(returns) > 1e-12 else math.nan
 
@@ -263,8 +268,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 
 
 class Models(NamedTuple):
-    """Actor, reference, critic and value head, which share what weights they can; the sampler is
-    the actor, or in bfloat16 a rounded copy that is cheaper to run.
+    """Actor, reference, critic and value head, which share what weights they can.
 
     full: the actor is a model of its own; a frozen copy of its start is the reference.
     LoRA: one frozen base is the reference; the actor is the same weights plus adapters.
@@ -274,7 +278,6 @@ class Models(NamedTuple):
 
     actor: Gemma
     reference: Gemma  # never changes
-    sampler: Gemma
     critic: Gemma  # the trunk whose hidden states the head reads
     head: nn.Linear  # (D) -> 1: the value
 
@@ -308,24 +311,14 @@ def frozen_copy(model: Gemma, bf16: bool) -> Gemma:
     return copy.deepcopy(model, rounded).requires_grad_(False)
 
 
-@torch.no_grad()
-def refresh(sampler: Gemma, actor: Gemma) -> None:
-    """Bring a sampler that is a copy up to date, in place."""
-    if sampler is not actor:
-        for p, new in zip(sampler.parameters(), actor.parameters(), strict=True):
-            p.copy_(new)
-
-
 def build(base: Gemma, args: argparse.Namespace) -> Models:
     """The models of a run whose policy starts as `base`."""
     bf16 = args.precision == "bf16"
     if args.lora:
         actor, reference = twin(base), base
         lora.add_lora(actor, args.lora_r, args.lora_alpha, args.seed)
-        sampler = actor
     else:
         actor, reference = base, frozen_copy(base, bf16)
-        sampler = frozen_copy(base, True) if bf16 else actor
     critic = actor
     if args.critic == "separate":
         critic = twin(reference)
@@ -334,7 +327,7 @@ def build(base: Gemma, args: argparse.Namespace) -> Models:
     nn.init.zeros_(head.weight)  # a first guess of 0 everywhere misleads less than a random one
     nn.init.zeros_(head.bias)
     actor.checkpointing = critic.checkpointing = args.checkpointing
-    return Models(actor, reference, sampler, critic, head)
+    return Models(actor, reference, critic, head)
 
 
 # ------------------------------------------------------------------------------------ the rollout
@@ -369,11 +362,11 @@ def problems_of_step(problems: list, step: int, n: int, seed: int) -> list[data.
 
 def answer(models: Models, tokenizer, prompt, problems, args, step: int, watch) -> list[dict]:
     """Sample an answer to each problem, and score it: rows of the ids and mask (`example`), the
-    `score`, and what one wants to read of it."""
+    `score`, and what one wants to read of it. Call it within one autocast: that keeps its bfloat16
+    copies of float32 weights until it is left, so that they are not made at every token."""
     prompts = [data.encode(tokenizer, prompt, p.question)[0] for p in problems]
-    refresh(models.sampler, models.actor)
     completions = generate.generate(
-        models.sampler, prompts, tokenizer.stop_ids, args.max_new_tokens, args.rollout_batch,
+        models.actor, prompts, tokenizer.stop_ids, args.max_new_tokens, args.rollout_batch,
         args.temperature, seed=args.seed * 1_000_003 + step,
         is_over=lambda ids: data.starts_new_question(tokenizer, ids), progress=watch,
     )  # fmt: skip
@@ -430,19 +423,20 @@ def assess(models: Models, rows: list[dict], pad_id: int, args, autocast) -> tup
     score = torch.tensor([row["score"] for row in rows], device=ids.device)  # (N,)
     rewards = token_rewards(score, logp, ref_logp, mask, args.kl_coef)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
+    _, outcomes = gae(rewards, values, mask, args.gamma, 1.0)  # what there was to foresee
     k1, k3 = kl_estimates(logp, ref_logp)
     n = len(rows)
     figures = {
         "reward": score.mean().item(),
         "reward_std": score.std(correction=0).item(),
-        "exact_match": sum(row["correct"] for row in rows) / n,
+        "exact_match": sum(row["correct"] for row in rows) / n,  # of those that were cut, too
         "truncated": sum(row["truncated"] for row in rows) / n,
         "worked": sum("<<" in row["completion"] for row in rows) / n,  # shows a calculation
         "response_tokens": mask.sum().item() / n,
         "kl": masked_mean(k3, mask).item(),
         "kl_sequence": torch.where(mask, k1, 0.0).sum().item() / n,
         "entropy": masked_mean(entropy, mask).item(),
-        "explained_variance": explained_variance(values, returns, mask),
+        "explained_variance": explained_variance(values, outcomes, mask),
         "value": masked_mean(values, mask).item(),
         "return": masked_mean(returns, mask).item(),
     }
@@ -479,14 +473,14 @@ def backward_cut(
     values = models.value(hidden[:, :-1])
 
     mean = lambda x: masked_mean(x, mask, count)  # noqa: E731
-    p_loss, p_held = policy_loss(logp, old_logp, rollout.advantages[here], args.clip)
-    v_loss, v_held = value_loss(values, rollout.values[here], rollout.returns[here], args.value_clip)
+    p_loss, p_clipped = policy_loss(logp, old_logp, rollout.advantages[here], args.clip)
+    v_loss, v_clipped = value_loss(values, rollout.values[here], rollout.returns[here], args.value_clip)
     loss = mean(p_loss) + args.value_coef * mean(v_loss)
     if bonus:
         loss = loss - args.entropy_coef * mean(entropy)
     loss.backward()
     _, k3 = kl_estimates(old_logp, logp)
-    figures = torch.stack([mean(x) for x in (p_loss, v_loss, p_held.float(), v_held.float(), k3)])
+    figures = torch.stack([mean(x) for x in (p_loss, v_loss, p_clipped.float(), v_clipped.float(), k3)])
     return figures.detach(), torch.where(mask, (logp - old_logp).exp() - 1, 0.0).detach().abs().max()
 
 
@@ -509,7 +503,7 @@ def update(models: Models, rollout: Rollout, optimizers, args, autocast, step: i
                 if not math.isfinite(norm):
                     answered = rollout.problems[cuts[0][0].start : cuts[-1][0].stop]
                     raise UserError(f"gradient norm {norm} at step {step + 1}; problems {answered}: lower "
-                                    "--lr or --value-lr; the last checkpoint is kept")  # fmt: skip
+                                    "--lr or --value-lr; the last checkpoint, if any, is kept")  # fmt: skip
                 seen.append(norm)
             if not warming:
                 actor_optimizer.step()
@@ -528,7 +522,8 @@ def update(models: Models, rollout: Rollout, optimizers, args, autocast, step: i
 def health(figures: dict, args: argparse.Namespace) -> list[str]:
     """What is out of its healthy range, in words, and what usually helps. The limits are lenient:
     a run of gemma-2-2b that gained 12 points on GSM8K (verl's published log) ended 17 nats an
-    answer from its reference, clipped 0.3% of its ratios and had its critic near 0 from step 6."""
+    answer from its reference, clipped 0.3% of its ratios, and its critic explained next to nothing
+    of the variance from step 6 on."""
     f, said = figures, []
     if f["first_ratio"] > 1e-6:
         said.append(f"the first ratio is off by {f['first_ratio']:.2g}: scoring and update disagree")
@@ -565,7 +560,7 @@ def print_plan(args, found: hub.ModelFiles, prompt, problems, held_out) -> None:
     critic = adapters * separate + config.hidden_size + 1
     longest = max(len(data.encode(tokenizer, prompt, p.question)[0]) for p in problems)
     longest += args.max_new_tokens
-    updates = math.ceil(math.ceil(args.rollouts / args.micro_batch) / args.accumulation)
+    updates = math.ceil(args.rollouts / (args.micro_batch * args.accumulation))
     print(f"start        {args.init} ({config.model_type}), {total:,} parameters; {prompt}")
     print(f"trained      {policy:,} of the policy, {critic:,} of the critic ({args.critic})")
     print(f"data         {len(problems):,} problems, {len(held_out)} held out; prompt and answer up to "
@@ -580,11 +575,13 @@ def print_plan(args, found: hub.ModelFiles, prompt, problems, held_out) -> None:
     if args.dry_run:
         bf16, frozen = args.precision == "bf16", args.lora
         tokens, forwards = args.micro_batch * longest, 1 + separate
-        copies = 0 if frozen else budget.frozen_copy_bytes(config, total, bf16) * (1 + bf16)
+        weights = budget.model_bytes(config, total + policy * frozen, policy, bf16)
+        if frozen and found.adapter and not bf16:
+            weights = 4 * (total + policy)
         activations = budget.activation_bytes(config, tokens, frozen, bf16, args.checkpointing)
         budget.print_budget({
-            "weights": budget.model_bytes(config, total + policy * frozen, policy, bf16) + 4 * critic,
-            "copies": copies,  # the reference's, the sampler's
+            "weights": weights + 4 * critic,
+            "reference": 0 if frozen else budget.frozen_copy_bytes(config, total, bf16),
             "gradients": 4 * (policy + critic),
             "optimizer": budget.moments_bytes(policy + critic, args.optim),
             "activations": forwards * activations,
@@ -603,7 +600,7 @@ def main(argv: list[str] | None = None) -> int:
     prompt = data.Prompt(**trained[1]["info"]["prompt"]) if trained else data.Prompt()
     found = hub.find_model(args.init, weights=not args.dry_run)
     out = Path(args.out).resolve()
-    if any(path and path.resolve().is_relative_to(out) for path in found[:2]):
+    if any(path and path.resolve().is_relative_to(out) for path in (found.base, found.adapter)):
         raise UserError(f"--init lies in the run folder {args.out}: choose another --out")
     problems = data.load_problems(args.data, "train", args.data_dir)
     problems, held_out = data.split_validation(problems, args.val_examples)
@@ -624,6 +621,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+class Stopped(Exception):
+    """Somebody asked to stop in the middle of sampling."""
+
+
 def train(args, run, found, prompt, problems, held_out) -> int:
     """Train from scratch or from the last checkpoint to the end; 0, or the status of a stop."""
     bf16 = args.precision == "bf16"
@@ -631,11 +632,11 @@ def train(args, run, found, prompt, problems, held_out) -> int:
     autocast = lambda: torch.autocast(kind, torch.bfloat16, enabled=bf16)  # noqa: E731
 
     # As in SFT: float32 weights if they are all trained, the base as it came if it is frozen. An
-    # adapter to start from is folded in: what it and its base make together is the reference.
+    # adapter to start from is folded in (where products are in float32, without rounding the sum):
+    # what it and its base make together is the reference.
     merged = found.adapter is not None
-    base, tokenizer = load_model(
-        found, None if args.lora and not merged else torch.float32, args.device, merge=True
-    )
+    as_it_came = args.lora and (bf16 or not merged)
+    base, tokenizer = load_model(found, None if as_it_came else torch.float32, args.device, merge=True)
     if not bf16:
         base.activations = torch.float32
         base.model.embed_tokens.float()
@@ -677,7 +678,7 @@ def train(args, run, found, prompt, problems, held_out) -> int:
 
     def validate(step: int, watch) -> dict:
         with autocast():
-            rows = generate.exact_match(models.sampler, tokenizer, held_out, prompt, args.max_new_tokens,
+            rows = generate.exact_match(models.actor, tokenizer, held_out, prompt, args.max_new_tokens,
                                         args.rollout_batch, progress=watch)  # fmt: skip
         return {"step": step, "val_exact_match": sum(r["correct"] for r in rows) / len(rows),
                 "val_truncated": sum(r["truncated"] for r in rows) / len(rows)}  # fmt: skip
@@ -706,7 +707,6 @@ def train(args, run, found, prompt, problems, held_out) -> int:
             try:
                 due = step == args.steps or (args.val_every and step % args.val_every == 0)
                 if held_out and due and validated.get("step") != step:
-                    refresh(models.sampler, models.actor)
                     validated = validate(step, watch)
                     run.log(validated)
                     progress.note(", ".join(f"{k} {v:.4g}" for k, v in validated.items()))
@@ -753,10 +753,6 @@ def train(args, run, found, prompt, problems, held_out) -> int:
     keep = ("reward", "kl_sequence", "explained_variance", "response_tokens")
     run.finish({"steps": args.steps} | {k: figures[k] for k in keep} | validated)
     return 0
-
-
-class Stopped(Exception):
-    """Somebody asked to stop in the middle of sampling."""
 
 
 def preview(row: dict) -> str:

@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.lora and files.adapter:
         raise UserError(f"{args.model} is an adapter: start from its merged model (--merge makes one)")
     out = Path(args.out).resolve()
-    if any(path and path.resolve().is_relative_to(out) for path in files[:2]):
+    if any(path and path.resolve().is_relative_to(out) for path in (files.base, files.adapter)):
         raise UserError(f"--model lies in the run folder {args.out}: choose another --out")
     config, tokenizer = read_config(files.base), data.Tokenizer(files.base)
 

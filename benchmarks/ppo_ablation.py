@@ -63,9 +63,9 @@ def rows() -> dict[str, tuple[list[str], contextlib.AbstractContextManager]]:
         ):
             found[f"{recipe}, but {change}"] = start, patch(f"train_ppo.{name}", replacement)
         found[f"{recipe}, but two steps of critic warm-up"] = [*start, "--critic-warmup", "2"], nothing
-    found["tuned, but not whitened"] = start, patch("train_ppo.whiten", lambda x, mask: x)
-    separate = ["--critic", "separate"]
-    found["tuned, but a separate critic"] = ["--recipe", "tuned", *separate], nothing
+    tuned = ["--recipe", "tuned"]
+    found["tuned, but not whitened"] = tuned, patch("train_ppo.whiten", lambda x, mask: x)
+    found["tuned, but a separate critic"] = [*tuned, "--critic", "separate"], nothing
     return found
 
 
@@ -156,14 +156,15 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     results = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    setting = {"init": args.init, "steps": args.steps, "rollouts": args.rollouts}
+    results = [r for r in results if {k: r.get(k) for k in setting} == setting]
     done = {(r["row"], r["seed"]) for r in results}
     for seed in range(args.seeds):
         for row, (row_flags, patched) in rows().items():
             if (row, seed) in done or not any(text in row for text in args.only):
                 continue
             with tempfile.TemporaryDirectory() as folder, patched:
-                result = {"row": row, "seed": seed, "steps": args.steps, "rollouts": args.rollouts,
-                          **run(row_flags, seed, args, folder)}  # fmt: skip
+                result = {"row": row, "seed": seed, **setting, **run(row_flags, seed, args, folder)}
             results.append(result)
             with open(out, "a") as file:
                 file.write(json.dumps(result) + "\n")

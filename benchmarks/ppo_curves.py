@@ -15,10 +15,11 @@ writes results/tiny/ppo.json (before, after, exact paired test, curves) and resu
 """
 
 import json
+import os
 from pathlib import Path
 
 from evaluate import mcnemar, wilson
-from nanogsm import UserError, charts, console, files
+from nanogsm import UserError, charts, console, files, runs
 
 CURVES = {
     "val_exact_match": "right, greedy, held-out problems",
@@ -58,13 +59,16 @@ def paired(before: dict[int, bool], after: dict[int, bool]) -> dict:
 
 def collect(folder: Path, recipe: str) -> dict:
     run = folder / recipe
-    record = json.loads((run / "run_args.json").read_text(encoding="utf-8"))
+    record = runs.run_of(str(run))
+    settings = record[1]["args"] if record else {}
+    if settings.get("recipe") != recipe or not os.path.samefile(settings["init"], folder / "sft"):
+        raise UserError(f"{run} is no run of --recipe {recipe} --init {folder / 'sft'}")
     rows = read(run / "metrics.jsonl")
     steps = [row for row in rows if "reward" in row]
     return {
         "recipe": recipe,
-        "seed": record["args"]["seed"],
-        "commit": record["info"].get("commit"),
+        "seed": settings["seed"],
+        "commit": record[1]["info"].get("commit"),
         **paired(right_by_problem(folder / "sft"), right_by_problem(run)),
         "seconds": sum(row["seconds"] for row in steps),
         "peak_memory": max(row["peak_memory"] for row in steps),
@@ -93,8 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     text = "[\n" + ",\n".join(json.dumps(r) for r in results) + "\n]\n"
-    files.replace_file(out.with_suffix(".json"), text.encode())
-    files.replace_file(out.with_suffix(".svg"), charts.page(panels, ["tuned", "seed"]).encode())
+    files.replace_file(Path(f"{out}.json"), text.encode())
+    files.replace_file(Path(f"{out}.svg"), charts.page(panels, ["tuned", "seed"]).encode())
     return 0
 
 

@@ -57,4 +57,5 @@ def print_budget(budget: dict[str, float]) -> None:
     total = sum(budget.values())
     scale, unit = (2**30, "GiB") if total >= 2**30 else (2**20, "MiB")
     for name, size in (budget | {"in all": total}).items():
-        print(f"  {name:<12} {size / scale:7.2f} {unit}" + ", an estimate" * (name == "in all"))
+        said = ", an estimate, as if all were held at once" * (name == "in all")
+        print(f"  {name:<12} {size / scale:7.2f} {unit}{said}")

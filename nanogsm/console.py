@@ -227,14 +227,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_numbers(args: argparse.Namespace, at_least: dict[str, float], positive: tuple = ()) -> None:
-    """UserError for the first flag that is absurd: below its limit or above ten millions (a seed:
+    """UserError for the first flag that is absurd: below its limit or above ten million (a seed:
     2**31 - 1), or not positive. None is unset."""
     for name in (*at_least, *positive):
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         most = 2**31 - 1 if name == "seed" else 10**7
+        if value is None:
+            continue
         if name in positive and not 0 < value < math.inf:
             raise UserError(f"{flag} is {value}: give a positive number")
-        if name in at_least and value is not None and not at_least[name] <= value <= most:
+        if name in at_least and not at_least[name] <= value <= most:
             limit = f"at most {most:,}" if value > most else f"at least {at_least[name]}"
             raise UserError(f"{flag} is {value}: give {limit}")
 

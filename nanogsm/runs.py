@@ -11,8 +11,8 @@
         value_head.safetensors  of PPO: the critic's own weights, for whoever wants to go on from them
         .lock             held by the running process; the file stays, the lock does not
 
-The promise: the same command again continues, and the result equals an uninterrupted run bit for
-bit. So a checkpoint also records how long the logs were, and loading cuts them back to that;
+The promise: the same command again continues, and on the CPU the result equals an uninterrupted
+run's bit for bit. So a checkpoint also records how long the logs were, and loading cuts them back to that;
 a file is written beside its place, forced to disk and renamed, so a kill at any instant leaves
 the older or the newer one, never half of one. No pickle: a checkpoint cannot run code.
 """
@@ -50,7 +50,7 @@ OWNED = ("summary.json", "checkpoint", "model", "adapter", "value_head.safetenso
 def run_of(model: str) -> tuple[Path, dict] | None:
     """(folder, run_args.json) of the run that `model` names, itself or its model/ or adapter/; None
     if it names none."""
-    path = Path(os.path.abspath(model))
+    path = Path(os.path.abspath(os.path.expanduser(model)))
     for folder in (path, *[path.parent] * (path.name in ("model", "adapter"))):
         try:
             record = json.loads((folder / "run_args.json").read_text(encoding="utf-8"))
@@ -117,17 +117,25 @@ class Run:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if kind and self._new and not any(os.fstat(f.fileno()).st_size for f in self._logs.values()):
+        begun = any(os.fstat(file.fileno()).st_size for file in self._logs.values())
+        if kind and self._new and not begun:
             self._withdraw()
         self.close()
 
     def _withdraw(self) -> None:
         """Leave no trace of a run that failed before its first step, on damaged weights, say: the
-        same command with better ones must not be refused for having other arguments."""
-        for name in ("run_args.json", *LOGS, ".lock"):
-            files.remove(self.folder / name)
-        if self._made_folder:
-            with contextlib.suppress(OSError):  # somebody put a file there meanwhile
+        same command with better ones must not be refused for having other arguments. A folder that
+        holds anything else, a checkpoint or somebody's notes, remains a run folder."""
+        begin = {"run_args.json", *LOGS, ".lock"}
+        if {path.name for path in self.folder.iterdir()} - begin:
+            return
+        for file in self._logs.values():
+            file.close()
+        self._logs = {}
+        with contextlib.suppress(OSError):  # Windows deletes no locked file
+            for name in ("run_args.json", *LOGS, ".lock"):
+                files.remove(self.folder / name)
+            if self._made_folder:
                 self.folder.rmdir()
 
     def close(self) -> None:

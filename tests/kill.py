@@ -87,6 +87,9 @@ def everything(folder: Path) -> dict:
             for name, array in load_file(file).items():
                 key = (str(file.relative_to(place)), name)
                 found[key] = (str(array.dtype), array.shape, array.tobytes())
+    for file in Path(f"{folder}-kept").rglob("state.json"):
+        state = json.loads(file.read_text())["state"]
+        found["state"] = {k: v for k, v in state.items() if k != "figures"}  # the clock's, too
     for name in ("metrics.jsonl", "samples.jsonl"):
         rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
         clock = ("seconds", "peak_memory")
@@ -124,8 +127,8 @@ def main() -> int:
                     from_outside += outside
                     in_disk_operation += not outside
                 ended(start(command, "cut", place))
-                different = [k for k, v in everything(place / "cut").items() if whole.get(k) != v]
-                different += [k for k in whole if k not in everything(place / "cut")]
+                cut = everything(place / "cut")
+                different = [k for k in whole.keys() | cut.keys() if whole.get(k) != cut.get(k)]
                 complete += 1
                 if different:
                     wrong += 1
@@ -134,8 +137,8 @@ def main() -> int:
                     shutil.rmtree(place / gone)
             rows = len(whole["metrics.jsonl"]) + len(whole["samples.jsonl"])
             print(f"{name}: {from_outside} kills from outside, {in_disk_operation} in a disk operation, "
-                  f"{complete} runs came to their end; {len(whole) - 2} tensors and {rows} rows compared",
-                  flush=True)  # fmt: skip
+                  f"{complete} runs came to their end; {len(whole) - 3} tensors, the state and {rows} "
+                  "rows compared", flush=True)  # fmt: skip
     print("all equal" if not wrong else f"{wrong} runs differ")
     return 1 if wrong else 0
 

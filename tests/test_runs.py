@@ -422,7 +422,7 @@ def test_overwrite_starts_anew_and_deletes_only_a_runs_own_files(tmp_path):
     assert json.loads((tmp_path / "r/run_args.json").read_text())["args"] == {"lr": 3}
 
 
-def test_a_run_that_fails_before_its_first_step_leaves_nothing(tmp_path):
+def test_a_run_that_fails_before_its_first_step_leaves_nothing_unless_there_is_more(tmp_path):
     for folder, there in ((tmp_path / "new", False), (tmp_path / "mine", True)):
         if there:
             folder.mkdir()
@@ -435,6 +435,16 @@ def test_a_run_that_fails_before_its_first_step_leaves_nothing(tmp_path):
     with pytest.raises(ValueError), Run(tmp_path / "begun", {}, {}):  # no longer new: kept
         raise ValueError("damaged weights")
     assert (tmp_path / "begun/run_args.json").exists()
+    with pytest.raises(KeyboardInterrupt), Run(tmp_path / "saved", {}, {}) as run:
+        run.save_checkpoint(0, {}, {})  # stopped at the first step, and once more while it was saved
+        raise KeyboardInterrupt
+    assert Run(tmp_path / "saved", {}, {}).load_checkpoint()[0] == 0
+    with Run(tmp_path / "notes", {}, {}) as run:
+        run.log({"step": 1})
+    (tmp_path / "notes/notes.txt").write_text("mine")
+    with pytest.raises(ValueError), Run(tmp_path / "notes", {}, {}, overwrite=True):
+        raise ValueError("damaged weights")
+    Run(tmp_path / "notes", {}, {}).close()  # still known as a run folder
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
