@@ -321,6 +321,7 @@ def test_the_critics_warm_up_leaves_the_actor_as_it_was_to_the_bit(gemma, lora, 
     optimizers = optimizers_of(models)
     train_ppo.update(models, rollout, optimizers, args, PLAIN, step=2)
     assert all(torch.equal(p, actor[n]) for n, p in models.actor.named_parameters())
+    assert optimizers[0].step_count == 0  # its bias correction starts with its first real step
     # Head, then B, then A: each has a gradient once the one before it is no longer zero.
     assert all(not torch.equal(p, value[n]) for n, p in models.value_weights().items())
     train_ppo.update(models, rollout, optimizers, args, PLAIN, step=3)
@@ -423,6 +424,19 @@ def test_the_entropy_bonus_pushes_towards_entropy(gemma, lora):
     (-0.5 * entropy[rollout.mask].mean()).backward()
     for name, p in models.policy_weights().items():
         assert (grads[1][name] - grads[0][name] - p.grad).abs().max() < 1e-5, name
+
+
+def test_the_value_loss_is_weighted_by_its_coefficient(gemma):
+    """In the shared trunk, whose head no longer is at zero."""
+    grads = []
+    for coef in (0.0, 1.0, 3.0):
+        args, models, rollout, _ = models_and_rollout(gemma, value_coef=coef)
+        models.head.weight.data += 0.1
+        grads.append(gradients(models, rollout, args)[2])
+    for name, plain in grads[0].items():
+        once, thrice = grads[1][name] - plain, grads[2][name] - plain
+        assert (thrice - 3 * once).abs().max() < 1e-5, name
+    assert sum(float((g - grads[0][n]).abs().sum()) for n, g in grads[1].items()) > 1e-3
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
