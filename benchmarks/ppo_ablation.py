@@ -1,7 +1,7 @@
 """What each setting of PPO is worth: from --recipe seed to --recipe tuned, knob by knob, both ways.
 
     python train_sft.py --tiny
-    python -m benchmarks.ppo_ablation --steps 8 --seeds 3 --out results/tiny/ppo-ablation.jsonl
+    python -m benchmarks.ppo_ablation --steps 5 --seeds 3 --out results/tiny/ppo-ablation.jsonl
 
 Every row is a short run on the embedded model: "seed" and "tuned" as they are, "seed, but ..." with
 one setting taken from tuned, "tuned, but ..." with one put back, and what no flag changes, done by
@@ -32,7 +32,6 @@ KNOBS = {
     "learning rate": ["lr"],
     "value lr": ["value_lr"],
     "value loss weight": ["value_coef"],
-    "critic": ["critic"],
     "entropy bonus": ["entropy_coef"],
     "answers an update": ["accumulation"],
     "epochs": ["epochs"],
