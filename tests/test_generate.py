@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from nanogsm import generate as g
 from nanogsm.data import Problem, Prompt
+from nanogsm.logprob import token_logprobs
 
 FAMILIES = ["gemma1", "gemma2", "gemma3"]
 NEVER = frozenset()
@@ -90,6 +91,29 @@ def test_first_tokens_of_one_prompt_follow_its_distribution(gemma):
     with torch.no_grad():
         p = (model.logits(model(torch.tensor([row])))[0, -1].double() / 2).softmax(-1)
     assert ((seen - p).abs() <= 4 * (p * (1 - p) / n).sqrt() + 1 / n).all()
+
+
+def test_sampled_answers_are_as_probable_as_training_says(gemma):
+    """What PPO's ratio rests on: over many answers of four tokens, the mean of token_logprobs at each
+    of the four is minus the mean entropy there, within 4 standard errors; at another temperature
+    than the one they were drawn at it is not."""
+    model, _ = gemma("gemma3")
+    n, length = 2000, 4
+    done = g.generate(model, [prompts(3)[2]] * n, NEVER, length, 500, temperature=1.5, seed=0)
+    start = len(prompts(3)[2])
+    ids = torch.tensor([prompts(3)[2] + c.ids for c in done])
+    with torch.no_grad():
+        hidden = model(ids)[:, start - 1 : -1]
+    mask = torch.ones(n, length, dtype=torch.bool)
+
+    def surprise(temperature: float):
+        """Standard errors by which logp exceeds its expectation, at each of the four tokens."""
+        with torch.no_grad():
+            logp, entropy = token_logprobs(model.logits, hidden, ids[:, start:], mask, temperature, True)
+        excess = (logp + entropy).double()
+        return excess.mean(0) / (excess.std(0) / n**0.5)
+
+    assert surprise(1.5).abs().max() < 4 < surprise(1.0).abs().min()
 
 
 def test_inverse_cdf_by_hand():
