@@ -53,6 +53,11 @@ def text(rng: random.Random) -> str:
     return "".join(rng.choice(ATOMS) for _ in range(rng.randrange(12)))
 
 
+def absurd(rng: random.Random):
+    """A copy: what is put into a list of VALUES must not end up in VALUES, or in itself."""
+    return copy.deepcopy(rng.choice(VALUES))
+
+
 def damaged(rng: random.Random, raw: bytes) -> bytes:
     """Now and then a few bytes flipped, cut out or doubled."""
     raw = bytearray(raw)
@@ -78,10 +83,10 @@ def jsonl(rng: random.Random) -> bytes:
     for _ in range(rng.randrange(4)):
         row = {"question": text(rng) or "?", "answer": rng.choice((text(rng), f"{text(rng)}\n#### 7"))}
         if rng.random() < 0.2:
-            row[rng.choice(("question", "answer", "more"))] = rng.choice(VALUES)
+            row[rng.choice(("question", "answer", "more"))] = absurd(rng)
         if rng.random() < 0.1:
             row.pop(rng.choice(list(row)))
-        lines.append(to_bytes(row if rng.random() < 0.95 else rng.choice(VALUES)))
+        lines.append(to_bytes(row if rng.random() < 0.95 else absurd(rng)))
     return damaged(rng, rng.choice((b"\n", b"\n\n", b"\r\n")).join(lines))
 
 
@@ -95,7 +100,7 @@ def config(rng: random.Random) -> bytes:
         if rng.random() < 0.2:
             place.pop(key, None)
         else:
-            place[key] = rng.choice(VALUES)
+            place[key] = absurd(rng)
     return damaged(rng, to_bytes(raw))
 
 
@@ -104,7 +109,7 @@ def index(rng: random.Random) -> bytes:
                   for _ in range(rng.randrange(4))}  # fmt: skip
     raw = {"metadata": {}, "weight_map": weight_map}
     if rng.random() < 0.2:
-        raw["weight_map"] = rng.choice(VALUES)
+        raw["weight_map"] = absurd(rng)
     return damaged(rng, to_bytes(raw))
 
 
