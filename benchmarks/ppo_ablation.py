@@ -124,23 +124,39 @@ def run(row_flags: list[str], seed: int, args: argparse.Namespace, folder: str) 
 
 
 def table(results: list[dict]) -> None:
-    """Mean over seeds, and the difference from the row it varies, with its standard error (paired
-    by seed, which fixes the problems)."""
+    """Means over seeds, and differences from the recipe a row varies, paired by seed (which fixes the
+    problems and their order), with 95% intervals. Three seeds say little about a row's own spread,
+    so it is pooled over a recipe's rows, those that change nothing at all aside."""
     by_row = {}
     for r in results:
         by_row.setdefault(r["row"], {})[r["seed"]] = r
-    print("| row | exact match, held out | against its recipe | mean reward | KL | tokens |")
-    print("|---|---|---|---|---|---|")
+
+    def differences(row: str, key: str) -> list[float]:
+        base = by_row.get(row.split(",")[0], {})
+        return [r[key] - base[seed][key] for seed, r in by_row[row].items() if seed in base]
+
+    def half_width(row: str, key: str) -> float:
+        recipe = row.split(",")[0]
+        alike = [differences(r, key) for r in by_row if r.startswith(f"{recipe}, ")]
+        spreads = [statistics.variance(d) for d in alike if len(d) > 1 and any(d)]
+        return 1.96 * math.sqrt(statistics.fmean(spreads) / len(by_row[row])) if spreads else math.nan
+
+    def change(row: str, key: str, factor: int, digits: int) -> str:
+        found = differences(row, key)
+        if "," not in row or len(found) < 2:
+            return ""
+        if not any(found):
+            return "the same"
+        return (f"{factor * statistics.fmean(found):+.{digits}f} ± "
+                f"{factor * half_width(row, key):.{digits}f}")  # fmt: skip
+
+    print("| row | held-out exact match | against its recipe | mean reward | against it | KL | tokens |")
+    print("|---|---|---|---|---|---|---|")
     for row, seeds in by_row.items():
         mean = lambda key: statistics.fmean(r[key] for r in seeds.values())  # noqa: E731
-        base = by_row.get(row.split(",")[0], {})
-        shared = [100 * (r["exact_match"] - base[s]["exact_match"]) for s, r in seeds.items() if s in base]
-        change = ""
-        if "," in row and len(shared) > 1:
-            error = statistics.stdev(shared) / math.sqrt(len(shared))
-            change = f"{statistics.fmean(shared):+.1f} ± {error:.1f}"
-        print(f"| {row} | {100 * mean('exact_match'):.1f} | {change} | {mean('mean_reward'):.3f} "
-              f"| {mean('kl_sequence'):.1f} | {mean('response_tokens'):.0f} |")  # fmt: skip
+        print(f"| {row} | {100 * mean('exact_match'):.1f} | {change(row, 'exact_match', 100, 1)} | "
+              f"{mean('mean_reward'):.3f} | {change(row, 'mean_reward', 1, 3)} | "
+              f"{mean('kl_sequence'):.1f} | {mean('response_tokens'):.0f} |")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -36,9 +36,14 @@ def test_the_table_pairs_rows_with_their_recipe_seed_by_seed(capsys):
 
     ppo_ablation.table([
         result("seed", 0, 0.40), result("seed", 1, 0.50), result("seed, but x", 0, 0.44),
-        result("seed, but x", 1, 0.56),
+        result("seed, but x", 1, 0.56), result("seed, but y", 0, 0.41), result("seed, but y", 1, 0.55),
+        result("seed, but z", 0, 0.40), result("seed, but z", 1, 0.50),
     ])  # fmt: skip
-    assert "| seed, but x | 50.0 | +5.0 ± 1.0 |" in capsys.readouterr().out
+    # Differences of 4 and 6 points, 1 and 5: variances 2 and 8, pooled 5; 1.96 sqrt(5 / 2) = 3.1.
+    table = capsys.readouterr().out
+    assert "| seed, but x | 50.0 | +5.0 ± 3.1 |" in table
+    assert "| seed, but y | 48.0 | +3.0 ± 3.1 |" in table
+    assert "| seed, but z | 45.0 | the same |" in table
 
 
 def test_finished_rows_of_the_same_setting_are_not_run_again(tmp_path, monkeypatch, capsys):
