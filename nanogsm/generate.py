@@ -35,6 +35,7 @@ from nanogsm.model import Gemma, KVCache
 
 # Decode steps between two looks at the new tokens: looking makes the host wait for a GPU.
 LOOK_EVERY = {"cpu": 1, "cuda": 8, "mps": 8}
+PREFILL = 4096  # tokens of prompts, padding included, that go through the model at once
 
 
 class Completion(NamedTuple):
@@ -140,15 +141,21 @@ def _cache_dtype(model: Gemma) -> torch.dtype:
 
 
 def _prefill(model: Gemma, cache: KVCache, slots: list[int], prompts: list[list[int]]) -> Tensor:
-    """Run whole prompts into their slots of the cache; the last token's hidden states (b, D)."""
-    lengths = torch.tensor([len(p) for p in prompts], device=model.device)
-    T = max(map(len, prompts))
-    ids = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=model.device)
-    own = KVCache(model.config, len(prompts), T, cache.k.dtype, model.device)
-    own.used = T
-    hidden = model(ids, cache=own)  # (b, T, D)
-    cache.k[:, slots, :, :T], cache.v[:, slots, :, :T] = own.k, own.v
-    return hidden[torch.arange(len(prompts), device=model.device), lengths - 1]
+    """Run whole prompts, alike lengths side by side, into their slots of the cache, PREFILL tokens at
+    a time (less padding, and bounded activations); the last tokens' hidden states (b, D)."""
+    last = []
+    while slots:
+        n = max(1, PREFILL // max(map(len, prompts)))
+        group, rows, slots, prompts = prompts[:n], slots[:n], slots[n:], prompts[n:]
+        T = max(map(len, group))
+        ids = torch.tensor([p + [0] * (T - len(p)) for p in group], device=model.device)
+        own = KVCache(model.config, len(group), T, cache.k.dtype, model.device)
+        own.used = T
+        hidden = model(ids, cache=own)  # (n, T, D)
+        cache.k[:, rows, :, :T], cache.v[:, rows, :, :T] = own.k, own.v
+        ends = torch.tensor([len(p) - 1 for p in group], device=model.device)
+        last.append(hidden[torch.arange(len(group), device=model.device), ends])
+    return torch.cat(last)
 
 
 def inverse_cdf(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:

@@ -45,8 +45,8 @@ class LoRALinear(nn.Module):
         self.lora_A, self.lora_B = Matrix(a.to(base.weight.device)), Matrix(b.to(base.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(x, self.lora_A.weight.to(x.dtype))  # (.., r)
-        return self.base(x) + F.linear(low, self.lora_B.weight.to(x.dtype)) * self.scale
+        low = F.linear(x, self.lora_A.weight.to(x.dtype)) * self.scale  # (.., r): where it is cheap
+        return self.base(x) + F.linear(low, self.lora_B.weight.to(x.dtype))
 
     def delta(self) -> Tensor:
         """(out, in) float32: what the adapter adds to the weight."""

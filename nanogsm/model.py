@@ -148,8 +148,8 @@ def _config_from(raw: dict) -> Config:
     if heads % config.num_key_value_heads or config.head_dim % 2:
         raise ValueError("heads must divide by key/value heads, and head_dim by 2")
     window = config.sliding_window
-    if "sliding_attention" in layer_types and not (type(window) is int and window > 0):
-        raise ValueError("there are local layers but no sliding_window")
+    if "sliding_attention" in layer_types and not (type(window) is int and 0 < window < 2**31):
+        raise ValueError(f"there are local layers, and sliding_window is {window!r}")
     if not set(layer_types) <= config.rope.keys():
         raise ValueError("rope_parameters lack a kind of layer that layer_types names")
     return config

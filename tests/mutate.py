@@ -78,7 +78,7 @@ MUTATIONS = [
     ("logprob: entropy sign", LOGPROB, "h = -torch.xlogy", "h = torch.xlogy"),
     ("logprob: slope without the onehot", LOGPROB, "grad.scatter_add_(-1, t[:, None], g_logp[:, None])", "grad"),
     ("logprob: temperature multiplies", LOGPROB, "logits / temperature", "logits * temperature"),
-    ("generate: prefill off by one", GENERATE, "lengths - 1]", "lengths - 2]"),
+    ("generate: prefill off by one", GENERATE, "[len(p) - 1 for", "[len(p) - 2 for"),
     ("generate: uniform numbers by slot", GENERATE, "request[s] for s in slots])\n        first", "s for s in slots])\n        first"),
     ("generate: stop token ignored", GENERATE, "over = i in stop_ids or is_over", "over = is_over"),
     ("optim: no bias correction", OPTIM, "self.lr / (1 - beta1**self.step_count)", "self.lr"),

@@ -52,6 +52,14 @@ def test_looking_at_the_tokens_less_often_changes_nothing(gemma, monkeypatch, te
     assert g.generate(model, prompts(), stops, 11, 4, temperature, seed=5) == every_step
 
 
+def test_prompts_taken_in_by_groups_give_the_same(gemma, monkeypatch):
+    """Groups of one to three prompts, ones shorter than the limit and ones beyond it."""
+    model, _ = gemma("gemma3")
+    at_once = g.generate(model, prompts(), NEVER, 6, 9)
+    monkeypatch.setattr(g, "PREFILL", 16)
+    assert g.generate(model, prompts(), NEVER, 6, 9) == at_once
+
+
 def test_a_stop_token_ends_the_row_and_is_part_of_it(gemma):
     model, _ = gemma("gemma3")
     want = load_file(FIXTURES / "gemma3/expected.safetensors")
