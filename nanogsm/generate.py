@@ -35,7 +35,7 @@ from nanogsm.model import Gemma, KVCache
 
 # Decode steps between two looks at the new tokens: looking makes the host wait for a GPU.
 LOOK_EVERY = {"cpu": 1, "cuda": 8, "mps": 8}
-PREFILL = 4096  # tokens of prompts, padding included, that go through the model at once
+PREFILL = 2048  # tokens of prompts, padding included, that go through the model at once
 
 
 class Completion(NamedTuple):

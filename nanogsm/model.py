@@ -156,7 +156,7 @@ def _config_from(raw: dict) -> Config:
 
 
 def _positive(value) -> bool:
-    return type(value) in (int, float) and 0 < value < 1e300
+    return type(value) in (int, float) and 0 < value < 2**62  # what an integer tensor can take
 
 
 def _rope_from(raw: dict) -> dict[str, tuple[float, float]]:

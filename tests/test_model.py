@@ -127,6 +127,7 @@ def test_layer_kinds_of_gemma_3_270m_and_1b(tmp_path):
         ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
         ({"sliding_window": "wide"}, "sliding_window"),
         ({"sliding_window": 10**30}, "sliding_window"),
+        ({"query_pre_attn_scalar": 10**30}, "query_pre_attn_scalar"),
         ({"layer_types": [["full_attention"]] * 3}, "config.json"),
         ({"rope_parameters": {"full_attention": {"rope_theta": -1}}}, "rope theta"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4, "rope_type": "yarn"}}}, "yarn"),
