@@ -132,10 +132,12 @@ def read_problems(raw: bytes, folder: Path) -> None:
 def read_a_config(raw: bytes, folder: Path) -> None:
     (folder / "config.json").write_bytes(raw)
     found = read_config(folder)
-    if found.num_hidden_layers < 8:  # what is accepted can be built and run
+    if found.num_hidden_layers < 8:  # what is accepted can be built and, where it is small, run
         small = found.vocab_size * found.hidden_size < 10**5 and found.intermediate_size < 10**3
         with torch.device("cpu" if small else "meta"):
-            Gemma(found)(torch.zeros((1, 3), dtype=torch.long))
+            model = Gemma(found)
+        if small:
+            model(torch.zeros((1, 3), dtype=torch.long))
 
 
 def read_index(raw: bytes, folder: Path) -> None:
