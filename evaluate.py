@@ -17,6 +17,7 @@ import collections
 import json
 import math
 import os
+import re
 import time
 from pathlib import Path
 from statistics import NormalDist, fmean
@@ -245,6 +246,11 @@ def print_figures(f: dict) -> None:
 def ask(args: argparse.Namespace) -> int:
     prompt, _, _ = resolve(args)
     model, tokenizer = load_for_inference(args)
+    if args.tiny:
+        words = lambda text: re.findall("[A-Za-z]+", text)  # noqa: E731
+        known = {w for p in data.load_problems("tiny", "train") for w in words(p.question)}
+        if unknown := dict.fromkeys(w for w in words(args.ask) if w not in known):
+            print(f"note: words this small model has never seen: {console.printable(', '.join(unknown))}")
     ids, _ = data.encode(tokenizer, prompt, args.ask.strip())
     done = generate.generate(model, [ids], tokenizer.stop_ids, args.max_new_tokens or usual_limit(args),
                              temperature=args.temperature, seed=args.seed,

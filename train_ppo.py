@@ -433,8 +433,8 @@ def assess(models: Models, rows: list[dict], pad_id: int, args, autocast) -> tup
         "truncated": sum(row["truncated"] for row in rows) / n,
         "worked": sum("<<" in row["completion"] for row in rows) / n,  # shows a calculation
         "response_tokens": mask.sum().item() / n,
-        "kl": masked_mean(k3, mask).item(),
-        "kl_sequence": torch.where(mask, k1, 0.0).sum().item() / n,
+        "kl": masked_mean(k3, mask).item(),  # a token
+        "kl_sequence": torch.where(mask, k1, 0.0).sum().item() / n,  # an answer; near 0 of either sign
         "entropy": masked_mean(entropy, mask).item(),
         "explained_variance": explained_variance(values, outcomes, mask),
         "value": masked_mean(values, mask).item(),
@@ -560,13 +560,19 @@ def print_plan(args, found: hub.ModelFiles, prompt, problems, held_out) -> None:
     critic = adapters * separate + config.hidden_size + 1
     longest = max(len(data.encode(tokenizer, prompt, p.question)[0]) for p in problems)
     longest += args.max_new_tokens
-    updates = math.ceil(args.rollouts / (args.micro_batch * args.accumulation))
+    size = min(args.rollouts, args.micro_batch * args.accumulation)
+    updates, rest = math.ceil(args.rollouts / size), args.rollouts % size
+    last = f" (the last: {rest})" if rest else ""
     print(f"start        {args.init} ({config.model_type}), {total:,} parameters; {prompt}")
     print(f"trained      {policy:,} of the policy, {critic:,} of the critic ({args.critic})")
     print(f"data         {len(problems):,} problems, {len(held_out)} held out; prompt and answer up to "
           f"{longest} tokens")  # fmt: skip
-    print(f"steps        {args.steps} of {args.rollouts} answers; {args.epochs} x {updates} updates on "
-          f"{args.micro_batch} x {args.accumulation} each; lr {args.lr:g}, critic {args.value_lr:g} "
+    trained = runs.run_of(args.init)
+    if trained and trained[1]["args"]["val_examples"] != len(held_out):
+        print(f"note         {args.init} held out {trained[1]['args']['val_examples']} problems, this run "
+              f"{len(held_out)}: some are held out by one and trained on by the other")  # fmt: skip
+    print(f"steps        {args.steps} of {args.rollouts} answers; {args.epochs} x {updates} updates of {size}"
+          f"{last}, in micro-batches of {args.micro_batch}; lr {args.lr:g}, critic {args.value_lr:g} "
           f"({args.recipe} recipe); {args.optim}")  # fmt: skip
     if args.critic_warmup:
         all_of_it = ": nothing of the policy will change" * (args.critic_warmup >= args.steps)
@@ -595,7 +601,7 @@ def main(argv: list[str] | None = None) -> int:
     if not Path(args.init).is_dir() and args.init.startswith("runs/"):
         sft = "python train_sft.py" + " --tiny" * args.tiny
         raise UserError(f"no {args.init} yet: PPO starts from a fine-tuned model; {sft} makes "
-                        "the default one, --init names another")  # fmt: skip
+                        "the default one, --init names another (for --dry-run any model will do)")  # fmt: skip
     trained = runs.run_of(args.init)
     prompt = data.Prompt(**trained[1]["info"]["prompt"]) if trained else data.Prompt()
     found = hub.find_model(args.init, weights=not args.dry_run)
@@ -743,7 +749,7 @@ def train(args, run, found, prompt, problems, held_out) -> int:
                 progress.note(f"step {step + 1}: {warning}")
             if step % (args.val_every or args.steps) == 0:
                 progress.note(preview(rows[0]))
-            progress.update(step + 1, reward=figures["reward"], kl=figures["kl_sequence"],
+            progress.update(step + 1, reward=figures["reward"], kl_sequence=figures["kl_sequence"],
                             length=figures["response_tokens"], tokens_per_s=tokens / (done - began),
                             memory=figures["peak_memory"])  # fmt: skip
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:

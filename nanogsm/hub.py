@@ -54,7 +54,9 @@ def find_model(name: str, weights: bool = True) -> ModelFiles:
         return _local_model(folder, weights)
     if name and folder.exists():
         raise UserError(f"{name} is a file: give the folder it is in")
-    if not HUB_ID.fullmatch(name) or name.startswith("runs/"):
+    if name.startswith("runs/"):
+        raise UserError(f"there is no {name}: train it first, or see what is in runs/")
+    if not HUB_ID.fullmatch(name):
         raise UserError(f"no such folder: {name!r}; a Hub model is written owner/name")
     return ModelFiles(_snapshot(name, weights), None, name)
 

@@ -128,6 +128,7 @@ def test_flags_that_contradict_each_other_or_the_data(script, argv, says, place)
     [
         ("no/such/folder", "no such folder"),
         ("", "no such folder"),
+        ("runs/sft-lora-mine", "train it first|PPO starts from"),
         ("a/model-nobody-has", "HF_HUB_OFFLINE"),
         ("../good.jsonl", "is a file"),
         (".", "is not a model"),

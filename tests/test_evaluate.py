@@ -592,6 +592,13 @@ def test_ask_prints_an_answer_and_writes_nothing(tmp_path, capsys):
     assert not list((tmp_path / "here").iterdir())
 
 
+def test_ask_names_the_words_the_embedded_model_has_never_seen(capsys):
+    main(flags(None, model="tiny", ask="A wug has 3 apples and a wug has 4 more. How many apples?"))
+    assert capsys.readouterr().out.startswith("note: words this small model has never seen: wug\n")
+    main(flags(None, model="tiny", ask="Tom has 3 apples. How many apples?"))
+    assert "never seen" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "text, shown",
     [

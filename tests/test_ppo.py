@@ -733,6 +733,26 @@ def test_bad_flags_are_named(flags, given, says, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_plan_says_what_the_updates_really_are(flags, capsys):
+    for rollouts, said in (("6", "2 x 2 updates of 4 (the last: 2), in"), ("8", "2 x 2 updates of 4, in"),
+                           ("3", "2 x 1 updates of 3, in")):  # fmt: skip
+        train_ppo.main([*flags, "--rollouts", rollouts, "--dry-run"])
+        out = capsys.readouterr().out
+        assert said in out and "note" not in out
+
+
+def test_other_held_out_problems_than_the_starts_are_noted(flags, capsys, tmp_path):
+    record = {"args": {"val_examples": 5}, "info": {"prompt": data.Prompt()._asdict()}}
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "run_args.json").write_text(json.dumps(record))
+    shutil.copytree(FIXTURES / "gemma3", tmp_path / "sft" / "model")
+    argv = [*flags, "--init", str(tmp_path / "sft"), "--dry-run"]
+    train_ppo.main(argv)
+    assert "held out 5 problems, this run 2" in capsys.readouterr().out
+    train_ppo.main([*argv, "--val-examples", "5"])
+    assert "note" not in capsys.readouterr().out
+
+
 def test_seed_is_the_reports_recipe():
     args = train_ppo.parse_args(["--device", "cpu"])
     assert (args.lr, args.kl_coef, args.value_coef, args.entropy_coef) == (5e-7, 0.05, 0.1, 0.01)
