@@ -601,7 +601,7 @@ def main(argv: list[str] | None = None) -> int:
     if not Path(args.init).is_dir() and args.init.startswith("runs/"):
         sft = "python train_sft.py" + " --tiny" * args.tiny
         raise UserError(f"no {args.init} yet: PPO starts from a fine-tuned model; {sft} makes "
-                        "the default one, --init names another (for --dry-run any model will do)")  # fmt: skip
+                        "the default one, --init names another (for --dry-run any model)")  # fmt: skip
     trained = runs.run_of(args.init)
     prompt = data.Prompt(**trained[1]["info"]["prompt"]) if trained else data.Prompt()
     found = hub.find_model(args.init, weights=not args.dry_run)
@@ -644,8 +644,7 @@ def train(args, run, found, prompt, problems, held_out) -> int:
     as_it_came = args.lora and (bf16 or not merged)
     base, tokenizer = load_model(found, None if as_it_came else torch.float32, args.device, merge=True)
     if not bf16:
-        base.activations = torch.float32
-        base.model.embed_tokens.float()
+        base.compute_in_float32()
     models = build(base, args)
     policy, critic = models.policy_weights(), models.value_weights()
     bits = 8 if args.optim == "adamw8bit" else 32

@@ -269,13 +269,11 @@ def train(args, run, files, prompt, examples, size, steps, validation, held_out)
     autocast = lambda: torch.autocast(kind, torch.bfloat16, enabled=bf16)  # noqa: E731
 
     # Full fine-tuning keeps float32 weights: at these learning rates most updates of a bfloat16
-    # weight are smaller than its rounding. A frozen base has no such need; where products are in
-    # float32 its layers are cast as they are used, its embedding (needed all the time) once.
+    # weight are smaller than its rounding. A frozen base has no such need.
     model, tokenizer = load_model(files, None if args.lora else torch.float32, args.device, merge=True)
     model.checkpointing = args.checkpointing
     if not bf16:
-        model.activations = torch.float32
-        model.model.embed_tokens.float()
+        model.compute_in_float32()
     if args.lora:
         adapted = lora.add_lora(model, args.lora_r, args.lora_alpha, args.seed)
         print(f"adapters on {len(adapted)} layers")

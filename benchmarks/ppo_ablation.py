@@ -150,7 +150,8 @@ def table(results: list[dict]) -> None:
         return (f"{factor * statistics.fmean(found):+.{digits}f} ± "
                 f"{factor * half_width(row, key):.{digits}f}")  # fmt: skip
 
-    print("| row | held-out exact match | against its recipe | mean reward | against it | KL, nats an answer | tokens |")
+    print("| row | held-out exact match | against its recipe | mean reward | against it "
+          "| KL, nats an answer | tokens |")  # fmt: skip
     print("|---|---|---|---|---|---|---|")
     for row, seeds in by_row.items():
         mean = lambda key: statistics.fmean(r[key] for r in seeds.values())  # noqa: E731

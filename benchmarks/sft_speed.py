@@ -148,7 +148,8 @@ def ours(args, turns: Turns) -> None:
     bf16 = args.precision == "bf16"
     autocast = lambda: torch.autocast(args.device, torch.bfloat16, enabled=bf16)  # noqa: E731
     model, tokenizer = load_model(args.model, args.dtype, args.device)
-    model.activations = None if bf16 else torch.float32
+    if not bf16:
+        model.compute_in_float32()
     model.checkpointing = True
     if not args.full:
         lora.add_lora(model, R, ALPHA, SEED)

@@ -365,6 +365,15 @@ class Gemma(nn.Module):
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device
 
+    def compute_in_float32(self) -> None:
+        """Whatever the weights' dtype, for machines without bfloat16 arithmetic: the embedding, which
+        is needed all the time, is cast once, and other weights as they are used. These are copied out
+        of the checkpoint's mapped file, or all of it would stay in memory beside them."""
+        self.activations = torch.float32
+        embedding = self.model.embed_tokens.weight
+        for p in self.parameters():
+            p.data = p.data.to(torch.float32 if p is embedding else p.dtype, copy=True)
+
     def forward(self, ids: Tensor, positions: Tensor | None = None, cache: KVCache | None = None):
         """ids (B, T) -> hidden (B, T, D). Without positions the rows start at 0. With a cache, set
         `cache.used` to the highest position + 1 first; positions are (B, T) when decoding."""

@@ -1,5 +1,7 @@
 """budget.py's figures against what the same things hold when they are really made."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import FIXTURES
@@ -23,7 +25,7 @@ def parameters(model, trained: bool | None = None) -> list:
 
 @pytest.fixture(scope="module")
 def tiny():
-    """The embedded model: its weights are bfloat16 on disk, as Gemma's are."""
+    """Load the embedded model, whose weights are float32, in another dtype."""
     return lambda dtype=None: load_model("tiny", dtype)
 
 
@@ -31,12 +33,13 @@ def test_weights_all_trained_and_frozen_under_adapters(tiny):
     model, _ = tiny(torch.float32)
     total = sum(p.numel() for p in model.parameters())
     assert budget.model_bytes(model.config, total, total, bf16=False) == held(parameters(model))
-    base, _ = tiny()
+    base, _ = tiny(torch.bfloat16)
+    base.config = dataclasses.replace(base.config, dtype=torch.bfloat16)  # as Gemma's are on disk
     add_lora(base, 16, 32.0)
     adapters = sum(p.numel() for p in parameters(base, trained=True))
     assert 0 < adapters < total
     assert budget.model_bytes(base.config, total + adapters, adapters, bf16=True) == held(parameters(base))
-    base.model.embed_tokens.float()  # as the scripts do where products are in float32
+    base.compute_in_float32()
     assert budget.model_bytes(base.config, total + adapters, adapters, bf16=False) == held(parameters(base))
 
 

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import FIXTURES
 from safetensors.torch import load_file, save_file
 
-from nanogsm import UserError
+from nanogsm import UserError, hub
 from nanogsm.lora import add_lora
 from nanogsm.model import Gemma, KVCache, load_model, read_config, save_model
 
@@ -216,7 +217,8 @@ def test_the_embedding_scale_is_rounded_as_the_activations_are(gemma):
 
 def test_a_bfloat16_base_computes_in_float32_when_told_to(gemma):
     low, _ = gemma("gemma3", torch.bfloat16)
-    low.activations = torch.float32
+    low.compute_in_float32()
+    assert low.model.norm.weight.dtype == torch.bfloat16  # cast as it is used
     high, _ = gemma("gemma3")
     with torch.no_grad():
         for name, p in high.named_parameters():
@@ -224,6 +226,16 @@ def test_a_bfloat16_base_computes_in_float32_when_told_to(gemma):
     ids = expected("gemma3")["ids"]
     assert low(ids).dtype == torch.float32
     assert torch.equal(logits(low, ids), logits(high, ids))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is mapped")
+def test_a_base_cast_to_float32_does_not_keep_its_file_in_memory(tmp_path):
+    shutil.copytree(hub.find_model("tiny").base, tmp_path / "model")
+    model, _ = load_model(tmp_path / "model")  # its weights are the file's pages
+    mapped = lambda: str(tmp_path) in Path("/proc/self/maps").read_text()  # noqa: E731
+    assert mapped()
+    model.compute_in_float32()
+    assert not mapped()
 
 
 # --------------------------------------------------------------------------------- save and load
