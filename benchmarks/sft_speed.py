@@ -1,7 +1,8 @@
-"""Fine-tuning by nanogsm against transformers Trainer + peft: seconds and memory for the same work.
+"""Fine-tuning by nanogsm against transformers Trainer or trl's SFTTrainer, with peft: seconds and
+memory for the same work.
 
-    python benchmarks/sft_speed.py --model google/gemma-3-270m --base fp32
-    python benchmarks/sft_speed.py --model PATH --data-dir DIR --full --rounds 5 --json OUT.json
+    python -m benchmarks.sft_speed --model google/gemma-3-270m --base fp32
+    python -m benchmarks.sft_speed --model PATH --data-dir DIR --full --rounds 5 --json OUT.json
 
 Same for both sides: weights, start of the adapters (ours, read by peft), the examples of every
 step, micro-batch, accumulation, rank 16 and alpha 32 on the seven linear layers of every
@@ -9,9 +10,9 @@ block, float32 adapters, gradient checkpointing (not reentrant), AdamW with 32-b
 learning rate, clipping at 1. So the losses must agree, and both are printed. Nothing is evaluated,
 logged or saved inside the timing.
 
-- Each side has its own process (peak memory is the process's on a CPU, the tensors' on CUDA). They
-  take turns, ours, peer, ours, peer, and one waits while the other computes. Loading is reported,
-  not counted; the first round of each is a warm-up. Rates are compared round by round.
+- The two take turns, each in a process of its own (sides.py; peak memory is the process's on a CPU,
+  the tensors' on CUDA). Loading is reported, not counted; the first round of each is a warm-up.
+  Rates are compared round by round.
 - The peer runs one trainer.train() from start to end, whose on_step_begin callback waits for its
   turn: its start-up is not counted, and nor are its few milliseconds of collating, as it fetches a
   step's batches before that callback. Ours pays for collating.
@@ -28,28 +29,20 @@ logged or saved inside the timing.
 
 import argparse
 import importlib.metadata
-import importlib.util
-import json
-import math
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from collections import defaultdict
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import train_sft  # noqa: E402
-from nanogsm import UserError, console, data, files, hub, lora  # noqa: E402
-from nanogsm.model import Linear, load_model  # noqa: E402
-from nanogsm.optim import AdamW  # noqa: E402
+import train_sft
+from benchmarks.sides import Side, Turns, compete, matrix_rate
+from nanogsm import UserError, console, data, files, hub, lora
+from nanogsm.model import Linear, load_model
+from nanogsm.optim import AdamW
 
 R, ALPHA, SEED, CLIP, LONGEST = 16, 32, 0, 1.0, 768
-PACKAGES = ("torch", "transformers", "peft", "accelerate")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -63,6 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--rounds", type=int, default=3, help="counted rounds of each side")
     p.add_argument("--micro-batch", type=int, default=8)
     p.add_argument("--accumulation", type=int, default=2)
+    p.add_argument("--peer", choices=("trainer", "trl"), default="trainer", help="transformers' or trl's")
     p.add_argument("--lend", action="store_true", help="sorted, mask-free batches for the peer too")
     p.add_argument("--device", default="auto", help="cuda or cpu; auto takes the first there is")
     p.add_argument("--json", help="write all figures there")
@@ -95,54 +89,6 @@ def steps_of(args, tokenizer) -> list[list[data.Example]]:
 # ----------------------------------------------------------------------------------- the workers
 
 
-class Turns:
-    """A worker's side of the conversation: it waits for a line on stdin before each round and
-    answers with one JSON line after it."""
-
-    def __init__(self, args):
-        self.args, self.born, self.spans = args, time.perf_counter(), defaultdict(float)
-        self.out = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # what libraries print goes to the log
-
-    def say(self, **facts) -> None:
-        facts["memory"] = console.peak_memory(self.args.device)
-        print(json.dumps(facts), file=self.out, flush=True)
-
-    def ready(self, **facts) -> None:
-        self.say(loading=time.perf_counter() - self.born, **facts)
-
-    def begin(self, step: int) -> None:
-        if step % self.args.steps == 0:
-            if not sys.stdin.readline():
-                sys.exit(1)  # the parent is gone
-            self.losses, self.spans, self.began = [], defaultdict(float), now(self.args.device)
-
-    def end(self, step: int, loss: float) -> None:
-        self.losses.append(loss)
-        if (step + 1) % self.args.steps == 0:
-            seconds = now(self.args.device) - self.began
-            self.say(seconds=seconds, losses=self.losses, spans=self.spans)
-        if step + 1 == self.args.total:
-            sys.stdin.read()  # until the parent ends us: leaving takes CPU time from the other side
-
-    def timed(self, name: str, function):
-        """function, which adds its time to spans[name]."""
-
-        def run(*args, **kwargs):
-            start = now(self.args.device)
-            result = function(*args, **kwargs)
-            self.spans[name] += now(self.args.device) - start
-            return result
-
-        return run
-
-
-def now(device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def ours(args, turns: Turns) -> None:
     """What train_sft.train does, without its run folder."""
     bf16 = args.precision == "bf16"
@@ -169,12 +115,17 @@ def ours(args, turns: Turns) -> None:
         trained=sum(p.numel() for p in trained.values()),
     )
     for step, examples in enumerate(steps):
-        turns.begin(step)
+        if step % args.steps == 0:
+            turns.begin()
+            losses = []
         loss = backward_step(model, examples, args.micro_batch, tokenizer.pad_id, autocast)
         torch.nn.utils.clip_grad_norm_(trained.values(), CLIP).item()
         optimizer.step()
         optimizer.zero_grad()
-        turns.end(step, loss)
+        losses.append(loss)
+        if (step + 1) % args.steps == 0:
+            turns.end(losses=losses)
+    turns.rest()
 
 
 def flops_of(args, model, trained: dict, examples: list) -> float:
@@ -191,17 +142,6 @@ def flops_of(args, model, trained: dict, examples: list) -> float:
     return in_blocks + 2 * supervised * (4 if args.full else 2) * head
 
 
-def matrix_rate(device: str, dtype: torch.dtype) -> float:
-    """Floating-point operations a second in a large matrix product: the best of six."""
-    n, best = 8192 if device.startswith("cuda") else 2048, math.inf
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    for _ in range(6):
-        start = now(device)
-        a @ a
-        best = min(best, now(device) - start)
-    return 2 * n**3 / best
-
-
 def peer(args, turns: Turns) -> None:
     import transformers
 
@@ -215,7 +155,8 @@ def peer(args, turns: Turns) -> None:
 
         model = peft.PeftModel.from_pretrained(model, Path(args.scratch) / "adapter", is_trainable=True)
 
-    def collate(rows: list[data.Example]) -> dict[str, torch.Tensor]:
+    def collate(rows: list) -> dict[str, torch.Tensor]:
+        rows = [data.Example(**row) if isinstance(row, dict) else row for row in rows]
         ids, mask = data.collate(rows, tokenizer.pad_id)
         batch = {"input_ids": ids, "labels": ids.masked_fill(~mask, -100)}
         if not args.lend:
@@ -223,7 +164,22 @@ def peer(args, turns: Turns) -> None:
             batch["attention_mask"] = (torch.arange(ids.shape[1]) < lengths).long()
         return batch
 
-    class Trainer(transformers.Trainer):
+    steps = steps_of(args, tokenizer)
+    if args.lend:
+        steps = [sum(data.micro_batches(s, args.micro_batch), []) for s in steps]
+    rows = [example for step in steps for example in step]
+    if args.peer == "trl":  # which takes no list of tuples, and asks for a tokenizer
+        import datasets
+        import trl
+
+        rows = datasets.Dataset.from_list([example._asdict() for example in rows])
+        Base, Settings = trl.SFTTrainer, trl.SFTConfig
+        own = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+        names = transformers.AutoTokenizer.from_pretrained(folder)
+    else:
+        Base, Settings, own, names = transformers.Trainer, transformers.TrainingArguments, {}, None
+
+    class Trainer(Base):
         loss = 0.0  # of the step: Trainer divides by the supervised tokens of all its micro-batches
 
         def _get_train_sampler(self, *_):
@@ -241,77 +197,40 @@ def peer(args, turns: Turns) -> None:
                 trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
                 turns.ready(arithmetic="bfloat16 (autocast)" if bf16 else plain, trained=trained)
             trainer.loss = 0.0
-            turns.begin(state.global_step)
+            if state.global_step % args.steps == 0:
+                turns.begin()
+                self.losses = []
 
         def on_step_end(self, _, state, control, **kwargs):
-            turns.end(state.global_step - 1, trainer.loss.item())
+            self.losses.append(trainer.loss.item())
+            if state.global_step % args.steps == 0:
+                turns.end(losses=self.losses)
 
-    settings = transformers.TrainingArguments(
+    settings = Settings(
         output_dir=args.scratch, max_steps=args.total, seed=SEED, use_cpu=args.device == "cpu",
         per_device_train_batch_size=args.micro_batch, gradient_accumulation_steps=args.accumulation,
         gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=bf16, optim="adamw_torch", learning_rate=args.lr, lr_scheduler_type="constant",
         weight_decay=0.0, max_grad_norm=CLIP, remove_unused_columns=False, report_to="none",
-        save_strategy="no", eval_strategy="no", logging_strategy="no", disable_tqdm=True,
+        save_strategy="no", eval_strategy="no", logging_strategy="no", disable_tqdm=True, **own,
     )  # fmt: skip
-    steps = steps_of(args, tokenizer)
-    if args.lend:
-        steps = [sum(data.micro_batches(s, args.micro_batch), []) for s in steps]
-    rows = [example for step in steps for example in step]
-    trainer = Trainer(model, settings, collate, train_dataset=rows, callbacks=[TakeTurns()])
+    trainer = Trainer(model=model, args=settings, data_collator=collate, train_dataset=rows,
+                      processing_class=names, callbacks=[TakeTurns()])  # fmt: skip
     trainer.train()
+    turns.rest()
 
 
 # ------------------------------------------------------------------------------------ the parent
-
-
-class Side:
-    """A worker process as the parent sees it."""
-
-    def __init__(self, name: str, argv: list[str], scratch: str):
-        self.name, self.log = name, Path(scratch) / f"{name}.log"
-        command = [sys.executable, __file__, *argv, "--worker", name, "--scratch", scratch]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-            )
-        self.about = self.listen()
-        self.rounds: list[dict] = []
-
-    def listen(self) -> dict:
-        line = self.process.stdout.readline()
-        if not line:
-            raise UserError(f"the worker {self.name} died:\n{self.log.read_text()[-3000:]}")
-        return json.loads(line)
-
-    def run_round(self) -> dict:
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        self.rounds.append(self.listen())
-        return self.rounds[-1]
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     if args.worker:
-        return {"ours": ours, "peer": peer}[args.worker](args, Turns(args))
+        return {"ours": ours, "peer": peer}[args.worker](args, Turns(args.device))
 
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"not installed: {', '.join(missing)}; timing ours alone")
-    sides: dict[str, Side] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            for name in ("ours",) if missing else ("ours", "peer"):  # ours writes the adapter first
-                sides[name] = Side(name, argv, scratch)
-            for number in range(args.rounds + 1):
-                seconds = [f"{n} {s.run_round()['seconds']:.2f} s" for n, s in sides.items()]
-                print(f"round {number or '0 (not counted)'}: {', '.join(seconds)}", flush=True)
-        finally:
-            for side in sides.values():
-                side.process.kill()
-                side.process.wait()
+    needed = PACKAGES if args.peer == "trl" else PACKAGES[:-2]
+    sides = compete("benchmarks.sft_speed", argv, needed, args.rounds)
     figures = summary(args, sides)
     show(args, figures)
     if args.json:

@@ -1,0 +1,127 @@
+"""Two processes that take turns, ours and a peer, so that times and memory can be compared.
+
+Each side is a process of its own, since peak memory is a process's. They compute by turns, ours,
+peer, ours, peer, and one waits while the other works: whatever else the machine does falls on
+both alike. A benchmark calls `compete` in the parent; the same file, started with --worker NAME,
+speaks through `Turns`.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from nanogsm import UserError, console
+
+
+def now(device: str) -> float:
+    """The time when all that was asked of the device is done."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def matrix_rate(device: str, dtype: torch.dtype) -> float:
+    """Floating-point operations a second in a large matrix product: the best of six."""
+    n, best = 8192 if device.startswith("cuda") else 2048, math.inf
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    for _ in range(6):
+        start = now(device)
+        a @ a
+        best = min(best, now(device) - start)
+    return 2 * n**3 / best
+
+
+class Turns:
+    """A worker's side of the conversation: `ready`, then per round `begin`, work, `end`; last `rest`.
+    It waits for a line on stdin before each round and answers with one JSON line after it."""
+
+    def __init__(self, device: str):
+        self.device, self.born, self.spans = device, time.perf_counter(), defaultdict(float)
+        self.out = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # what libraries print goes to the log
+
+    def _say(self, **facts) -> None:
+        facts["memory"] = console.peak_memory(self.device)
+        print(json.dumps(facts), file=self.out, flush=True)
+
+    def ready(self, **facts) -> None:
+        self._say(loading=time.perf_counter() - self.born, **facts)
+
+    def begin(self) -> None:
+        if not sys.stdin.readline():
+            sys.exit(1)  # the parent is gone
+        self.spans, self.began = defaultdict(float), now(self.device)
+
+    def end(self, **facts) -> None:
+        self._say(seconds=now(self.device) - self.began, spans=self.spans, **facts)
+
+    def rest(self) -> None:
+        """Until the parent ends us: leaving takes CPU time from the other side."""
+        sys.stdin.read()
+
+    def timed(self, name: str, function):
+        """function, which adds its time to spans[name]."""
+
+        def run(*args, **kwargs):
+            start = now(self.device)
+            result = function(*args, **kwargs)
+            self.spans[name] += now(self.device) - start
+            return result
+
+        return run
+
+
+class Side:
+    """A worker process as the parent sees it: what it said of itself, and its rounds."""
+
+    def __init__(self, name: str, module: str, argv: list[str], scratch: str):
+        self.name, self.log = name, Path(scratch) / f"{name}.log"
+        command = [sys.executable, "-m", module, *argv, "--worker", name, "--scratch", scratch]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        self.about = self._listen()
+        self.rounds: list[dict] = []
+
+    def _listen(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise UserError(f"the worker {self.name} died:\n{self.log.read_text()[-1000:]}")
+        return json.loads(line)
+
+    def run_round(self) -> dict:
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        self.rounds.append(self._listen())
+        return self.rounds[-1]
+
+
+def compete(module: str, argv: list[str], packages: tuple[str, ...], rounds: int) -> dict[str, Side]:
+    """Ours and, where its packages are installed, the peer: a round to warm up, then `rounds`. Ours
+    goes first, in starting and in every round: what the peer needs of it lies in --scratch."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"not installed: {', '.join(missing)}; timing ours alone")
+    sides: dict[str, Side] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            for name in ("ours",) if missing else ("ours", "peer"):
+                sides[name] = Side(name, module, argv, scratch)
+            for number in range(rounds + 1):
+                seconds = [f"{n} {s.run_round()['seconds']:.2f} s" for n, s in sides.items()]
+                print(f"round {number or '0 (not counted)'}: {', '.join(seconds)}", flush=True)
+        finally:
+            for side in sides.values():
+                side.process.kill()
+                side.process.wait()
+    return sides
