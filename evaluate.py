@@ -13,22 +13,18 @@ something else. No training script opens the test split.
 """
 
 import argparse
-import collections
 import json
-import math
 import os
 import re
 import time
 from pathlib import Path
-from statistics import NormalDist, fmean
 
 import torch
 
 from nanogsm import UserError, console, data, files, generate, hub
 from nanogsm.model import load_model
 from nanogsm.runs import is_tiny, run_of
-
-Z95 = NormalDist().inv_cdf(0.975)
+from nanogsm.scores import paired, read_rows, summarise
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -72,55 +68,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.ask is not None and not args.ask.strip():
         raise UserError("--ask needs a question")
     return args
-
-
-# ------------------------------------------------------------------------------------ statistics
-
-
-def wilson(correct: float, n: int) -> tuple[float, float]:
-    """95% Wilson score interval of a proportion. Unlike p +- 1.96 s.e. it stays inside [0, 1] and
-    holds near 0, where untuned models are."""
-    p, z2n = correct / n, Z95**2 / n
-    centre, half = p + z2n / 2, Z95 * math.sqrt(p * (1 - p) / n + z2n / (4 * n))
-    return max(0.0, (centre - half) / (1 + z2n)), min(1.0, (centre + half) / (1 + z2n))
-
-
-def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided p that A and B are equally good, from the problems only one of them solved:
-    under that hypothesis each is a fair coin's toss (McNemar 1947, binomial form)."""
-    n, k = only_a + only_b, min(only_a, only_b)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
-
-
-def majority(rows: list[dict]) -> bool:
-    """Whether the commonest answer among a problem's completions is right (a tie: the earliest)."""
-    answers = collections.Counter(r["answer"] for r in rows if r["answer"] is not None)
-    return bool(answers) and data.same_number(answers.most_common(1)[0][0], rows[0]["gold"])
-
-
-def summarise(rows: list[dict], samples: int) -> dict:
-    """Figures of an evaluation from its rows (samples a problem, together). The interval is over
-    problems: several completions of one are not independent, so with samples it is a little wide."""
-    groups = [rows[i : i + samples] for i in range(0, len(rows), samples)]
-    accuracy = fmean(r["correct"] for r in rows)
-    low, high = wilson(accuracy * len(groups), len(groups))
-    figures = {
-        "n": len(groups),
-        "completions": len(rows),
-        "correct": sum(r["correct"] for r in rows),  # of the completions
-        "accuracy": accuracy,
-        "ci_low": low,
-        "ci_high": high,
-        "flexible_accuracy": fmean(r["flexible"] for r in rows),
-        "truncated": fmean(r["truncated"] for r in rows),
-        "formatted": fmean(r["answer"] is not None for r in rows),
-        "mean_tokens": fmean(r["tokens"] for r in rows),
-    }
-    if samples > 1:
-        figures["pass@1"] = accuracy
-        figures[f"pass@{samples}"] = fmean(any(r["correct"] for r in g) for g in groups)
-        figures[f"maj@{samples}"] = fmean(majority(g) for g in groups)
-    return figures
 
 
 # ------------------------------------------------------------------------------------ evaluation
@@ -265,27 +212,6 @@ def ask(args: argparse.Namespace) -> int:
 # ------------------------------------------------------------------------------------ comparison
 
 
-def read_rows(where: str) -> tuple[str, list[dict]]:
-    """(path, rows) of an evaluation: a .jsonl file, or the newest one in a run's folder."""
-    path = Path(where)
-    if path.is_dir():
-        found = sorted(path.glob("eval-*.jsonl"), key=lambda f: f.stat().st_mtime)
-        if not found:
-            raise UserError(f"{where} has no evaluation yet: python evaluate.py --model {where}")
-        path = found[-1]
-    elif not path.exists():
-        raise UserError(f"there is no {where}: --compare takes two runs or two eval .jsonl files")
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        kinds = {"index": int, "correct": bool, "gold": (int, float), "question": str, "completion": str}
-        for row in rows:
-            if wrong := [k for k, kind in kinds.items() if not isinstance(row[k], kind)]:
-                raise ValueError(f"a row's {wrong[0]} is {row[wrong[0]]!r}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UserError(f"cannot read an evaluation from {path}: {e}") from e
-    return str(path), rows
-
-
 def compare(args: argparse.Namespace) -> int:
     """Paired comparison on the problems both evaluations have: the table, the exact test, and every
     problem that went from right to wrong or back, in full."""
@@ -299,25 +225,22 @@ def compare(args: argparse.Namespace) -> int:
     differ = [i for i in common if any(a[i][k] != b[i][k] for k in ("question", "gold"))]
     if differ:
         raise UserError(f"the two are about different problems: {differ[:5]} are not the same")
-    cells = collections.Counter((a[i]["correct"], b[i]["correct"]) for i in common)
-    only_a, only_b = cells[True, False], cells[False, True]
-    fixed = [i for i in common if b[i]["correct"] and not a[i]["correct"]]
-    broken = [i for i in common if a[i]["correct"] and not b[i]["correct"]]
-    for title, indices in (("fixed: B right where A was wrong", fixed),
-                           ("regressed: A right where B is wrong", broken)):  # fmt: skip
+    pair = paired(a, b)
+    for title, indices in (("fixed: B right where A was wrong", pair["fixed"]),
+                           ("regressed: A right where B is wrong", pair["broken"])):  # fmt: skip
         print(f"\n=== {title}: {len(indices)} ===")
         for i in indices:
             print(f"\n--- problem {i}, answer {a[i]['gold']:.15g}\n{console.printable(a[i]['question'])}")
             print(f"[A] {console.printable(a[i]['completion'].strip())}")
             print(f"[B] {console.printable(b[i]['completion'].strip())}")
     print(f"\nA  {path_a}\nB  {path_b}\n{len(common)} problems in common")
+    both = sum(a[i]["correct"] and b[i]["correct"] for i in common)
+    only_a, only_b = len(pair["broken"]), len(pair["fixed"])
     print(f"{'':>12}{'B right':>9}{'B wrong':>9}")
-    print(f"{'A right':>12}{cells[True, True]:>9}{only_a:>9}")
-    print(f"{'A wrong':>12}{only_b:>9}{cells[False, False]:>9}")
-    right_a, right_b = cells[True, True] + only_a, cells[True, True] + only_b
-    print(f"A {100 * right_a / len(common):.1f}%, B {100 * right_b / len(common):.1f}%: "
-          f"{100 * (right_b - right_a) / len(common):+.1f} points, "
-          f"exact McNemar p = {mcnemar(only_a, only_b):.4g}")  # fmt: skip
+    print(f"{'A right':>12}{both:>9}{only_a:>9}")
+    print(f"{'A wrong':>12}{only_b:>9}{len(common) - both - only_a - only_b:>9}")
+    print(f"A {100 * (both + only_a) / len(common):.1f}%, B {100 * (both + only_b) / len(common):.1f}%: "
+          f"{pair['points']:+.1f} points, exact McNemar p = {pair['p']:.4g}")  # fmt: skip
     return 0
 
 

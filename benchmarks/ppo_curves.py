@@ -18,8 +18,7 @@ import json
 import os
 from pathlib import Path
 
-from evaluate import mcnemar, wilson
-from nanogsm import UserError, charts, console, files, runs
+from nanogsm import UserError, charts, console, files, runs, scores
 
 CURVES = {
     "val_exact_match": "right, greedy, held-out problems",
@@ -36,24 +35,24 @@ def read(path: Path) -> list[dict]:
         raise UserError(f"cannot read {path} ({error}): see the commands above --help") from error
 
 
-def right_by_problem(run: Path) -> dict[int, bool]:
+def answers(run: Path) -> dict[int, dict]:
+    """Problem -> row of the one evaluation on the test split that a run has."""
     found = sorted(run.glob("eval-test-*.jsonl"))
     if len(found) != 1:
         raise UserError(f"{run} has {len(found)} evaluations, not 1: python evaluate.py --model {run}")
-    return {row["index"]: row["correct"] for row in read(found[0])}
+    return {row["index"]: row for row in scores.read_rows(str(found[0]))[1]}
 
 
-def paired(before: dict[int, bool], after: dict[int, bool]) -> dict:
+def before_and_after(before: dict[int, dict], after: dict[int, dict]) -> dict:
     """Exact match of both on the same problems, and the exact test of the difference."""
     if before.keys() != after.keys():
         raise UserError("the two evaluations are about different problems")
-    n = len(after)
-    fixed = sum(after[i] and not before[i] for i in after)
-    broken = sum(before[i] and not after[i] for i in after)
-    low, high = wilson(sum(after.values()), n)
+    pair, n = scores.paired(before, after), len(after)
+    right = [sum(row["correct"] for row in rows.values()) for rows in (before, after)]
+    low, high = scores.wilson(right[1], n)
     return {
-        "n": n, "before": sum(before.values()) / n, "after": sum(after.values()) / n, "ci_low": low,
-        "ci_high": high, "fixed": fixed, "broken": broken, "mcnemar_p": mcnemar(fixed, broken),
+        "n": n, "before": right[0] / n, "after": right[1] / n, "ci_low": low, "ci_high": high,
+        "fixed": len(pair["fixed"]), "broken": len(pair["broken"]), "mcnemar_p": pair["p"],
     }  # fmt: skip
 
 
@@ -69,7 +68,7 @@ def collect(folder: Path, recipe: str) -> dict:
         "recipe": recipe,
         "seed": settings["seed"],
         "commit": record[1]["info"].get("commit"),
-        **paired(right_by_problem(folder / "sft"), right_by_problem(run)),
+        **before_and_after(answers(folder / "sft"), answers(run)),
         "seconds": sum(row["seconds"] for row in steps),
         "peak_memory": max(row["peak_memory"] for row in steps),
         "curves": {k: [(row["step"], row[k]) for row in rows if k in row] for k in CURVES},

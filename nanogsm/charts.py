@@ -35,9 +35,11 @@ def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
 def panel_svg(panel: Panel, names: list[str], x0: float, y0: float) -> str:
     lines = [(name, [p for p in points if all(map(math.isfinite, p))]) for name, points in panel.lines]
     points = [p for _, line in lines for p in line] or [(0.0, 0.0)]
-    xs, ys = ticks(*_range([x for x, _ in points])), ticks(*_range([y for _, y in points]))
+    ys, (first, last) = ticks(*_range([y for _, y in points])), _range([x for x, _ in points])
+    last = last if last > first else first + 1  # x ends where the points do, y at a tick
+    xs = [x for x in ticks(first, last) if first <= x <= last]
     right, bottom = x0 + WIDTH - RIGHT, y0 + HEIGHT - BOTTOM
-    at_x = lambda x: x0 + LEFT + (x - xs[0]) / (xs[-1] - xs[0]) * (right - x0 - LEFT)  # noqa: E731
+    at_x = lambda x: x0 + LEFT + (x - first) / (last - first) * (right - x0 - LEFT)  # noqa: E731
     at_y = lambda y: bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (bottom - y0 - TOP)  # noqa: E731
     label = lambda y: f"{100 * y:.3g}%" if panel.percent else f"{y:,.4g}"  # noqa: E731
     parts = [f'<text class="title" x="{x0 + LEFT}" y="{y0 + 18}">{html.escape(panel.title)}</text>']
@@ -58,9 +60,9 @@ def _range(values: list[float]) -> tuple[float, float]:
 
 
 def page(panels: list[Panel], names: list[str]) -> str:
-    """An SVG file: a legend of `names`, then the panels, two a row."""
-    rows = math.ceil(len(panels) / COLUMNS)
-    width, height = WIDTH * min(COLUMNS, len(panels)), 34 + HEIGHT * rows
+    """An SVG file: a legend of `names`, if there are several, then the panels, two a row."""
+    rows, top = math.ceil(len(panels) / COLUMNS), 34 * (len(names) > 1)
+    width, height = WIDTH * min(COLUMNS, len(panels)), top + HEIGHT * rows
     colours = lambda palette: " ".join(  # noqa: E731
         f".c{i}{{stroke:{colour}}} text.c{i}{{fill:{colour}}}" for i, colour in enumerate(palette)
     )
@@ -77,11 +79,11 @@ def page(panels: list[Panel], names: list[str]) -> str:
             .grid {{stroke: #30363d}} {colours(DARK)}
         }}"""
     legend, x = [], LEFT
-    for i, name in enumerate(names):
+    for i, name in enumerate(names if top else []):
         legend.append(f'<text class="c{i % len(LIGHT)}" x="{x}" y="22">{html.escape(name)}</text>')
         x += 24 + 8 * len(name)
     drawn = [
-        panel_svg(panel, names, WIDTH * (i % COLUMNS), 34 + HEIGHT * (i // COLUMNS))
+        panel_svg(panel, names, WIDTH * (i % COLUMNS), top + HEIGHT * (i // COLUMNS))
         for i, panel in enumerate(panels)
     ]
     return "\n".join([

@@ -11,13 +11,13 @@ from nanogsm import UserError
 
 
 def test_pairing_counts_what_was_fixed_and_broken():
-    before = {i: i < 3 for i in range(10)}  # 3 right
-    after = {i: i in (0, 4, 5, 6, 7, 8) for i in range(10)}  # 1 kept, 2 broken, 5 fixed
-    found = ppo_curves.paired(before, after)
+    before = {i: {"correct": i < 3} for i in range(10)}  # 3 right
+    after = {i: {"correct": i in (0, 4, 5, 6, 7, 8)} for i in range(10)}  # 1 kept, 2 broken, 5 fixed
+    found = ppo_curves.before_and_after(before, after)
     assert (found["before"], found["after"], found["fixed"], found["broken"]) == (0.3, 0.6, 5, 2)
     assert found["mcnemar_p"] == pytest.approx(2 * (1 + 7 + 21) / 2**7)  # two-sided, of a fair coin
     with pytest.raises(UserError, match="different problems"):
-        ppo_curves.paired(before, {0: True})
+        ppo_curves.before_and_after(before, {0: before[0]})
 
 
 def test_every_row_of_the_ablation_is_a_command_that_parses():

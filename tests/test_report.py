@@ -1,0 +1,111 @@
+"""report.py: a page from hand-made evaluations, some of whose text is hostile."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from nanogsm import UserError, report
+from nanogsm.scores import summarise
+
+HOSTILE = "<script>alert(1)</script>\x1b[2J</pre></details> <<2*3=7>>\n#### 7"
+
+
+def stage(folder: Path, answers: dict[int, tuple[str, float | None]], ppo: bool = False, probes=False) -> str:
+    """A finished run with an evaluation: problem -> (completion, its number); 6 is right."""
+    folder.mkdir()
+    rows = [
+        {"index": i, "question": f"What is {i} & <b>?", "correct": answer == 6.0, "flexible": False, "gold": 6.0,
+         "answer": answer, "truncated": False, "tokens": 9, "completion": completion}
+        for i, (completion, answer) in answers.items()
+    ]  # fmt: skip
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "eval-test-4.jsonl").write_text(lines)
+    (folder / "eval-test-4.json").write_text(json.dumps(summarise(rows, 1)))
+    if probes:
+        (folder / "eval-probes-2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    args = {"val_examples": 4, "recipe": "tuned", "lr": 1e-3} | ({"kl_coef": 0.01} if ppo else {})
+    record = {"args": args, "info": {"prompt": {"style": "plain", "shots": 0, "instruction": False}}}
+    (folder / "run_args.json").write_text(json.dumps(record))
+    key = "reward" if ppo else "loss"
+    metrics = [{"step": s, key: 1 / s, "seconds": 2.0, "tokens": 100, "grad_norm": None} for s in (1, 2, 3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    return str(folder)
+
+
+class Tags(HTMLParser):
+    """Which tags a browser would see, and whether they nest."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open, self.seen, self.text = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append(tag)
+        assert not [k for k, v in attributes if k in ("src", "href") or k.startswith("on")], "loads or runs"
+        if tag not in ("meta", "path", "rect", "polyline"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("path", "rect", "polyline"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture
+def two(tmp_path) -> list[str]:
+    before = {0: (HOSTILE, 7.0), 1: ("no idea", None), 2: ("<<1+1=2>>\n#### 2", 2.0), 3: ("#### 6", 6.0)}
+    after = {0: ("<<2*3=6>>\n#### 6", 6.0), 1: ("#### 6", 6.0), 2: ("#### 1", 1.0), 3: ("#### 5", 5.0)}
+    return [stage(tmp_path / "sft", before, probes=True), stage(tmp_path / "ppo", after, ppo=True, probes=True)]
+
+
+def test_the_page_is_whole_loads_nothing_and_runs_nothing(two, tmp_path, capsys):
+    assert report.main(two) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert str(tmp_path / "report.html") in capsys.readouterr().out
+    tags = Tags(page)
+    assert not tags.open and "script" not in tags.seen and "\x1b" not in page
+    said = "".join(tags.text)
+    assert "<script>alert(1)</script>\\x1b[2J</pre></details> <<2*3=7>>" in said  # shown as it was written
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_scores_changes_and_mistakes_are_counted(two):
+    page = report.page([report.read_stage(folder) for folder in two])
+    cells = lambda *texts: "".join(f"<td>{t}</td>" for t in texts)  # noqa: E731
+    assert cells("sft", "25.0%") in page and cells("ppo", "50.0%") in page
+    assert cells("2 of 4", "+25.0", "1") in page  # two fixed, one broken: p = 1
+    assert "Fixed from sft to ppo: 2" in page and "Broken from sft to ppo: 1" in page
+    assert "They were: arithmetic 1, no answer 1" in page and "They became: guessed 1" in page
+    assert cells("guessed", 0, 2, "shows no calculation at all") in page
+    assert "arithmetic: &lt;&lt;2*3=7&gt;&gt;" in page
+    assert "<h2>Probes</h2>" in page
+
+
+def test_curves_are_drawn_of_what_there_is(two):
+    stages = [report.read_stage(folder) for folder in two]
+    page = report.curves_section(stages)
+    assert page.index("<h2>SFT, by step") < page.index("training loss") < page.index("<h2>PPO, by step")
+    assert page.index("<h2>PPO, by step") < page.index("reward of sampled")
+    assert page.count("tokens a second") == 2 and "gradient norm" not in page  # of which no figure is known
+    assert report.curves_section([stages[0]._replace(metrics=[])]) == ""
+
+
+def test_what_cannot_be_reported_is_said(two, tmp_path):
+    with pytest.raises(UserError, match="no evaluation yet"):
+        (tmp_path / "bare").mkdir()
+        report.main([str(tmp_path / "bare")])
+    with pytest.raises(UserError, match="there is no"):
+        report.main([str(tmp_path / "none")])
+    rows = Path(two[0], "eval-test-4.jsonl")
+    rows.write_text(rows.read_text() * 2)
+    with pytest.raises(UserError, match="several samples"):
+        report.main(two[:1])
+    Path(two[1], "eval-test-4.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot report on"):
+        report.main(two[1:])
+    assert not (tmp_path / "report.html").exists()
