@@ -9,12 +9,14 @@ own; the commands are printed as they start, and --dry-run prints them all. What
 done again, so the same command goes on with a study that was stopped. A row that cannot be run (gated
 weights, a data file that is not to be had) says why, and the others go on.
 
-Writes study.md, the table, and study.json, all figures, to the study's folder. No row is chosen by
-its score on the test split: the settings of "tuned" were found on problems held out of train.
+Writes study.md, the table, study.json, all figures, and report.html, curves and answers, to the study's
+folder. No row is chosen by its score on the test split: the settings of "tuned" were found on problems
+held out of train.
 """
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -23,7 +25,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from nanogsm import UserError, console, files
+from nanogsm import UserError, console, files, report
 from nanogsm.scores import KINDS, kind_of, paired, read_rows
 
 HERE = Path(__file__).parent
@@ -54,6 +56,7 @@ ROWS = [
 ]
 BY_NAME = {row.name: row for row in ROWS}
 START = "full-main"  # of PPO
+PROBED = ("untuned", "full-main", "ppo", "ppo-tuned")  # which answer five more problems, to be read
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -78,28 +81,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def commands(row: Row, args: argparse.Namespace) -> list[list[str]]:
-    """What to run for a row: the training, if any, and the evaluation."""
+    """What to run for a row: the training, if any, the evaluation, and the probes where they are asked."""
     machine = [["--device", args.device], ["--precision", args.precision], ["--data-dir", args.data_dir]]
     machine = [word for pair in machine if pair[1] not in ("auto", None) for word in pair]
     tiny, model = ["--tiny"] * args.tiny, [] if args.tiny else ["--model", args.model]
     folder, flags = str(args.out / row.name), row.flags.split()
-    judge = ["--n", str(args.n), *machine, *shlex.split(args.eval)]
+    judge = [*machine, *shlex.split(args.eval)]
+    test = ["--n", str(args.n)]
+    probes = ["--data", os.path.relpath(HERE / "nanogsm" / ("tiny" if args.tiny else "") / "probes.jsonl")]
+    tested = (test, probes) if row.name in PROBED else (test,)
     if row.script is None:
-        return [["evaluate.py", *tiny, *model, *flags, *judge, "--out", folder]]
+        asked = ["evaluate.py", *tiny, *model, *flags]
+        return [[*asked, *these, *judge, "--out", folder] for these in tested]
     if row.script == "train_sft.py":
         start, more = model, args.sft
     else:
         start, more = ["--init", str(args.out / START)], args.ppo
     flags += ["--seed", str(args.seed), *machine, *shlex.split(more)]
+    asked = ["evaluate.py", *tiny, "--model", folder]
     return [
         [row.script, *tiny, *start, *flags, "--out", folder],
-        ["evaluate.py", *tiny, "--model", folder, *judge],
+        *[[*asked, *these, *judge] for these in tested],
     ]
 
 
-def evaluation(row: Row, args: argparse.Namespace) -> Path | None:
-    """The newest evaluation of a row on args.n test problems, its .json; None if there is none."""
-    found = sorted((args.out / row.name).glob(f"eval-test-{args.n}*.json"), key=lambda f: f.stat().st_mtime)
+def evaluation(row: Row, args: argparse.Namespace, kind: str = "test") -> Path | None:
+    """The newest evaluation of a row, its .json, on args.n test problems or the probes; None if there
+    is none."""
+    pattern = f"eval-test-{args.n}*.json" if kind == "test" else "eval-probes-*.json"
+    found = sorted((args.out / row.name).glob(pattern), key=lambda f: f.stat().st_mtime)
     return found[-1] if found else None
 
 
@@ -220,7 +230,8 @@ def main(argv: list[str] | None = None) -> int:
             if args.dry_run:
                 print(f"python {shlex.join(command)}")
                 continue
-            if command[0] == "evaluate.py" and evaluation(row, args):
+            kind = "probes" if "--data" in command else "test"
+            if command[0] == "evaluate.py" and evaluation(row, args, kind):
                 continue
             status, said = run(command)
             if status in (130, 143):
@@ -236,7 +247,10 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     files.write_json(args.out / "study.json", {"environment": console.environment(), "rows": rows})
     files.replace_file(args.out / "study.md", table(rows).encode())
-    print(f"\n{table(rows)}\nwritten to {args.out / 'study.md'} and study.json")
+    print(f"\n{table(rows)}\nwritten to {args.out / 'study.md'}, study.json and report.html")
+    stages = [args.out / f["row"] for f in rows if "not_run" not in f and f["row"] in PROBED]
+    if stages:
+        report.main([*map(str, stages), "--out", str(args.out / "report.html")])
     return 0
 
 

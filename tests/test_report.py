@@ -16,8 +16,8 @@ def stage(folder: Path, answers: dict[int, tuple[str, float | None]], ppo: bool 
     """A finished run with an evaluation: problem -> (completion, its number); 6 is right."""
     folder.mkdir()
     rows = [
-        {"index": i, "question": f"What is {i} & <b>?", "correct": answer == 6.0, "flexible": False, "gold": 6.0,
-         "answer": answer, "truncated": False, "tokens": 9, "completion": completion}
+        {"index": i, "question": f"What is {i} & <b>?", "gold": 6.0, "answer": answer, "correct": answer == 6.0,
+         "flexible": False, "truncated": False, "tokens": 9, "completion": completion}
         for i, (completion, answer) in answers.items()
     ]  # fmt: skip
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -60,7 +60,7 @@ class Tags(HTMLParser):
 def two(tmp_path) -> list[str]:
     before = {0: (HOSTILE, 7.0), 1: ("no idea", None), 2: ("<<1+1=2>>\n#### 2", 2.0), 3: ("#### 6", 6.0)}
     after = {0: ("<<2*3=6>>\n#### 6", 6.0), 1: ("#### 6", 6.0), 2: ("#### 1", 1.0), 3: ("#### 5", 5.0)}
-    return [stage(tmp_path / "sft", before, probes=True), stage(tmp_path / "ppo", after, ppo=True, probes=True)]
+    return [stage(tmp_path / "sft", before, probes=True), stage(tmp_path / "ppo", after, True, True)]
 
 
 def test_the_page_is_whole_loads_nothing_and_runs_nothing(two, tmp_path, capsys):

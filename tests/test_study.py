@@ -1,0 +1,161 @@
+"""study.py: its commands are ones the scripts take, it goes on where it was, and says what it could
+not run."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import study
+import train_ppo
+import train_sft
+from nanogsm import UserError
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NANOGSM_DATA_DIR", raising=False)
+
+
+def said(argv: list[str]) -> list[list[str]]:
+    args = study.parse_args(argv)
+    return [command for row in study.ROWS for command in study.commands(row, args)]
+
+
+@pytest.mark.parametrize("argv", [["--tiny"], ["--model", "a/b", "--data-dir", "d", "--seed", "2"]])
+def test_every_command_parses_and_no_two_runs_share_a_folder(argv):
+    parse = {"train_sft.py": train_sft, "train_ppo.py": train_ppo, "evaluate.py": evaluate}
+    runs = []
+    for script, *flags in said(argv):
+        args = parse[script].parse_args([*flags, "--device", "cpu"])
+        assert args.tiny == ("--tiny" in argv)
+        if script.startswith("train"):
+            runs.append(args.out)
+            assert args.seed == (0 if args.tiny else 2) and (args.tiny or args.data_dir == "d")
+    assert len(runs) == len(set(runs)) == 8
+
+
+def test_the_rows_are_the_reports_and_ours():
+    shown = {row.report for row in study.ROWS}
+    assert shown == {6.0, 31.0, 23.0, 20.0, 11.0, 28.0, None} and len(study.BY_NAME) == len(study.ROWS) == 12
+    assert all(row.against in study.BY_NAME for row in study.ROWS if row.against)
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    """The scripts do what a table by their flags says, in no time: status and whether they write."""
+    ran, ends = [], {}
+
+    def run(command: list[str]) -> tuple[int, str]:
+        ran.append(" ".join(command))
+        status = next((status for part, status in ends.items() if part in ran[-1]), 0)
+        folder = Path(command[command.index("--out" if "--out" in command else "--model") + 1])
+        if status:
+            return status, "the weights are gated"
+        folder.mkdir(parents=True, exist_ok=True)
+        if command[0] == "evaluate.py":
+            right = {"untuned": 1, "full-main": 3}.get(folder.name, 2)
+            rows = [
+                {"index": i, "question": "q", "gold": 1.0, "correct": i < right, "answer": None,
+                 "completion": "c", "truncated": False, "flexible": False, "tokens": 5} for i in range(4)
+            ]  # fmt: skip
+            name = "eval-probes-5" if "--data" in command else "eval-test-4"
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            figures = evaluate.summarise(rows, 1) | {"seconds": 1.0, "environment": {}}
+            (folder / f"{name}.json").write_text(json.dumps(figures))
+        else:
+            metrics = [{"step": s, "loss": 1 / s, "seconds": 30.0, "tokens": 60, "peak_memory": 2**30,
+                        "reward": 0.5} for s in (1, 2)]  # fmt: skip
+            if "ppo" not in command[0]:
+                metrics.append({"step": 2, "val_loss": 0.25})
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+            (folder / "summary.json").write_text("{}")
+        return 0, ""
+
+    monkeypatch.setattr(study, "run", run)
+    return ran, ends
+
+
+def rows_of(folder: str) -> dict[str, dict]:
+    return {row["row"]: row for row in json.loads(Path(folder, "study.json").read_text())["rows"]}
+
+
+def test_a_whole_study_has_its_table_and_is_not_done_twice(faked, capsys):
+    ran, _ = faked
+    assert study.main(["--tiny", "--n", "4", "--out", "s"]) == 0
+    assert len(ran) == 24  # 8 trainings, 12 evaluations, 4 times the probes
+    rows = rows_of("s")
+    assert rows["full-main"]["points"] == 50.0 and rows["full-main"]["against"] == "untuned"
+    assert (rows["ppo"]["fixed"], rows["ppo"]["broken"]) == (0, 1)
+    trained = rows["full-main"]["training"]
+    assert (trained["minutes"], trained["val_loss"]) == (1.0, 0.25)
+    assert rows["full-main"]["kinds"]["no answer"] == 1
+    table = Path("s/study.md").read_text()
+    assert "| full SFT, main | 31.0% | 75.0% | 30.1 to 95.4 | untuned, one-shot + instruction | +50." in table
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert Path("s/report.html").exists() and table in capsys.readouterr().out
+    ran.clear()
+    assert study.main(["--tiny", "--n", "4", "--out", "s"]) == 0
+    assert not [command for command in ran if command.startswith("evaluate")]  # trainings say so themselves
+
+
+def test_what_cannot_be_run_is_said_and_the_rest_goes_on(faked):
+    ran, ends = faked
+    ends |= {"--data socratic": 2}
+    study.main(["--model", "a/b", "--n", "4", "--out", "s"])
+    rows = rows_of("s")
+    assert rows["full-socratic"]["not_run"] == rows["lora-socratic"]["not_run"] == "the weights are gated"
+    assert "not_run" not in rows["ppo"] and "points" in rows["lora-main"]
+    assert "| LoRA, socratic | 11.0% | not run: the weights are gated |" in Path("s/study.md").read_text()
+
+
+def test_without_its_start_ppo_is_not_run(faked):
+    ran, ends = faked
+    ends |= {"full-main": 2}
+    study.main(["--tiny", "--n", "4", "--out", "s"])
+    rows = rows_of("s")
+    assert rows["ppo"]["not_run"] == rows["ppo-tuned"]["not_run"] == "needs full-main"
+    assert "points" not in rows["lora-main"] and "accuracy" in rows["lora-main"]
+
+
+@pytest.mark.parametrize("status", [130, 143])
+def test_a_stop_stops_the_study(faked, status):
+    ran, ends = faked
+    ends |= {"--lora": status}
+    assert study.main(["--tiny", "--n", "4", "--out", "s"]) == status
+    assert not Path("s/study.json").exists() and "--lora" in ran[-1]
+
+
+def test_a_bug_of_ours_is_not_taken_for_a_missing_row(faked):
+    ran, ends = faked
+    ends |= {"--lora": 1}
+    with pytest.raises(UserError, match="row lora-main ended with status 1"):
+        study.main(["--tiny", "--n", "4", "--out", "s"])
+
+
+def test_only_the_rows_asked_for(faked):
+    ran, _ = faked
+    study.main(["--tiny", "--n", "4", "--out", "s", "--rows", "untuned", "full-main"])
+    assert len(ran) == 5 and rows_of("s")["ppo"]["not_run"] == "left out"
+
+
+def test_a_real_row_end_to_end(capfd):
+    """Two rows on few problems, through real processes; the second call finds all done."""
+    argv = ["--tiny", "--n", "6", "--out", "s", "--rows", "untuned", "full-main", "--eval=--max-new-tokens 8",
+            "--sft=--max-examples 32 --val-examples 8 --max-new-tokens 8"]  # fmt: skip
+    assert study.main([*argv, "--device", "cpu"]) == 0
+    rows = rows_of("s")
+    assert rows["untuned"]["n"] == 6 and rows["full-main"]["training"]["steps"] == 2
+    capfd.readouterr()
+    assert study.main([*argv, "--device", "cpu"]) == 0
+    out = capfd.readouterr().out
+    assert "already finished" in out and not re.search(r"\$ python evaluate", out)
+    assert "Probes" in Path("s/report.html").read_text()
+
+
+def test_a_scripts_error_is_the_rows_reason(capfd):
+    status, last = study.run(["train_sft.py", "--tiny", "--lr", "-1"])
+    assert status == 2 and last == "--lr is -1.0: give a positive number"
