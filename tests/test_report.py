@@ -16,8 +16,8 @@ def stage(folder: Path, answers: dict[int, tuple[str, float | None]], ppo: bool 
     """A finished run with an evaluation: problem -> (completion, its number); 6 is right."""
     folder.mkdir()
     rows = [
-        {"index": i, "question": f"What is {i} & <b>?", "gold": 6.0, "answer": answer, "correct": answer == 6.0,
-         "flexible": False, "truncated": False, "tokens": 9, "completion": completion}
+        {"index": i, "question": f"What is {i} & <b>?", "gold": 6.0, "answer": answer, "flexible": False,
+         "correct": answer == 6.0, "truncated": False, "tokens": 9, "completion": completion}
         for i, (completion, answer) in answers.items()
     ]  # fmt: skip
     lines = "".join(json.dumps(row) + "\n" for row in rows)
