@@ -127,6 +127,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--out", help="run folder (default runs/ppo-{full,lora}-{data}; runs/tiny/ppo-...)")
     p.add_argument("--save-every", type=int, default=5, help="steps between checkpoints")
     p.add_argument("--overwrite", action="store_true", help="start anew in a folder that has a run")
+    console.add_wandb_flag(p)
     p.add_argument("--dry-run", action="store_true", help="print the plan, load no weights")
     console.add_compute_flags(p)
     args = p.parse_args(argv)
@@ -618,7 +619,8 @@ def main(argv: list[str] | None = None) -> int:
     settings["data_sha256"] = data.digest(problems + held_out)
     settings |= {"init_sha256": hub.fingerprint(found), "prompt": prompt._asdict()}
     info = console.environment() | {"prompt": prompt._asdict(), "base": str(found.base)}
-    with runs.Run(args.out, settings, info, args.overwrite, ("save_every", "data_dir", "device")) as run:
+    may_differ = ("save_every", "data_dir", "device", "wandb")
+    with runs.Run(args.out, settings, info, args.overwrite, may_differ) as run:
         if run.finished:
             print(run.already_finished())
         elif status := train(args, run, found, prompt, problems, held_out):
@@ -695,6 +697,8 @@ def train(args, run, found, prompt, problems, held_out) -> int:
         validated, figures = state["validated"], state["figures"]
         print(f"continuing {run.folder} from step {first}")
 
+    if args.wandb:
+        run.start_wandb(args.wandb, vars(args))
     with console.graceful_stop() as stop, console.Progress(args.steps) as progress:
 
         def leave(step: int) -> int:

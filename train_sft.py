@@ -81,6 +81,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--out", help="run folder (default runs/sft-{full,lora}-{data}; runs/tiny/sft-...)")
     p.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     p.add_argument("--overwrite", action="store_true", help="start anew in a folder that has a run")
+    console.add_wandb_flag(p)
     p.add_argument("--dry-run", action="store_true", help="print the plan, load no weights")
     console.add_compute_flags(p)
     args = p.parse_args(argv)
@@ -246,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     settings["data_sha256"] = data.digest(problems + held_out)
     settings["model_sha256"] = hub.fingerprint(files)
     info = console.environment() | {"prompt": prompt._asdict(), "base": str(files.base)}
-    may_differ = ("save_every", "data_dir", "device", "merge")
+    may_differ = ("save_every", "data_dir", "device", "merge", "wandb")
     with runs.Run(args.out, settings, info, args.overwrite, may_differ) as run:
         if run.finished:
             print(run.already_finished())
@@ -330,6 +331,8 @@ def train(args, run, files, prompt, examples, size, steps, validation, held_out)
         loss, validated, best = state["loss"], state["validated"], state["best"]
         print(f"continuing {run.folder} from step {first}")
 
+    if args.wandb:
+        run.start_wandb(args.wandb, vars(args))
     with console.graceful_stop() as stop, console.Progress(steps) as progress:
         for step in range(first, steps + 1):  # with `step` updates behind us
             if step == steps and args.keep == "last":

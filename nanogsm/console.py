@@ -259,6 +259,10 @@ def add_tiny_flag(parser: argparse.ArgumentParser) -> None:
                         help="the embedded model and its problems: no download, any machine")  # fmt: skip
 
 
+def add_wandb_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--wandb", metavar="PROJECT", help="send the metrics to Weights & Biases, too")
+
+
 def for_tiny(args: argparse.Namespace) -> tuple[str, str]:
     """(--data, --precision) as --tiny means them: its own problems, and float32, in which so small
     a model is no slower and machines agree better."""

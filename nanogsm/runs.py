@@ -88,6 +88,7 @@ class Run:
         self.folder = Path(folder)
         self._made_folder, self._new = not self.folder.exists(), False
         self._logs: dict[str, BinaryIO] = {}
+        self.wandb = None
         self._lock = _claim(self.folder)
         try:
             for pattern in OWNED if overwrite else ():  # whatever else somebody put there stays
@@ -142,13 +143,26 @@ class Run:
         """Close the logs and release the lock; the end of the process does the same."""
         for file in self._logs.values():
             file.close()
+        if self.wandb:
+            self.wandb.finish()
         if self._lock is not None:
             os.close(self._lock)
-        self._logs, self._lock = {}, None
+        self._logs, self._lock, self.wandb = {}, None, None
 
     def log(self, row: dict) -> None:
         """Append one row to metrics.jsonl. NaN becomes null, as in `write_json`."""
         _append(self._logs["metrics.jsonl"], row)
+        if self.wandb:
+            self.wandb.log(row, step=row["step"])
+
+    def start_wandb(self, project: str, config: dict) -> None:
+        """Send what is logged from now on to Weights & Biases as well (WANDB_MODE=offline: to a folder
+        in the run's). A continued run is a new one there."""
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--wandb needs the package: pip install wandb, or leave the flag out") from error
+        self.wandb = wandb.init(project=project, name=self.folder.name, dir=str(self.folder), config=config)
 
     def sample(self, row: dict) -> None:
         """Append one row to samples.jsonl."""

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -687,3 +688,21 @@ def test_commit_is_that_of_our_checkout_or_absent(tmp_path, monkeypatch):
     monkeypatch.setattr(console, "__file__", str(tmp_path / "venv/nanogsm/console.py"))
     (tmp_path / "venv").mkdir()
     assert "commit" not in console.environment()
+
+
+def test_metrics_go_to_wandb_too_and_its_absence_is_said(tmp_path, monkeypatch):
+    said = []
+    log, finish = lambda row, step: said.append((step, row)), lambda: said.append("end")
+    logger = SimpleNamespace(log=log, finish=finish)
+    fake = SimpleNamespace(init=lambda **given: said.append(given) or logger)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with Run(tmp_path / "run", {"a": 1}, {}) as run:
+        run.log({"step": 1, "loss": 3.0})
+        run.start_wandb("mine", {"lr": 1.0})
+        run.log({"step": 2, "loss": 2.0})
+    where = {"project": "mine", "name": "run", "dir": str(tmp_path / "run"), "config": {"lr": 1.0}}
+    assert said == [where, (2, {"step": 2, "loss": 2.0}), "end"]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with Run(tmp_path / "other", {"a": 1}, {}) as run, pytest.raises(UserError, match="pip install wandb"):
+        run.start_wandb("mine", {})
