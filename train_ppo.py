@@ -583,7 +583,7 @@ def print_plan(args, found: hub.ModelFiles, prompt, problems, held_out) -> None:
         bf16, frozen = args.precision == "bf16", args.lora
         tokens, forwards = args.micro_batch * longest, 1 + separate
         weights = budget.model_bytes(config, total + policy * frozen, policy, bf16)
-        if frozen and found.adapter and not bf16:
+        if frozen and not bf16:
             weights = 4 * (total + policy)
         activations = budget.activation_bytes(config, tokens, frozen, bf16, args.checkpointing)
         budget.print_budget({
@@ -639,14 +639,12 @@ def train(args, run, found, prompt, problems, held_out) -> int:
     kind = torch.device(args.device).type
     autocast = lambda: torch.autocast(kind, torch.bfloat16, enabled=bf16)  # noqa: E731
 
-    # As in SFT: float32 weights if they are all trained, the base as it came if it is frozen. An
-    # adapter to start from is folded in (where products are in float32, without rounding the sum):
-    # what it and its base make together is the reference.
+    # As in SFT: float32 weights if they are all trained, the base as it came if it is frozen; but not
+    # where products are in float32, or sampling would cast all of it for every token. An adapter to
+    # start from is folded in: what it and its base make together is the reference.
     merged = found.adapter is not None
-    as_it_came = args.lora and (bf16 or not merged)
-    base, tokenizer = load_model(found, None if as_it_came else torch.float32, args.device, merge=True)
-    if not bf16:
-        base.compute_in_float32()
+    dtype = None if args.lora and bf16 else torch.float32
+    base, tokenizer = load_model(found, dtype, args.device, merge=True)
     models = build(base, args)
     policy, critic = models.policy_weights(), models.value_weights()
     bits = 8 if args.optim == "adamw8bit" else 32

@@ -80,9 +80,7 @@ def settings(args) -> argparse.Namespace:
 def ours(args, turns: Turns) -> None:
     ppo, bf16 = settings(args), args.precision == "bf16"
     autocast = lambda: torch.autocast(args.device, torch.bfloat16, enabled=bf16)  # noqa: E731
-    base, tokenizer = load_model(args.model, None if args.lora else torch.float32, args.device, merge=True)
-    if not bf16:
-        base.compute_in_float32()
+    base, tokenizer = load_model(args.model, None if args.lora and bf16 else torch.float32, args.device)
     models = train_ppo.build(base, ppo)
     if args.lora:
         lora.save_adapter(models.actor, Path(args.scratch) / "adapter", args.model)  # the peer's start
