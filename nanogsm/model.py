@@ -415,9 +415,10 @@ class Gemma(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V): the embedding matrix is the head; Gemma 2 caps what comes out."""
         weight = self.model.embed_tokens.weight.to(hidden.dtype)
-        if weight.is_cpu and hidden.numel() <= 64 * weight.shape[1] and not torch.is_grad_enabled():
-            # Decoding: a CPU multiplies few rows faster by a bit of the vocabulary at a time (a tenth
-            # of a decode step of Gemma 3 270M).
+        few = weight.is_cpu and hidden.numel() <= 64 * weight.shape[1]
+        if few and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
+            # Decoding: a CPU multiplies few rows faster by a bit of the vocabulary at a time, a tenth
+            # of a decode step of Gemma 3 270M. (Autocast would not keep its copies of such bits.)
             logits = torch.cat([F.linear(hidden, rows) for rows in weight.split(2048)], -1)
         else:
             logits = F.linear(hidden, weight)
