@@ -21,7 +21,7 @@ LOGPROB, GENERATE, OPTIM, SFT = (
 )  # fmt: skip
 TESTS = {
     PPO: "test_ppo", DATA: "test_data", MODEL: "test_model", LORA: "test_lora", LOGPROB: "test_logprob",
-    GENERATE: "test_generate", OPTIM: "test_optim", SFT: "test_sft", "evaluate.py": "test_evaluate",
+    GENERATE: "test_generate", OPTIM: "test_optim", SFT: "test_sft", "nanogsm/scores.py": "test_scores",
     "nanogsm/runs.py": "test_runs", "nanogsm/tiny/problems.py": "test_tiny_problems",
 }  # fmt: skip
 
@@ -87,8 +87,8 @@ MUTATIONS = [
     ("SFT: loss by micro-batch", SFT, "part = -logp.sum() / supervised", "part = -logp.sum() / mask.sum()"),
     ("SFT: no shift", SFT, "hidden[:, :-1], ids[:, 1:], mask[:, 1:])\n        part", "hidden[:, :-1], ids[:, :-1], mask[:, :-1])\n        part"),
     ("SFT: same order every epoch", SFT, "seed * 1_000_003 + epoch", "seed * 1_000_003"),
-    ("evaluate: McNemar one-sided", "evaluate.py", "min(1.0, 2 * sum", "min(1.0, sum"),
-    ("evaluate: Wilson without its centre", "evaluate.py", "p + z2n / 2", "p"),
+    ("scores: McNemar one-sided", "nanogsm/scores.py", "min(1.0, 2 * sum", "min(1.0, sum"),
+    ("scores: Wilson without its centre", "nanogsm/scores.py", "p + z2n / 2", "p"),
 ]  # fmt: skip
 
 
