@@ -110,6 +110,7 @@ def ours(args, turns: Turns) -> None:
     turns.ready(
         arithmetic="bfloat16 (autocast)" if bf16 else "float32",
         flops=[flops_of(args, model, trained, examples) for examples in steps],
+        needed=[flops_of(args, model, trained, examples, needed=True) for examples in steps],
         tokens=[sum(len(e.ids) for e in examples) for examples in steps],
         matrix_rate=matrix_rate(args.device, torch.bfloat16 if bf16 else torch.float32),
         trained=sum(p.numel() for p in trained.values()),
@@ -128,18 +129,20 @@ def ours(args, turns: Turns) -> None:
     turns.rest()
 
 
-def flops_of(args, model, trained: dict, examples: list) -> float:
+def flops_of(args, model, trained: dict, examples: list, needed: bool = False) -> float:
     """Additions and multiplications in the matrix products of one step of ours: 2 a weight and
     token for each pass. Passes are forward, recomputation, the gradient of the input and, where a
-    weight is trained, its own; a frozen head is not recomputed. Attention's scores are left out."""
+    weight is trained, its own; a frozen head is not recomputed. Attention's scores are left out.
+    needed: without recomputation and padding, what model FLOPs utilisation counts."""
     blocks = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
     adapters = 0 if args.full else sum(p.numel() for p in trained.values())
     head = model.config.vocab_size * model.config.hidden_size
     parts = data.micro_batches(examples, args.micro_batch)
-    tokens = sum(len(rows) * max(len(e.ids) for e in rows) for rows in parts)  # with padding
-    supervised = sum(sum(e.mask) for e in examples)
-    in_blocks = 2 * tokens * ((4 if args.full else 3) * blocks + 4 * adapters)
-    return in_blocks + 2 * supervised * (4 if args.full else 2) * head
+    padded = sum(len(rows) * max(len(e.ids) for e in rows) for rows in parts)
+    tokens = sum(len(e.ids) for e in examples) if needed else padded
+    supervised, passes = sum(sum(e.mask) for e in examples), 3 if needed else 4
+    in_blocks = 2 * tokens * ((passes - (not args.full)) * blocks + passes * adapters)
+    return in_blocks + 2 * supervised * (passes if args.full else 2) * head
 
 
 def peer(args, turns: Turns) -> None:
@@ -258,6 +261,7 @@ def summary(args, sides: dict[str, Side]) -> dict:
         }  # fmt: skip
     span = {k: sum(r["spans"][k] for r in mine.rounds[1:]) / steps for k in mine.rounds[0]["spans"]}
     a, flops, rate = f["sides"]["ours"], mean(mine.about["flops"]), mine.about["matrix_rate"]
+    f["utilisation"] = mean(mine.about["needed"]) / a["step_s"] / rate
     f["phases_s"] = {"forward": span["forward"], "vocabulary": span["vocabulary"],
                      "backward": span["gradient"] - span["forward"] - span["vocabulary"],
                      "optimizer": a["step_s"] - span["gradient"]}  # fmt: skip
@@ -290,7 +294,8 @@ def show(args, f: dict) -> None:
     phases = ", ".join(f"{name} {seconds:.3f}" for name, seconds in f["phases_s"].items())
     print(f"ours, seconds a step: {phases}")
     print(f"ours, matrix products: {f['flops_per_step'] / 1e12:.4g} TFLOP a step, at {f['matrix_share']:.0%} "
-          f"of the measured {f['matrix_rate'] / 1e9:,.0f} GFLOP/s")  # fmt: skip
+          f"of the measured {f['matrix_rate'] / 1e9:,.0f} GFLOP/s; {f['utilisation']:.0%} without "
+          "recomputation and padding (model FLOPs utilisation)")  # fmt: skip
 
 
 if __name__ == "__main__":

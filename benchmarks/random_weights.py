@@ -1,0 +1,38 @@
+"""A model folder with random weights, to time a size whose weights one does not have.
+
+    python -m benchmarks.random_weights CONFIG OUT
+
+CONFIG is a folder with a Gemma's config.json and tokenizer files, OUT a new one in the Hub's layout, which
+transformers opens, too. A random model never ends its answers: time decoding with --fixed.
+"""
+
+from pathlib import Path
+
+import torch
+
+from nanogsm import UserError, console, data
+from nanogsm.model import Gemma, read_config, save_model
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = console.Parser("Make a model folder with random weights.")
+    p.add_argument("config", type=Path, help="folder with config.json and tokenizer files")
+    p.add_argument("out", type=Path, help="the new folder")
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args(argv)
+    if args.out.exists():
+        raise UserError(f"{args.out} exists: choose another folder")
+    torch.manual_seed(args.seed)
+    config = read_config(args.config)
+    with torch.device("meta"):
+        model = Gemma(config).to(config.dtype)
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else torch.nn.init.zeros_(p)  # norms: gain 1
+    save_model(model, data.Tokenizer(args.config), args.out)
+    print(f"{sum(p.numel() for p in model.parameters()):,} random weights in {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    console.entry(main)
