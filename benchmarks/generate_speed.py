@@ -6,18 +6,21 @@
 Greedy, the same weights in the same dtype, the same test problems and stop tokens; one process holds both
 models and they take turns, so that whatever else the machine does falls on both. The peer gets its
 prompts in batches sorted by length, padded on the left, as it wants them; for every side the best
-batch size counts. --fixed N makes both go on for N tokens whatever they say, which times decoding
-alone. In float32 the tokens must be the same, and how many answers are is printed.
+batch size counts. --fixed N makes both go on for N tokens whatever they say; then the decode steps a
+second (the time of one token, the prefill, taken off) are set against the bound that reading every
+weight once a step puts on them. In float32 the tokens must be the same, and how many answers are is
+printed.
 """
 
 import argparse
 import importlib.util
 import json
-import time
+import math
 from pathlib import Path
 
 import torch
 
+from benchmarks.sides import now, read_rate
 from nanogsm import UserError, console, data, generate, hub
 from nanogsm.model import load_model
 
@@ -86,23 +89,31 @@ def main(argv: list[str] | None = None) -> int:
     threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
     print(f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens; "
           f"{args.device}, {dtype}{threads}")  # fmt: skip
+    weights = sum(p.nbytes for p in ours.parameters())
+    bound = read_rate(args.device) / weights  # decode steps a second
     answers, rows = {}, []
     for batch_size in args.batch_sizes:
         for turn in range(args.rounds):
             for side, (answer, model) in sides.items():
                 answer(model, prompts[:2], stop_ids, 2, 2)  # warm again after the other's turn
-                began = time.perf_counter()
+                began = now(args.device)
                 made = answer(model, prompts, stop_ids, limit, batch_size)
-                if args.device.startswith("cuda"):
-                    torch.cuda.synchronize()
-                seconds = time.perf_counter() - began
+                seconds = now(args.device) - began
                 answers[side] = made
                 tokens = sum(map(len, made))
                 rows.append({"side": side, "batch_size": batch_size, "turn": turn, "seconds": seconds,
                              "answers_per_s": len(made) / seconds, "tokens_per_s": tokens / seconds,
                              "tokens": tokens})  # fmt: skip
-                print(f"batch {batch_size:>4}  {side:<12} {seconds:7.1f} s  {len(made) / seconds:6.2f} "
-                      f"answers/s  {tokens / seconds:7.1f} tokens/s", flush=True)  # fmt: skip
+                said = f"batch {batch_size:>4}  {side:<12} {seconds:7.1f} s"
+                if args.fixed and args.fixed > 1:
+                    began = now(args.device)
+                    answer(model, prompts, stop_ids, 1, batch_size)
+                    prefill = now(args.device) - began
+                    steps = (args.fixed - 1) * math.ceil(len(prompts) / batch_size) / (seconds - prefill)
+                    rows[-1] |= {"prefill": prefill, "steps_per_s": steps, "bandwidth_share": steps / bound}
+                    said += f"  {steps:7.1f} decode steps/s, {steps / bound:.0%} of the bandwidth's bound"
+                print(f"{said}  {len(made) / seconds:6.2f} answers/s  {tokens / seconds:7.1f} tokens/s",
+                      flush=True)  # fmt: skip
 
     best = {
         side: max((r for r in rows if r["side"] == side), key=lambda r: r["answers_per_s"]) for side in sides

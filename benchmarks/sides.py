@@ -40,6 +40,16 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * n**3 / best
 
 
+def read_rate(device: str) -> float:
+    """Bytes a second at which memory is read: the best of six sums over a large tensor."""
+    x, best = torch.ones(2**30 if device.startswith("cuda") else 2**27, device=device), math.inf
+    for _ in range(6):
+        start = now(device)
+        x.sum()
+        best = min(best, now(device) - start)
+    return x.nbytes / best
+
+
 class Turns:
     """A worker's side of the conversation: `ready`, then per round `begin`, work, `end`; last `rest`.
     It waits for a line on stdin before each round and answers with one JSON line after it."""
