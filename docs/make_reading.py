@@ -222,7 +222,7 @@ def ppo_section(tokenizer, problem, piece) -> str:
 on each answer's last action. The critic's head starts at zero, so all values are 0; with gamma and lambda 1 the return is then the answer's score at every token. Whitening subtracts the mean
 over all actions of both answers and divides by their deviation: what was part of the right answer gets a positive advantage, the rest a negative one, the same for each of its tokens, for
 who could say yet which of them mattered? After one update (column `p / p_old`) the former are, on the whole, more probable, the latter less; an update on two answers
-is noisy, and single tokens may go the other way. A real one averages over 256.
+is noisy, and single tokens may go the other way. A real one averages over 128 answers and more.
 
 The right answer's first five actions and its last two:
 
@@ -282,8 +282,8 @@ gains nothing: where every answer earns the same, whitening blows up the KL pena
 Knob by knob, on three seeds ([the table](../results/tiny/README.md#knob-by-knob)): the report's settings are held back, in this order, by lambda 0.95 (+13 points in five steps when it is 1), a KL
 penalty of 0.05 (+10), gamma 0.99 (+8), the critic's own learning rate (+4). Each has one cause. The reward comes once, at the answer's end; with lambda 0.95 a token forty places before it
 sees 13% of it, and the rest has to come from a critic that has not learnt anything yet. gamma 0.99 takes another third off and makes long answers worth less, when long answers are what pays. What
-the report leaves open matters as much: a value head that starts at random instead of zero costs 9 points (31 with our settings), weights kept in bfloat16 cost 6 to 10, because most of an update of
-5e-7 is below their rounding.
+the report leaves open matters as much: a value head that starts at random instead of zero costs 9 points (31 with our settings), weights kept in bfloat16 cost 6 to 10, because most of an update is
+below their rounding.
 """
 
 
