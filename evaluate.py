@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--samples", type=int, default=1, help="completions a problem")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     p.add_argument("--max-new-tokens", type=int, help="(320; socratic 512; tiny 128)")
-    p.add_argument("--batch-size", type=int, help="problems at once: memory, not results (64; tiny 256)")
+    p.add_argument("--batch-size", type=int, help="problems at once: memory; results but for rounding (64; tiny 256)")
     p.add_argument("--seed", type=int, default=0, help="of the sampling; the problems stay the same")
     # where to and what else
     p.add_argument("--out", help="folder for the result (default: the run's; untuned: runs/eval-...)")

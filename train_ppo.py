@@ -190,8 +190,9 @@ def token_rewards(score: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, k
     """r_t = -kl_coef (log p_t - log p_ref,t), plus the answer's score (B,) at the last action.
 
     Summed over an answer, log p - log p_ref is k1, an unbiased estimate of its KL divergence from
-    the reference (Ziegler et al. 2019, arXiv 1909.08593). It is a number here: as part of the
-    reward it is not differentiated.
+    the reference (Ziegler et al. 2019, arXiv 1909.08593). In the reward, not the loss: a number that
+    is not differentiated, so that GAE credits a token also with the KL of those it leads to. (In
+    the loss k1's gradient would be 0 on the mean: it says nothing about the KL.)
     """
     columns = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask, columns, -1).amax(1, keepdim=True)

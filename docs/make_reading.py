@@ -71,7 +71,8 @@ would end in a token that training never saw there.
 
 `micro_batches` and `collate`. Examples of like lengths share a micro-batch and are padded on the right: problem 0 has {len(examples[0].ids)} ids, problem 1
 has {len(examples[1].ids)}, and together they are `ids` and `mask` of shape ({B}, {T}). Right padding needs no attention mask: the causal mask already hides what
-comes later, and nobody asks what the model thinks at padding.
+comes later, and nobody asks what the model thinks at padding. On the left it would break four things: positions that count from 0, attention without a mask, batches
+trimmed at their right end, and a KV cache whose slot is the token's position.
 """)
 
     # ---- the model

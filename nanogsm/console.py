@@ -299,8 +299,8 @@ def _has_bf16(device: str) -> bool:
 # ---- the way in and out
 
 MEMORY_ADVICE = (
-    "out of memory: lower it with --lora or a smaller --micro-batch or --max-seq-length (PPO: also "
-    "--rollout-batch or --max-new-tokens; evaluate.py: --batch-size)"
+    "out of memory: lower --micro-batch (and raise --accumulation: the same result) or --max-seq-length, or "
+    "take --lora (PPO: also lower --rollout-batch or --max-new-tokens; evaluate.py: --batch-size)"
 )
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -57,9 +58,15 @@ def to_json(obj, indent: int | None = None) -> bytes:
     return text.encode(errors="backslashreplace") + b"\n"
 
 
-def replace_file(path: Path, chunks: bytes | Iterable) -> None:
-    """Write a file atomically: a reader sees the old one or the new one, never half of one."""
-    beside = path.with_name(path.name + ".tmp")
+def replace_file(path: Path, chunks: bytes | Iterable, shared: bool = False) -> None:
+    """Write a file atomically: a reader sees the old one or the new one, never half of one.
+
+    shared: several processes may write it at once (a download), so each has its own file beside it;
+    otherwise the next attempt writes over what a killed one left. Trap: a link at `path` is
+    replaced, not followed.
+    """
+    own = f".{os.getpid()}.{secrets.token_hex(4)}" * shared
+    beside = path.with_name(f"{path.name}{own}.tmp")
     try:
         write(beside, [chunks] if isinstance(chunks, bytes) else chunks)
         os.replace(beside, path)

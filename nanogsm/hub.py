@@ -12,14 +12,13 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import time
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
 
-from nanogsm import UserError
+from nanogsm import UserError, files
 
 REQUIRED = ["config.json", "tokenizer.json"]
 OPTIONAL = [
@@ -344,7 +343,7 @@ def data_file(name: str, data_dir: str | Path | None = None) -> Path:
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, data)
+        files.replace_file(path, data, shared=True)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror}; set NANOGSM_CACHE to a folder with room"
@@ -398,20 +397,3 @@ def _problem(data: bytes, want: DataFile) -> str | None:
         f"not the expected file ({want.bytes:,} bytes, SHA-256 {want.sha256[:16]}...), "
         f"but {len(data):,} bytes, {digest[:16]}..."
     )
-
-
-def atomic_write(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing: at no instant, killed or not, is half of it under `path`.
-
-    OSError is the caller's to explain. Trap: a link at `path` is replaced, not followed.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # the bytes before the name, also if the power fails
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -20,7 +20,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
-from nanogsm import UserError, hub
+from nanogsm import UserError, files, hub
 
 
 @pytest.fixture(autouse=True)
@@ -618,7 +618,7 @@ def test_atomic_write_keeps_the_old_file_until_the_new_is_whole(tmp_path, monkey
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", watch)
-    hub.atomic_write(path, b"new")
+    files.replace_file(path, b"new", shared=True)
     assert seen == [(tmp_path, b"new", b"old")] and path.read_bytes() == b"new"
 
     def interrupt(source, target):
@@ -626,5 +626,5 @@ def test_atomic_write_keeps_the_old_file_until_the_new_is_whole(tmp_path, monkey
 
     monkeypatch.setattr(os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        hub.atomic_write(path, b"newer")
+        files.replace_file(path, b"newer", shared=True)
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["f"]
