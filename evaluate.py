@@ -8,8 +8,8 @@
     python evaluate.py --model runs/sft-full-main --ask "Tom has 3 boxes of 12 eggs. How many eggs?"
 
 Writes eval-<split>-<n>.json (the figures) and .jsonl (one row a completion) to the run's folder.
-A prompt other than the run's own, or sampling, is named in the file, so nothing is overwritten by
-something else. No training script opens the test split.
+A prompt other than the run's own, or sampling, is named in the file, and one of another model, data
+or precision is not overwritten. No training script opens the test split.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch
 
 from nanogsm import UserError, console, data, files, generate, hub
 from nanogsm.model import load_model
-from nanogsm.runs import is_tiny, run_of
+from nanogsm.runs import answer_limit, is_tiny, run_of
 from nanogsm.scores import paired, read_rows, summarise
 
 
@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--samples", type=int, default=1, help="completions a problem")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     p.add_argument("--max-new-tokens", type=int, help="(320; socratic 512; tiny 128)")
-    p.add_argument("--batch-size", type=int, help="problems at once: memory; results but for rounding (64; tiny 256)")
+    p.add_argument("--batch-size", type=int, help="problems at once: more take more memory (64; tiny 256)")
     p.add_argument("--seed", type=int, default=0, help="of the sampling; the problems stay the same")
     # where to and what else
     p.add_argument("--out", help="folder for the result (default: the run's; untuned: runs/eval-...)")
@@ -56,6 +56,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     args.model = os.path.expanduser(args.model or ("tiny" if args.tiny else "google/gemma-2b-it"))
     args.tiny = args.tiny or is_tiny(args.model)
+    if args.n is None and args.split == "validation":
+        args.n = held_out_by(args.model) or (256 if args.tiny else 64)
     args.n = args.n if args.n is not None else 1319 if args.tiny else 256
     args.batch_size = args.batch_size if args.batch_size is not None else 256 if args.tiny else 64
     args.data, args.precision = console.for_tiny(args)
@@ -85,7 +87,7 @@ def resolve(args: argparse.Namespace) -> tuple[data.Prompt, Path, str]:
         own_data = f"own-{own_data}"
     parts = ["eval", own_data or args.split, *["validation"] * bool(own_data and args.split != "test")]
     parts += [str(args.n), *["socratic"] * args.data.endswith("socratic")]
-    parts += ["tiny"] * (args.data in data.TINY and not is_tiny(args.model))
+    parts += ["tiny"] * (args.data in data.GENERATED and not is_tiny(args.model))
     if prompt != usual or (args.out and not run):
         parts.append(tag)
     if args.temperature:
@@ -97,17 +99,17 @@ def resolve(args: argparse.Namespace) -> tuple[data.Prompt, Path, str]:
     return prompt, Path(args.out or (run[0] if run else untuned)), "-".join(parts)
 
 
-def usual_limit(args: argparse.Namespace) -> int:
-    """The length the run validated with: a socratic run answers at length whatever it is asked."""
-    run = run_of(args.model)
-    return max(data.answer_limit(args.data), run[1]["args"].get("max_new_tokens", 0) if run else 0)
+def held_out_by(model: str) -> int | None:
+    run = run_of(model)
+    return run[1]["args"]["val_examples"] if run else None
 
 
 def choose_problems(args: argparse.Namespace) -> list[data.Problem]:
     if args.split == "validation":
-        run = run_of(args.model)
-        if run and run[1]["args"]["val_examples"] != args.n:
-            held_out = run[1]["args"]["val_examples"]
+        held_out = held_out_by(args.model)
+        if held_out == 0:
+            raise UserError(f"{args.model} held out no problems to ask")
+        if held_out not in (None, args.n):
             raise UserError(f"{args.model} held out {held_out} problems, not {args.n}: give --n "
                             f"{held_out}; another slice holds problems it was trained on")  # fmt: skip
         return data.split_validation(data.load_problems(args.data, "train", args.data_dir), args.n)[1]
@@ -119,14 +121,16 @@ def evaluate(args: argparse.Namespace) -> int:
     problems = choose_problems(args)
     args.n = len(problems)
     prompt, folder, name = resolve(args)
-    limit = args.max_new_tokens or usual_limit(args)
+    limit = args.max_new_tokens or answer_limit(args.model, args.data)
     there = next(f for f in (folder, *folder.absolute().parents) if f.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):  # said now, not when the work is done
         raise UserError(f"cannot write to {folder}: {there} is no folder, or a read-only one")
     if (folder / f"{name}.json").exists():
-        other = json.loads((folder / f"{name}.json").read_text(encoding="utf-8")).get("model")
-        if other != args.model:
-            raise UserError(f"{folder / name}.json is of {other}: choose another --out")
+        earlier = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        for what in ("model", "data", "precision"):
+            if earlier.get(what) != getattr(args, what):
+                was = earlier.get(what)
+                raise UserError(f"{folder / name}.json is of {what} {was}: choose another --out")
     run = run_of(args.model)
     if run and run[1]["args"].get("data") == args.data and args.data not in data.NAMED:
         print("note: these are the problems the run was trained on")
@@ -198,14 +202,13 @@ def ask(args: argparse.Namespace) -> int:
         known = {w for p in data.load_problems("tiny", "train") for w in words(p.question)}
         if unknown := dict.fromkeys(w for w in words(args.ask) if w not in known):
             print(f"note: words this small model has never seen: {console.printable(', '.join(unknown))}")
-    ids, _ = data.encode(tokenizer, prompt, args.ask.strip())
-    done = generate.generate(model, [ids], tokenizer.stop_ids, args.max_new_tokens or usual_limit(args),
-                             temperature=args.temperature, seed=args.seed,
-                             is_over=lambda new: data.starts_new_question(tokenizer, new))  # fmt: skip
-    text = data.cut(tokenizer.decode(done[0].ids))
+    limit = args.max_new_tokens or answer_limit(args.model, args.data)
+    (answer,) = generate.answer(model, tokenizer, [args.ask.strip()], prompt, limit,
+                                temperature=args.temperature, seed=args.seed)  # fmt: skip
+    text = data.cut(answer.text)
     print(console.printable(text))
-    answer = data.extract_answer(text)
-    print(f"-> {answer:.15g}" if answer is not None else "-> no '#### number' in it")
+    number = data.extract_answer(text)
+    print(f"-> {number:.15g}" if number is not None else "-> no '#### number' in it")
     return 0
 
 

@@ -24,6 +24,7 @@ token t + 1, made by hidden state t, which has seen tokens 0 to t:
 
 import argparse
 import copy
+import itertools
 import math
 import os
 import sys
@@ -59,12 +60,12 @@ RECIPES = {
 }  # fmt: skip
 # The embedded model: rates 20 to 150 times higher, as it is so small, and fewer steps; tuned: twice
 # the answers an update, ten times the KL penalty.
-TINY = {"steps": 20, "rollout_batch": 256}
+FEWER = {"steps": 20, "rollout_batch": 256}
 TINY_RECIPES = {
-    "seed": RECIPES["seed"] | TINY | {
+    "seed": RECIPES["seed"] | FEWER | {
         "lr": {"full": 5e-5, "lora": 5e-5}, "value_lr": 5e-5, "micro_batch": 16, "accumulation": 1,
     },
-    "tuned": RECIPES["tuned"] | TINY | {
+    "tuned": RECIPES["tuned"] | FEWER | {
         "lr": {"full": 1.5e-4, "lora": 1e-3}, "value_lr": 2e-3,
         "micro_batch": 16, "accumulation": 16, "kl_coef": 0.01,
     },
@@ -97,7 +98,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # rollouts
     add("--steps", int, "rollouts with their updates")
     add("--rollouts", int, "answers sampled a step")
-    add("--rollout-batch", int, "... at once: memory; results but for rounding")
+    add("--rollout-batch", int, "of them at once: more take more memory")
     p.add_argument("--temperature", type=float, default=1.0, help="of the sampling")
     # advantages
     add("--kl-coef", float, "reward lost per nat of KL from the start")
@@ -120,7 +121,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=None,
                    help="recompute activations in backward: less memory, more time (tiny: no)")  # fmt: skip
     # validation, on the slice of train that SFT held out
-    p.add_argument("--val-examples", type=int, help="training problems held out (as --init did)")
+    p.add_argument("--val-examples", type=int, help="problems held out (as by --init, else 64; tiny 256)")
     p.add_argument("--val-every", type=int, default=10, help="steps between validations; 0: at the end")
     # the run
     p.add_argument("--seed", type=int, default=0, help="of problems, sampling and adapters (0)")
@@ -144,13 +145,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.checkpointing = not args.tiny if args.checkpointing is None else args.checkpointing
     args.data, args.precision = console.for_tiny(args)
     if args.max_new_tokens is None:
-        args.max_new_tokens = data.answer_limit(args.data)
+        args.max_new_tokens = runs.answer_limit(args.init, args.data)
     args.device, args.precision = console.pick_compute(args.device, args.precision)
     if args.val_examples is None:
-        run = runs.run_of(args.init)
-        args.val_examples = run[1]["args"]["val_examples"] if run else 256 if args.tiny else 64
+        held_out = held_out_by(args.init, args.data)
+        args.val_examples = held_out if held_out is not None else 256 if args.tiny else 64
     check_args(args)
     return args
+
+
+def held_out_by(init: str, of_data: str) -> int | None:
+    """How many of these problems the run to start from held out; None if it was trained on others.
+    (main and socratic have the same questions in the same places.)"""
+    run = runs.run_of(init)
+    theirs = run and run[1]["args"].get("data")
+    same = theirs == of_data or {theirs, of_data} <= set(data.NAMED)
+    return run[1]["args"]["val_examples"] if run and same else None
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -253,15 +263,17 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float)
 def kl_estimates(logp: Tensor, other_logp: Tensor) -> tuple[Tensor, Tensor]:
     """(k1, k3) of KL(p || other) at tokens drawn from p, d = log p - log other: k1 = d is unbiased
     and may be negative; k3 = exp(-d) - 1 + d is unbiased, never negative and less noisy
-    (Schulman, joschu.net/blog/kl-approx). k1 goes into the reward; k3 is for looking at."""
+    (Schulman, joschu.net/blog/kl-approx). k1 goes into the reward; k3 is for looking at. Trap: for
+    a small d, exp(-d) - 1 in float32 is mostly rounding; expm1 is exact."""
     d = logp - other_logp
-    return d, (-d).exp() - 1 + d
+    return d, torch.expm1(-d) + d
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1: the critic foresaw everything; 0: no better than a constant; below: worse; NaN where all
-    returns are equal and there is nothing to foresee. Trap: the returns must be those of lambda 1;
-    any other lambda mixes the critic's own guesses into them, and it agrees with itself."""
+    returns are equal and there is nothing to foresee. (Where only the scores are equal, it is about
+    the KL penalties.) Trap: the returns must be those of lambda 1; any other lambda mixes the critic's
+    own guesses into them, and it agrees with itself."""
     spread = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask).item()  # noqa: E731
     return 1 - spread(returns - values) / spread(returns) if spread(returns) > 1e-12 else math.nan
 
@@ -305,12 +317,18 @@ def twin(model: Gemma) -> Gemma:
 
 
 def frozen_copy(model: Gemma, bf16: bool) -> Gemma:
-    """A copy with weights of its own. bf16: those of linear layers are rounded, as autocast rounds
-    them anyway at every use, so that it computes the same to the bit; embeddings and norms, which
-    autocast leaves alone, stay as they are."""
-    layers = [m for m in model.modules() if bf16 and isinstance(m, nn.Linear)]
-    rounded = {id(m.weight): nn.Parameter(m.weight.detach().bfloat16(), False) for m in layers}
-    return copy.deepcopy(model, rounded).requires_grad_(False)
+    """A copy with weights of its own. bf16: those of linear layers are rounded once, as autocast would
+    at every use, and others if it changes nothing, which is so for a model that came in bfloat16: the
+    copy computes the same to the bit."""
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    instead = {}  # id of a weight -> what the copy has for it
+    for p in model.parameters() if bf16 else ():
+        rounded = p.detach().bfloat16()
+        if id(p) in linear or torch.equal(rounded.to(p.dtype), p):
+            instead[id(p)] = nn.Parameter(rounded, requires_grad=False)
+    frozen = copy.deepcopy(model, instead).requires_grad_(False)
+    frozen.activations = model.activations or model.model.embed_tokens.weight.dtype
+    return frozen
 
 
 def build(base: Gemma, args: argparse.Namespace) -> Models:
@@ -337,7 +355,7 @@ def build(base: Gemma, args: argparse.Namespace) -> Models:
 
 class Rollout(NamedTuple):
     """Answers to a step's problems and what is known of each action; `updates` says which of them
-    make an update together, and how each update is cut into micro-batches."""
+    make an update together, and which of those a micro-batch."""
 
     ids: Tensor  # (N, T)
     mask: Tensor  # (N, T - 1), as are all that follow
@@ -346,8 +364,8 @@ class Rollout(NamedTuple):
     values: Tensor
     advantages: Tensor
     returns: Tensor
-    updates: list[list[tuple[slice, int]]]  # of (rows, tokens of the longest)
-    problems: list[int]  # (N,), their indices
+    updates: list[list[tuple[slice, int]]]  # of micro-batches: (rows, tokens of the longest)
+    indices: list[int]  # (N,), of the problems
 
 
 def problems_of_step(problems: list, step: int, n: int, seed: int) -> list[data.Problem]:
@@ -366,21 +384,18 @@ def answer(models: Models, tokenizer, prompt, problems, args, step: int, watch) 
     """Sample an answer to each problem, and score it: rows of the ids and mask (`example`), the
     `score`, and what one wants to read of it. Call it within one autocast: that keeps its bfloat16
     copies of float32 weights until it is left, so that they are not made at every token."""
-    prompts = [data.encode(tokenizer, prompt, p.question)[0] for p in problems]
-    completions = generate.generate(
-        models.actor, prompts, tokenizer.stop_ids, args.max_new_tokens, args.rollout_batch,
-        args.temperature, seed=args.seed * 1_000_003 + step,
-        is_over=lambda ids: data.starts_new_question(tokenizer, ids), progress=watch,
+    answers = generate.answer(
+        models.actor, tokenizer, [p.question for p in problems], prompt, args.max_new_tokens,
+        args.rollout_batch, args.temperature, args.seed * 1_000_003 + step, watch,
     )  # fmt: skip
     rows = []
-    for problem, ids, completion in zip(problems, prompts, completions):
-        text = tokenizer.decode(completion.ids)
-        score = 0.0 if completion.truncated else float(reward(data.cut(text), problem))
-        mask = [0] * len(ids) + [1] * len(completion.ids)
-        example = data.Example(ids + completion.ids, mask, problem.index)
+    for problem, done in zip(problems, answers):
+        score = 0.0 if done.truncated else float(reward(data.cut(done.text), problem))
+        mask = [0] * len(done.prompt) + [1] * len(done.ids)
         rows.append({
-            "example": example, "score": score, "correct": data.is_correct(text, problem),
-            "truncated": completion.truncated, "question": problem.question, "completion": text,
+            "example": data.Example(done.prompt + done.ids, mask, problem.index), "score": score,
+            "correct": data.is_correct(done.text, problem), "truncated": done.truncated,
+            "question": problem.question, "completion": done.text,
         })  # fmt: skip
     return rows
 
@@ -401,14 +416,14 @@ def assess(models: Models, rows: list[dict], pad_id: int, args, autocast) -> tup
     rows = [row for part in parts for row in part]
     ids, mask = data.collate([row["example"] for row in rows], pad_id, models.actor.device)
     mask = mask[:, 1:]
-    cuts, start = [], 0
+    updates, start = [], 0
     for part in parts:
         end = start + len(part)
-        cuts.append([(slice(i, min(i + m, end)), length(rows[i])) for i in range(start, end, m)])
+        updates.append([(slice(i, min(i + m, end)), length(rows[i])) for i in range(start, end, m)])
         start = end
     logp, ref_logp, values, entropy = (torch.zeros(mask.shape, device=ids.device) for _ in range(4))
-    for cut, width in (cut for update in cuts for cut in update):
-        part, here = ids[cut, :width], (cut, slice(width - 1))
+    for micro, width in itertools.chain.from_iterable(updates):
+        part, here = ids[micro, :width], (micro, slice(width - 1))
         with autocast():
             hidden = models.actor(part)
             logp[here], entropy[here] = token_logprobs(
@@ -425,7 +440,8 @@ def assess(models: Models, rows: list[dict], pad_id: int, args, autocast) -> tup
     score = torch.tensor([row["score"] for row in rows], device=ids.device)  # (N,)
     rewards = token_rewards(score, logp, ref_logp, mask, args.kl_coef)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
-    _, outcomes = gae(rewards, values, mask, args.gamma, 1.0)  # what there was to foresee
+    # What there was to foresee.
+    outcomes = returns if args.lam == 1 else gae(rewards, values, mask, args.gamma, 1.0)[1]
     k1, k3 = kl_estimates(logp, ref_logp)
     n = len(rows)
     figures = {
@@ -442,9 +458,9 @@ def assess(models: Models, rows: list[dict], pad_id: int, args, autocast) -> tup
         "value": masked_mean(values, mask).item(),
         "return": masked_mean(returns, mask).item(),
     }
-    numbers = [row["example"].index for row in rows]
+    indices = [row["example"].index for row in rows]
     whitened = whiten(advantages, mask)
-    return Rollout(ids, mask, logp, ref_logp, values, whitened, returns, cuts, numbers), figures
+    return Rollout(ids, mask, logp, ref_logp, values, whitened, returns, updates, indices), figures
 
 
 # ------------------------------------------------------------------------------------- the update
@@ -453,14 +469,14 @@ def assess(models: Models, rows: list[dict], pad_id: int, args, autocast) -> tup
 FIGURES = ("policy_loss", "value_loss", "clipped", "value_clipped", "approx_kl")
 
 
-def backward_cut(
-    models: Models, rollout: Rollout, cut, count, args, autocast, warming: bool
+def backward_micro(
+    models: Models, rollout: Rollout, micro_batch, count, args, autocast, warming: bool
 ) -> tuple[Tensor, Tensor]:
     """Add one micro-batch's share of an update's gradient to .grad; `count` is the update's number
     of actions. Returns its share of FIGURES (approx_kl is k3 from the policy that sampled) and the
     largest |ratio - 1| in it. While the critic warms up alone, nothing of the actor gets a gradient.
     """
-    rows, width = cut
+    rows, width = micro_batch
     ids, here = rollout.ids[rows, :width], (rows, slice(width - 1))
     mask, old_logp = rollout.mask[here], rollout.logp[here]
     bonus = args.entropy_coef > 0
@@ -494,16 +510,16 @@ def update(models: Models, rollout: Rollout, optimizers, args, autocast, step: i
     for epoch in range(args.epochs):
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 1009 + epoch)
         for i in torch.randperm(len(rollout.updates), generator=generator).tolist():
-            cuts = rollout.updates[i]
-            count = sum(rollout.mask[rows].sum() for rows, _ in cuts)
-            shares = [backward_cut(models, rollout, c, count, args, autocast, warming) for c in cuts]
+            micros = rollout.updates[i]
+            count = sum(rollout.mask[rows].sum() for rows, _ in micros)
+            shares = [backward_micro(models, rollout, m, count, args, autocast, warming) for m in micros]
             sums = sums + sum(figures for figures, _ in shares)
             if first_ratio is None:  # nothing has been updated yet: it must be 0
                 first_ratio = max(largest.item() for _, largest in shares)
             for optimizer, seen in ((actor_optimizer, norms), (value_optimizer, value_norms)):
                 norm = torch.nn.utils.clip_grad_norm_(optimizer.params.values(), args.clip_grad).item()
                 if not math.isfinite(norm):
-                    answered = rollout.problems[cuts[0][0].start : cuts[-1][0].stop]
+                    answered = rollout.indices[micros[0][0].start : micros[-1][0].stop]
                     raise UserError(f"gradient norm {norm} at step {step + 1}; problems {answered}: lower "
                                     "--lr or --value-lr; the last checkpoint, if any, is kept")  # fmt: skip
                 seen.append(norm)
@@ -523,9 +539,9 @@ def update(models: Models, rollout: Rollout, optimizers, args, autocast, step: i
 
 def health(figures: dict, args: argparse.Namespace) -> list[str]:
     """What is out of its healthy range, in words, and what usually helps. The limits are lenient:
-    a run of gemma-2-2b that gained 12 points on GSM8K (verl's published log) ended 17 nats an
-    answer from its reference, clipped 0.3% of its ratios, and its critic explained next to nothing
-    of the variance from step 6 on."""
+    a run of gemma-2-2b that gained 12 points on GSM8K (verl's published log, in
+    github.com/eric-haibin-lin/verl-data) ended 17 nats an answer from its reference, clipped 0.3% of
+    its ratios, and its critic explained next to nothing of the variance from step 6 on."""
     f, said = figures, []
     if f["first_ratio"] > 1e-6:
         said.append(f"the first ratio is off by {f['first_ratio']:.2g}: scoring and update disagree")
@@ -554,25 +570,30 @@ def print_plan(args, found: hub.ModelFiles, prompt, problems, held_out) -> None:
     config, tokenizer = read_config(found.base), data.Tokenizer(found.base)
     with torch.device("meta"):  # counts parameters without allocating one
         model = Gemma(config)
-    total = sum(p.numel() for p in model.parameters())
+    everything = [p.shape for p in model.parameters()]
+    total = sum(map(math.prod, everything))
     lora.add_lora(model, args.lora_r, args.lora_alpha)
-    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    policy = adapters if args.lora else total
+    adapters = [p.shape for p in model.parameters() if p.requires_grad]
     separate = args.critic == "separate"
-    critic = adapters * separate + config.hidden_size + 1
+    head = [(1, config.hidden_size), (1,)]
+    policy, critic = adapters if args.lora else everything, adapters * separate + head
+    policy_size, critic_size = (sum(map(math.prod, shapes)) for shapes in (policy, critic))
     longest = max(len(data.encode(tokenizer, prompt, p.question)[0]) for p in problems)
     longest += args.max_new_tokens
     size = min(args.rollouts, args.micro_batch * args.accumulation)
     updates, rest = math.ceil(args.rollouts / size), args.rollouts % size
     last = f" (the last: {rest})" if rest else ""
     print(f"start        {args.init} ({config.model_type}), {total:,} parameters; {prompt}")
-    print(f"trained      {policy:,} of the policy, {critic:,} of the critic ({args.critic})")
+    print(f"trained      {policy_size:,} of the policy, {critic_size:,} of the critic ({args.critic})")
     print(f"data         {len(problems):,} problems, {len(held_out)} held out; prompt and answer up to "
           f"{longest} tokens")  # fmt: skip
-    trained = runs.run_of(args.init)
-    if trained and trained[1]["args"]["val_examples"] != len(held_out):
-        print(f"note         {args.init} held out {trained[1]['args']['val_examples']} problems, this run "
-              f"{len(held_out)}: some are held out by one and trained on by the other")  # fmt: skip
+    before = held_out_by(args.init, args.data)
+    if before not in (None, len(held_out)):
+        print(f"note         {args.init} held out {before} problems, this run {len(held_out)}: some are "
+              "held out by one and trained on by the other")  # fmt: skip
+    if found.adapter and args.lora:
+        print("note         base and adapter together are the start and the reference; what comes out is "
+              "one adapter of both changes")  # fmt: skip
     print(f"steps        {args.steps} of {args.rollouts} answers; {args.epochs} x {updates} updates of {size}"
           f"{last}, in micro-batches of {args.micro_batch}; lr {args.lr:g}, critic {args.value_lr:g} "
           f"({args.recipe} recipe); {args.optim}")  # fmt: skip
@@ -583,18 +604,20 @@ def print_plan(args, found: hub.ModelFiles, prompt, problems, held_out) -> None:
     if args.dry_run:
         bf16, frozen = args.precision == "bf16", args.lora
         tokens, forwards = args.micro_batch * longest, 1 + separate
-        weights = budget.model_bytes(config, total + policy * frozen, policy, bf16)
+        weights = budget.model_bytes(config, total + policy_size * frozen, policy_size, bf16)
         if frozen and not bf16:
-            weights = 4 * (total + policy)
+            weights = 4 * (total + policy_size)
+        at_once = min(args.rollouts, args.rollout_batch)
         activations = budget.activation_bytes(config, tokens, frozen, bf16, args.checkpointing)
         budget.print_budget({
-            "weights": weights + 4 * critic,
+            "weights": weights + 4 * critic_size,
             "reference": 0 if frozen else budget.frozen_copy_bytes(config, total, bf16),
-            "gradients": 4 * (policy + critic),
+            "gradients": 4 * (policy_size + critic_size),
             "optimizer": budget.moments_bytes(policy + critic, args.optim),
             "activations": forwards * activations,
             "vocabulary": budget.head_bytes(config, tokens, frozen, bf16),
-            "cache": budget.cache_bytes(config, args.rollout_batch, longest, bf16),
+            "cache": budget.cache_bytes(config, at_once, longest, bf16),
+            "sampling": budget.sampling_bytes(config, at_once),
         })  # fmt: skip
 
 
@@ -630,8 +653,34 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-class Stopped(Exception):
-    """Somebody asked to stop in the middle of sampling."""
+def one_step(
+    models, optimizers, tokenizer, prompt, problems, args, autocast, step: int, watch, say
+) -> tuple[dict, list[dict]]:
+    """Rollout, rewards and advantages, updates: what the loop repeats. Returns the step's figures and
+    its answers. Raises what `watch` raises, which only sampling calls: nothing is changed by then."""
+    times = [time.perf_counter()]
+    with autocast():
+        rows = answer(models, tokenizer, prompt, problems, args, step, watch)
+    times.append(time.perf_counter())
+    say("scoring")
+    rollout, figures = assess(models, rows, tokenizer.pad_id, args, autocast)
+    times.append(time.perf_counter())
+    say("updating")
+    # Of one matrix, the largest that is cheap to copy: rounding treats the weights of all alike.
+    probe = max(models.policy_weights().values(), key=lambda p: (p.numel() <= 2**22, p.numel()))
+    before = probe.detach().clone()
+    figures |= update(models, rollout, optimizers, args, autocast, step)
+    times.append(time.perf_counter())
+    phases = ("seconds_rollout", "seconds_score", "seconds_update")
+    figures |= {phase: end - start for phase, start, end in zip(phases, times, times[1:])}
+    figures |= {
+        "step": step + 1,
+        "moved": (probe.detach() != before).float().mean().item(),
+        "seconds": times[-1] - times[0],
+        "tokens": sum(len(row["example"].ids) for row in rows),
+        "peak_memory": console.peak_memory(args.device),
+    }
+    return figures, rows
 
 
 def train(args, run, found, prompt, problems, held_out) -> int:
@@ -640,59 +689,39 @@ def train(args, run, found, prompt, problems, held_out) -> int:
     kind = torch.device(args.device).type
     autocast = lambda: torch.autocast(kind, torch.bfloat16, enabled=bf16)  # noqa: E731
 
-    # As in SFT: float32 weights if they are all trained, the base as it came if it is frozen; but not
-    # where products are in float32, or sampling would cast all of it for every token. An adapter to
-    # start from is folded in: what it and its base make together is the reference.
-    merged = found.adapter is not None
-    dtype = None if args.lora and bf16 else torch.float32
-    base, tokenizer = load_model(found, dtype, args.device, merge=True)
-    models = build(base, args)
+    # As in SFT: float32 weights if they are all trained, a bfloat16 base if it is frozen; but not where
+    # products are in float32, or sampling would cast all of it for every token. An adapter to start
+    # from is folded in: what it and its base make together is the reference.
+    dtype = torch.bfloat16 if args.lora and bf16 else torch.float32
+    base, tokenizer = load_model(found, dtype, args.device)
+    under = lora.adapters(base)
+    lora.merge(base)
+    models = build(base.requires_grad_(True), args)
     policy, critic = models.policy_weights(), models.value_weights()
     bits = 8 if args.optim == "adamw8bit" else 32
-    actor_optimizer = AdamW(policy.items(), args.lr, bits=bits)
-    value_optimizer = AdamW(critic.items(), args.value_lr, bits=bits)
-    parts = {"policy": (policy, actor_optimizer), "critic": (critic, value_optimizer)}
-    probe = max(policy.values(), key=lambda p: (p.numel() <= 2**22, p.numel()))  # moves like the rest
+    optimizers = AdamW(policy.items(), args.lr, bits=bits), AdamW(critic.items(), args.value_lr, bits=bits)
     figures, validated = {}, {}
 
     def save_checkpoint(step: int) -> None:
         tensors = {}
-        for part, (weights, optimizer) in parts.items():
-            tensors |= {f"{part}/weight/{n}": p.detach() for n, p in weights.items()}
-            tensors |= {f"{part}/state/{n}": t for n, t in optimizer.state_tensors().items()}
-        counts = {part: optimizer.step_count for part, (_, optimizer) in parts.items()}
-        run.save_checkpoint(step, tensors, {"updates": counts, "validated": validated, "figures": figures})
-
-    def load_checkpoint(tensors: dict[str, Tensor], state: dict) -> None:
-        for part, (weights, optimizer) in parts.items():
-            with torch.no_grad():
-                for name, p in weights.items():
-                    p.copy_(tensors[f"{part}/weight/{name}"])
-            prefix = f"{part}/state/"
-            mine = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-            optimizer.load_state_tensors(mine)
-            optimizer.step_count = state["updates"][part]
+        for part, optimizer in zip(("policy/", "critic/"), optimizers):
+            tensors |= {part + n: t for n, t in optimizer.state_tensors().items()}
+        run.save_checkpoint(step, tensors, {"validated": validated, "figures": figures})
 
     def save_result() -> None:
-        if args.lora and not merged:
-            lora.save_adapter(models.actor, run.folder / "adapter", found.name)
-        else:  # the base of adapters that were trained on merged weights is on no disk
-            lora.merge(models.actor)  # into the reference's weights, too: nobody needs it any more
+        if args.lora:
+            lora.save_adapter(models.actor, run.folder / "adapter", found.name, under)
+        else:
             save_model(models.actor, tokenizer, run.folder / "model")
         weights = {n: p.detach() for n, p in critic.items()}
         files.replace_file(run.folder / "value_head.safetensors", files.safetensors_bytes(weights))
 
-    def validate(step: int, watch) -> dict:
-        with autocast():
-            rows = generate.exact_match(models.actor, tokenizer, held_out, prompt, args.max_new_tokens,
-                                        args.rollout_batch, progress=watch)  # fmt: skip
-        return {"step": step, "val_exact_match": sum(r["correct"] for r in rows) / len(rows),
-                "val_truncated": sum(r["truncated"] for r in rows) / len(rows)}  # fmt: skip
-
     first = 0
     if (checkpoint := run.load_checkpoint()) is not None:
         first, tensors, state = checkpoint
-        load_checkpoint(tensors, state)
+        for part, optimizer in zip(("policy/", "critic/"), optimizers):
+            mine = {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)}
+            optimizer.load_state_tensors(mine)
         validated, figures = state["validated"], state["figures"]
         print(f"continuing {run.folder} from step {first}")
 
@@ -700,50 +729,39 @@ def train(args, run, found, prompt, problems, held_out) -> int:
         run.start_wandb(args.wandb, vars(args))
     with console.graceful_stop() as stop, console.Progress(args.steps) as progress:
 
-        def leave(step: int) -> int:
+        def watch(finished: int, tokens: int) -> None:
+            progress.update(step, answered=finished)
+            if stop.requested:
+                raise console.Stopped
+
+        def validate() -> dict:
+            with autocast():
+                rows = generate.exact_match(models.actor, tokenizer, held_out, prompt, args.max_new_tokens,
+                                            args.rollout_batch, progress=watch)  # fmt: skip
+            return {"step": step, "val_exact_match": sum(r["correct"] for r in rows) / len(rows),
+                    "val_truncated": sum(r["truncated"] for r in rows) / len(rows)}  # fmt: skip
+
+        def leave() -> int:
             save_checkpoint(step)
             progress.note(stop.message(step))
             return stop.exit_code
 
-        for step in range(first, args.steps + 1):  # with `step` updates behind us
-
-            def watch(finished: int, tokens: int) -> None:
-                progress.update(step, answered=finished)
-                if stop.requested:
-                    raise Stopped
-
+        for step in range(first, args.steps + 1):  # with `step` of them behind us
             try:
                 due = step == args.steps or (args.val_every and step % args.val_every == 0)
                 if held_out and due and validated.get("step") != step:
-                    validated = validate(step, watch)
+                    validated = validate()
                     run.log(validated)
                     progress.note(", ".join(f"{k} {v:.4g}" for k, v in validated.items()))
                 if step == args.steps:
                     break
                 if stop.requested:
-                    return leave(step)
-                began = time.perf_counter()
+                    return leave()
                 chosen = problems_of_step(problems, step, args.rollouts, args.seed)
-                with autocast():
-                    rows = answer(models, tokenizer, prompt, chosen, args, step, watch)
-            except Stopped:
-                return leave(step)
-            rolled = time.perf_counter()
-            progress.update(step, now="scoring")
-            rollout, figures = assess(models, rows, tokenizer.pad_id, args, autocast)
-            scored = time.perf_counter()
-            progress.update(step, now="updating")
-            before = probe.detach().clone()
-            figures |= update(models, rollout, (actor_optimizer, value_optimizer), args, autocast, step)
-            done = time.perf_counter()
-            tokens = sum(len(row["example"].ids) for row in rows)
-            figures |= {
-                "step": step + 1,
-                "moved": (probe.detach() != before).float().mean().item(),
-                "seconds_rollout": rolled - began, "seconds_score": scored - rolled,
-                "seconds_update": done - scored, "seconds": done - began,
-                "tokens": tokens, "peak_memory": console.peak_memory(args.device),
-            }  # fmt: skip
+                figures, rows = one_step(models, optimizers, tokenizer, prompt, chosen, args, autocast, step,
+                                         watch, lambda now: progress.update(step, now=now))  # fmt: skip
+            except console.Stopped:
+                return leave()
             run.log(figures)
             for row in rows[:4]:
                 run.sample({"step": step + 1} | {k: v for k, v in row.items() if k != "example"})
@@ -752,8 +770,8 @@ def train(args, run, found, prompt, problems, held_out) -> int:
             if step % (args.val_every or args.steps) == 0:
                 progress.note(preview(rows[0]))
             progress.update(step + 1, reward=figures["reward"], kl_sequence=figures["kl_sequence"],
-                            length=figures["response_tokens"], tokens_per_s=tokens / (done - began),
-                            memory=figures["peak_memory"])  # fmt: skip
+                            length=figures["response_tokens"], memory=figures["peak_memory"],
+                            tokens_per_s=figures["tokens"] / figures["seconds"])  # fmt: skip
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 save_checkpoint(step + 1)
 

@@ -26,12 +26,12 @@ from nanogsm.optim import AdamW, cosine_with_min_lr
 # rate for both methods; "tuned" has the field's customary rates (README, Recipes). The embedded
 # model is so small that it learns at rates a hundred times higher.
 RECIPES = {
-    "seed": {"lr": {"full": 1e-5, "lora": 1e-5}, "min_lr": 0.1, "warmup": 0.0},
-    "tuned": {"lr": {"full": 2e-5, "lora": 2e-4}, "min_lr": 0.1, "warmup": 0.03},
+    "seed": {"lr": {"full": 1e-5, "lora": 1e-5}, "min_lr_share": 0.1, "warmup": 0.0},
+    "tuned": {"lr": {"full": 2e-5, "lora": 2e-4}, "min_lr_share": 0.1, "warmup": 0.03},
 }
 TINY_RECIPES = {
-    "seed": {"lr": {"full": 1e-3, "lora": 1e-3}, "min_lr": 0.1, "warmup": 0.0},
-    "tuned": {"lr": {"full": 2e-3, "lora": 1e-2}, "min_lr": 0.1, "warmup": 0.03},
+    "seed": {"lr": {"full": 1e-3, "lora": 1e-3}, "min_lr_share": 0.1, "warmup": 0.0},
+    "tuned": {"lr": {"full": 2e-3, "lora": 1e-2}, "min_lr_share": 0.1, "warmup": 0.03},
 }
 DEFAULTS = {"model": "google/gemma-2b-it", "micro_batch": 8, "accumulation": 2, "checkpointing": True,
             "val_examples": 64}  # fmt: skip
@@ -93,7 +93,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     recipe = (TINY_RECIPES if args.tiny else RECIPES)[args.recipe]
     method = "lora" if args.lora else "full"
     args.lr = args.lr if args.lr is not None else recipe["lr"][method]
-    args.min_lr = args.min_lr if args.min_lr is not None else recipe["min_lr"] * args.lr
+    args.min_lr = args.min_lr if args.min_lr is not None else recipe["min_lr_share"] * args.lr
     args.warmup = args.warmup if args.warmup is not None else recipe["warmup"]
     folder = "runs/tiny" if args.tiny else "runs"
     args.out = args.out or f"{folder}/sft-{method}-{Path(args.data).stem}"
@@ -186,18 +186,19 @@ def mean_loss(model: Gemma, examples: list, micro_batch: int, pad_id: int, autoc
 # ------------------------------------------------------------------------------------- planning
 
 
-def print_plan(args, config: Config, examples, validation, steps: int) -> None:
+def print_plan(args, config: Config, examples, held_out, steps: int) -> None:
     with torch.device("meta"):  # counts parameters without allocating one
         model = Gemma(config)
     if args.lora:
         lora.add_lora(model, args.lora_r, args.lora_alpha)
     total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    shapes = [p.shape for p in model.parameters() if p.requires_grad]
+    trained = sum(map(math.prod, shapes))
     lengths = [len(e.ids) for e in examples]
     print(f"model        {args.model} ({config.model_type}), {total:,} parameters, {trained:,} trained")
     print(f"data         {len(examples):,} examples, {sum(lengths):,} tokens, "
           f"{sum(sum(e.mask) for e in examples):,} supervised, longest {max(lengths)}; "
-          f"{len(validation)} held out")  # fmt: skip
+          f"{len(held_out)} held out")  # fmt: skip
     print(f"steps        {steps:,} of {args.micro_batch} x {args.accumulation} examples, "
           f"{args.epochs} epoch{'s' * (args.epochs > 1)}; lr {args.lr:g} to {args.min_lr:g}, "
           f"warm-up {args.warmup:g} ({args.recipe} recipe); {args.optim}")  # fmt: skip
@@ -207,7 +208,7 @@ def print_plan(args, config: Config, examples, validation, steps: int) -> None:
         budget.print_budget({
             "weights": budget.model_bytes(config, total, trained, bf16),
             "gradients": 4 * trained,
-            "optimizer": budget.moments_bytes(trained, args.optim),
+            "optimizer": budget.moments_bytes(shapes, args.optim),
             "activations": budget.activation_bytes(config, tokens, args.lora, bf16, args.checkpointing),
             "vocabulary": budget.head_bytes(config, tokens, args.lora, bf16),
         })  # fmt: skip
@@ -216,20 +217,16 @@ def print_plan(args, config: Config, examples, validation, steps: int) -> None:
 # -------------------------------------------------------------------------------------- the run
 
 
-class Stopped(Exception):
-    """Somebody asked to stop in the middle of a validation."""
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     prompt = data.Prompt(args.style, 0, args.instruction)
-    files = hub.find_model(args.model, weights=not args.dry_run)
-    if args.lora and files.adapter:
+    found = hub.find_model(args.model, weights=not args.dry_run)
+    if args.lora and found.adapter:
         raise UserError(f"{args.model} is an adapter: start from its merged model (--merge makes one)")
     out = Path(args.out).resolve()
-    if any(path and path.resolve().is_relative_to(out) for path in (files.base, files.adapter)):
+    if any(path and path.resolve().is_relative_to(out) for path in (found.base, found.adapter)):
         raise UserError(f"--model lies in the run folder {args.out}: choose another --out")
-    config, tokenizer = read_config(files.base), data.Tokenizer(files.base)
+    config, tokenizer = read_config(found.base), data.Tokenizer(found.base)
 
     problems = data.load_problems(args.data, "train", args.data_dir)
     problems, held_out = data.split_validation(problems, args.val_examples)
@@ -245,55 +242,55 @@ def main(argv: list[str] | None = None) -> int:
 
     settings = {k: v for k, v in vars(args).items() if k not in ("dry_run", "overwrite", "out")}
     settings["data_sha256"] = data.digest(problems + held_out)
-    settings["model_sha256"] = hub.fingerprint(files)
-    info = console.environment() | {"prompt": prompt._asdict(), "base": str(files.base)}
+    settings["model_sha256"] = hub.fingerprint(found)
+    info = console.environment() | {"prompt": prompt._asdict(), "base": str(found.base)}
     may_differ = ("save_every", "data_dir", "device", "merge", "wandb")
     with runs.Run(args.out, settings, info, args.overwrite, may_differ) as run:
         if run.finished:
             print(run.already_finished())
         else:
-            status = train(args, run, files, prompt, examples, size, steps, validation, held_out)
+            status = train(args, run, found, prompt, examples, size, steps, validation, held_out)
             if status:
                 return status
         if args.merge and not (run.folder / "model").exists():
-            merged, tokenizer = load_model(files._replace(adapter=run.folder / "adapter"), merge=True)
+            merged, tokenizer = load_model(found._replace(adapter=run.folder / "adapter"), merge=True)
             save_model(merged, tokenizer, run.folder / "model")
             print(f"merged into {run.folder / 'model'}")
     print(f"the result is in {args.out}; next: python evaluate.py --model {args.out}")
     return 0
 
 
-def train(args, run, files, prompt, examples, size, steps, validation, held_out) -> int:
+def train(args, run, found, prompt, examples, size, steps, validation, held_out) -> int:
     """Train from scratch or from the last checkpoint to the end; 0, or the status of a stop."""
     bf16 = args.precision == "bf16"
     kind = torch.device(args.device).type  # "cuda:1" is a place, "cuda" a kind
     autocast = lambda: torch.autocast(kind, torch.bfloat16, enabled=bf16)  # noqa: E731
 
     # Full fine-tuning keeps float32 weights: at these learning rates most updates of a bfloat16
-    # weight are smaller than its rounding. A frozen base has no such need.
-    model, tokenizer = load_model(files, None if args.lora else torch.float32, args.device, merge=True)
+    # weight are smaller than its rounding. A frozen base has no such need; autocast would cast one in
+    # float32 anew at every use.
+    dtype = torch.float32 if not args.lora else torch.bfloat16 if bf16 else None
+    model, tokenizer = load_model(found, dtype, args.device, merge=True)
     model.checkpointing = args.checkpointing
     if not bf16:
         model.compute_in_float32()
     if args.lora:
         adapted = lora.add_lora(model, args.lora_r, args.lora_alpha, args.seed)
         print(f"adapters on {len(adapted)} layers")
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = AdamW(trained.items(), lr=args.lr, weight_decay=args.weight_decay,
+    optimizer = AdamW(model.named_parameters(), lr=args.lr, weight_decay=args.weight_decay,
                       bits=8 if args.optim == "adamw8bit" else 32)  # fmt: skip
     warmup = round(args.warmup * steps)
     loss, validated, best = math.nan, {}, {}  # of the last step; the last validation; the best
 
     def save_weights() -> None:
         if args.lora:
-            lora.save_adapter(model, run.folder / "adapter", files.name)
+            lora.save_adapter(model, run.folder / "adapter", found.name)
         else:
             save_model(model, tokenizer, run.folder / "model")
 
     def save_checkpoint(step: int) -> None:
-        weights = {f"model/{name}": p.detach() for name, p in trained.items()}
-        state = {"updates": optimizer.step_count, "loss": loss, "validated": validated, "best": best}
-        run.save_checkpoint(step, weights | optimizer.state_tensors(), state)
+        state = {"loss": loss, "validated": validated, "best": best}
+        run.save_checkpoint(step, optimizer.state_tensors(), state)
 
     def leave(step: int) -> int:
         save_checkpoint(step)
@@ -306,7 +303,7 @@ def train(args, run, files, prompt, examples, size, steps, validation, held_out)
         def watch(finished: int, tokens: int) -> None:
             progress.update(step, validating=f"{finished}/{len(held_out)}")
             if stop.requested:
-                raise Stopped
+                raise console.Stopped
 
         with autocast():
             rows = generate.exact_match(model, tokenizer, held_out, prompt, args.max_new_tokens,
@@ -323,11 +320,7 @@ def train(args, run, files, prompt, examples, size, steps, validation, held_out)
     first = 0
     if (checkpoint := run.load_checkpoint()) is not None:
         first, tensors, state = checkpoint
-        with torch.no_grad():
-            for name, p in trained.items():
-                p.copy_(tensors.pop(f"model/{name}"))
         optimizer.load_state_tensors(tensors)
-        optimizer.step_count = state["updates"]
         loss, validated, best = state["loss"], state["validated"], state["best"]
         print(f"continuing {run.folder} from step {first}")
 
@@ -341,7 +334,7 @@ def train(args, run, files, prompt, examples, size, steps, validation, held_out)
             if held_out and due and validated.get("step") != step:
                 try:
                     validated = validate(step)
-                except Stopped:
+                except console.Stopped:
                     return leave(step)
                 run.log(validated)
                 progress.note(", ".join(f"{k} {v:.4g}" for k, v in validated.items()))
@@ -358,7 +351,7 @@ def train(args, run, files, prompt, examples, size, steps, validation, held_out)
             chosen = examples_of_step(examples, step, size, args.seed)
             optimizer.lr = cosine_with_min_lr(step, steps, args.lr, args.min_lr, warmup)
             loss = backward_step(model, chosen, args.micro_batch, tokenizer.pad_id, autocast)
-            norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip).item()
+            norm = torch.nn.utils.clip_grad_norm_(optimizer.params.values(), args.clip).item()
             if not math.isfinite(loss + norm):
                 raise UserError(
                     f"loss {loss}, gradient norm {norm} at step {step + 1}; problems "

@@ -3,25 +3,32 @@
 Estimates: what kernels, the allocator and the process itself take beside it is not in them.
 """
 
+import math
+from collections.abc import Iterable
+
+import torch
+
 from nanogsm.logprob import LOGITS
 from nanogsm.model import Config
+from nanogsm.optim import block_size
 
 
 def model_bytes(c: Config, total: int, trained: int, bf16: bool) -> int:
     """Bytes of a model's weights while training. trained == total: float32, and the bfloat16 copies
-    that autocast keeps of the linear layers'. Fewer: the base as its checkpoint has it (where
-    products are in float32 its embedding is cast once), and float32 adapters."""
+    that autocast keeps of the linear layers'. Fewer: a bfloat16 base, or where products are in float32
+    one as its checkpoint has it, the embedding cast once; and float32 adapters."""
     embedding = c.vocab_size * c.hidden_size
     if trained == total:
         return 4 * total + 2 * (total - embedding) * bf16
-    cast = embedding * (4 - c.dtype.itemsize) * (not bf16)
-    return (total - trained) * c.dtype.itemsize + cast + 4 * trained
+    base = 2 if bf16 else c.dtype.itemsize
+    return (total - trained) * base + embedding * (4 - base) * (not bf16) + 4 * trained
 
 
 def frozen_copy_bytes(c: Config, total: int, bf16: bool) -> int:
-    """Bytes of a copy whose linear layers are rounded to bfloat16 and whose embedding is not."""
+    """Bytes of a copy whose linear layers are rounded to bfloat16, the embedding if that is exact."""
     embedding = c.vocab_size * c.hidden_size
-    return 4 * embedding + (total - embedding) * (2 if bf16 else 4)
+    exact = bf16 and c.dtype == torch.bfloat16
+    return embedding * (2 if exact else 4) + (total - embedding) * (2 if bf16 else 4)
 
 
 def activation_bytes(c: Config, tokens: int, frozen: bool, bf16: bool, checkpointing: bool) -> int:
@@ -43,14 +50,24 @@ def head_bytes(c: Config, tokens: int, frozen: bool, bf16: bool) -> int:
     return 8 * min(LOGITS, tokens * c.vocab_size) + (0 if frozen else own)
 
 
-def moments_bytes(trained: int, optim: str) -> int:
-    return int(trained * (8 if optim == "adamw" else 2.1))
+def moments_bytes(shapes: Iterable[tuple[int, ...]], optim: str) -> int:
+    """Bytes of AdamW's moments for parameters of these shapes."""
+    total = 0
+    for shape in shapes:
+        block = block_size(shape) if optim == "adamw8bit" else None
+        total += math.prod(shape) * (2 + 8 / block if block else 8)  # two codes, two scales a block
+    return int(total)
 
 
 def cache_bytes(c: Config, rows: int, length: int, bf16: bool) -> int:
     """Bytes of the KV cache for rows of that many tokens."""
     per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
     return rows * length * per_token * (2 if bf16 else 4)
+
+
+def sampling_bytes(c: Config, rows: int) -> int:
+    """Bytes that drawing a token for each row takes: logits, probabilities and sums of them."""
+    return rows * c.vocab_size * (4 + 4 + 8 + 8)
 
 
 def print_budget(budget: dict[str, float]) -> None:

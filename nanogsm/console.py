@@ -38,6 +38,10 @@ def disk_full(error: OSError) -> bool:
 # ---- stopping
 
 
+class Stopped(Exception):
+    """Somebody asked to stop in the middle of sampling, which is not worth ending first."""
+
+
 class Interrupt:
     """Whether somebody asked to stop: `requested` is the signal's number, or None."""
 

@@ -16,7 +16,8 @@ The space after "Answer:" belongs to the target. A prompt ending in a space woul
 space token, which never occurs when prompt and answer are read as one text: training and generation
 would see different prompts. Prompt ids are a prefix of training ids, always.
 
-Every loss mask, every BOS and every EOS of the project is made in this file and nowhere else.
+Every BOS, every EOS and every mask of SFT is made in this file and nowhere else. (PPO's mask is what was
+sampled.)
 """
 
 import hashlib
@@ -40,26 +41,26 @@ from nanogsm import UserError, hub
 class Problem(NamedTuple):
     question: str
     answer: str  # worked steps, then "#### " and the number
-    index: int  # line in its file, from 0: what results refer to
+    index: int  # its place among the file's problems, from 0: what results refer to
 
 
 # Generated data by name: GSM8K's two styles, and every answer with its working (tiny/problems.py).
-TINY = {
+GENERATED = {
     "tiny": {"style": "main"},
     "tiny-socratic": {"style": "socratic"},
     "tiny-worked": {"style": "main", "worked_only": True},
 }
-NAMED = ("main", "socratic", *TINY)  # data with a training and a test split
+NAMED = ("main", "socratic", *GENERATED)  # data with a training and a test split
 
 
 def load_problems(data: str, split: str, data_dir: str | None = None) -> list[Problem]:
-    """data: "main", "socratic", a name in TINY or a JSONL file of one's own; split "train" or "test"
+    """data: "main", "socratic", a name in GENERATED or a JSONL file of one's own; split "train" or "test"
     (a file of one's own is used whole for either). Raises UserError naming the file and line at
     fault."""
-    if data in TINY:
+    if data in GENERATED:
         from nanogsm.tiny import problems  # here, because that file writes Problems
 
-        return problems.problems(split, **TINY[data])
+        return problems.problems(split, **GENERATED[data])
     if data in ("main", "socratic"):
         name = f"{split}.jsonl" if data == "main" else f"{split}_socratic.jsonl"
         return read_jsonl(hub.data_file(name, data_dir))
@@ -90,12 +91,24 @@ def read_jsonl(path: Path) -> list[Problem]:
             ) from e
         if not question:
             raise UserError(f"{path} line {number}: the question is empty")
-        if extract_answer(answer) is None:
-            raise UserError(f'{path} line {number}: the answer has no "#### number"')
+        if fault := _unscorable(answer):
+            raise UserError(f"{path} line {number}: {fault}")
         problems.append(Problem(question, answer, len(problems)))
     if not problems:
         raise UserError(f"{path} has no problems in it")
     return problems
+
+
+def _unscorable(answer: str) -> str | None:
+    """Why nothing could ever be right by this answer, or be misread as right; None if it is sound."""
+    kept = cut(answer)
+    if extract_answer(kept) is None:
+        there = "" if kept == answer else f' before "{STOP_TEXT}", where completions are cut off'
+        return f'the answer has no "#### number"{there}'
+    rest = kept.partition("####")[2]
+    if _GOES_ON.match(rest, _AFTER_MARKER.match(rest).end()):
+        return f'what follows "####" is not one number: {rest.strip()[:40]!r}'
+    return None
 
 
 # Fixed, so that results of different runs and seeds are about the same problems.
@@ -292,6 +305,7 @@ def micro_batches(rows: list[Example], size: int) -> list[list[Example]]:
 _DIGITS = r"([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 _AFTER_MARKER = re.compile(r"([-$\s]*)" + _DIGITS)  # "#### 72", "####$72", "#### -$72"
 _ANYWHERE = re.compile(r"((?:(?<![0-9])-)?\$?)" + _DIGITS)
+_GOES_ON = re.compile(r"\s*[-+*/^:.,]\s*[0-9(]|[eE][-+]?[0-9]")  # as in "1/2", "5 - 10", "1,5", "1e6"
 TOLERANCE = 1e-6
 STOP_TEXT = "Question:"  # a completion that starts a new question has run past its answer
 
@@ -328,8 +342,8 @@ def cut(completion: str) -> str:
 
 
 def starts_new_question(tokenizer: Tokenizer, ids: list[int]) -> bool:
-    """Whether the newest of ids complete STOP_TEXT; eight tokens are more than it is ever cut into."""
-    return STOP_TEXT in tokenizer.decode(ids[-8:])
+    """Whether the newest of ids complete STOP_TEXT, which may be sampled a character at a time."""
+    return STOP_TEXT in tokenizer.decode(ids[-len(STOP_TEXT) :])
 
 
 def answer_limit(data: str) -> int:

@@ -1,6 +1,7 @@
 """Files and folders that are whole or absent: written beside, forced to disk, renamed.
 
-A kill at any instant, or a full disk, leaves the older one or the newer one, never half of one.
+A kill at any instant, or a full disk, leaves the older one or the newer one, never half of one. (Of a
+folder, a kill between two renames leaves the older as <name>.old; the next attempt puts it back.)
 """
 
 import contextlib
@@ -78,20 +79,30 @@ def replace_file(path: Path, chunks: bytes | Iterable, shared: bool = False) -> 
 @contextlib.contextmanager
 def replaced_folder(folder: Path | str) -> Iterator[Path]:
     """`with replaced_folder(f) as beside`: fill beside; afterwards it stands at f, whole, instead
-    of what was there. If filling fails, what was there stays."""
+    of what was there. If anything fails, what was there stays."""
     folder = Path(folder)
-    beside = folder.with_name(folder.name + ".new")
+    beside, aside = (folder.with_name(folder.name + ending) for ending in (".new", ".old"))
+
+    def put_back() -> None:
+        if os.path.lexists(aside) and not os.path.lexists(folder):
+            aside.rename(folder)
+
+    put_back()  # what a kill left
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         yield beside
         sync_folder(beside)
-        remove(folder)
+        remove(aside)
+        if os.path.lexists(folder):  # no system renames a folder onto a full one
+            folder.rename(aside)
         beside.rename(folder)
         sync_folder(folder.parent)
     except BaseException:
+        put_back()
         shutil.rmtree(beside, ignore_errors=True)
         raise
+    remove(aside)
 
 
 def write_json(path: Path | str, obj) -> None:

@@ -85,7 +85,7 @@ def generate(
         return list(uniform[rows[:, None].to(device), columns.to(device)].T)
 
     def draw(hidden: Tensor, u: Tensor | None) -> Tensor:
-        logits = model.logits(hidden)  # (b, V)
+        logits = model.logits(hidden, decoding=True)  # (b, V)
         return logits.argmax(-1) if u is None else inverse_cdf(logits, temperature, u)
 
     def take_in(slot: int, ids: list[int]) -> None:
@@ -168,7 +168,33 @@ def inverse_cdf(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cdf, wanted, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
-# --------------------------------------------------------------------------------- exact match
+# ------------------------------------------------------------------------- questions and answers
+
+
+class Answer(NamedTuple):
+    prompt: list[int]
+    ids: list[int]  # what was generated
+    truncated: bool
+    text: str  # of the ids, special tokens left out
+
+
+def answer(
+    model: Gemma,
+    tokenizer: Tokenizer,
+    questions: list[str],
+    prompt: Prompt,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda finished, tokens: None,
+) -> list[Answer]:
+    """`generate` from question to text; an answer also ends where it asks itself a new question."""
+    prompts = [encode(tokenizer, prompt, question)[0] for question in questions]
+    is_over = lambda ids: starts_new_question(tokenizer, ids)  # noqa: E731
+    completions = generate(model, prompts, tokenizer.stop_ids, max_new_tokens, batch_size, temperature,
+                           seed, is_over=is_over, progress=progress)  # fmt: skip
+    return [Answer(ids, *done, tokenizer.decode(done.ids)) for ids, done in zip(prompts, completions)]
 
 
 def exact_match(
@@ -186,31 +212,19 @@ def exact_match(
     """Answer every problem `samples` times; one row a completion, ordered by problem, with what is
     needed to count, compare and reread it."""
     asked = [problem for problem in problems for _ in range(samples)]
-    completions = generate(
-        model,
-        [encode(tokenizer, prompt, problem.question)[0] for problem in asked],
-        tokenizer.stop_ids,
-        max_new_tokens,
-        batch_size,
-        temperature,
-        seed,
-        is_over=lambda ids: starts_new_question(tokenizer, ids),
-        progress=progress,
-    )
-    rows = []
-    for problem, completion in zip(asked, completions):
-        text = tokenizer.decode(completion.ids)
-        rows.append(
-            {
-                "index": problem.index,
-                "question": problem.question,
-                "correct": is_correct(text, problem),
-                "flexible": is_correct_flexible(text, problem),
-                "answer": extract_answer(cut(text)),
-                "gold": extract_answer(problem.answer),
-                "truncated": completion.truncated,
-                "tokens": len(completion.ids),
-                "completion": text,
-            }
-        )
-    return rows
+    answers = answer(model, tokenizer, [problem.question for problem in asked], prompt, max_new_tokens,
+                     batch_size, temperature, seed, progress)  # fmt: skip
+    return [
+        {
+            "index": problem.index,
+            "question": problem.question,
+            "correct": is_correct(done.text, problem),
+            "flexible": is_correct_flexible(done.text, problem),
+            "answer": extract_answer(cut(done.text)),
+            "gold": extract_answer(problem.answer),
+            "truncated": done.truncated,
+            "tokens": len(done.ids),
+            "completion": done.text,
+        }
+        for problem, done in zip(asked, answers)
+    ]

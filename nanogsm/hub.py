@@ -26,7 +26,7 @@ OPTIONAL = [
     "added_tokens.json", "chat_template.jinja", "tokenizer.model",
 ]  # fmt: skip
 WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
-TINY = Path(__file__).parent / "tiny" / "gemma"  # the embedded model
+EMBEDDED = Path(__file__).parent / "tiny" / "gemma"  # the embedded model
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")  # a plain name: no way out
 
@@ -47,7 +47,7 @@ def find_model(name: str, weights: bool = True) -> ModelFiles:
     tiny is hidden by the embedded model, and is written ./tiny.
     """
     if name == "tiny":
-        return ModelFiles(TINY, None, name)
+        return ModelFiles(EMBEDDED, None, name)
     folder = Path(os.path.expanduser(name))
     if name and folder.is_dir():
         return _local_model(folder, weights)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nanogsm import UserError, files
 
-# Listed, not "every nn.Linear": the output head is the embedding, and adapting one adapts both.
+# All linear layers of a block, by the names that PEFT's target_modules go by.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."  # what PEFT puts before the base model's own names
 
@@ -45,8 +45,11 @@ class LoRALinear(nn.Module):
         self.lora_A, self.lora_B = Matrix(a.to(base.weight.device)), Matrix(b.to(base.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(x, self.lora_A.weight.to(x.dtype)) * self.scale  # (.., r): where it is cheap
-        return self.base(x) + F.linear(low, self.lora_B.weight.to(x.dtype))
+        a, b = self.lora_A.weight, self.lora_B.weight
+        if not torch.is_autocast_enabled(x.device.type):  # which keeps its copies for the next use
+            a, b = a.to(x.dtype), b.to(x.dtype)
+        low = F.linear(x, a) * self.scale  # (.., r): scaled where it is cheap
+        return self.base(x) + F.linear(low, b)
 
     def delta(self) -> Tensor:
         """(out, in) float32: what the adapter adds to the weight."""
@@ -87,19 +90,34 @@ def merge(model: nn.Module) -> None:
         _replace(model, name, layer.base)
 
 
-def save_adapter(model: nn.Module, folder: Path, base_model: str) -> None:
+def save_adapter(model: nn.Module, folder: Path, base_model: str, under: dict | None = None) -> None:
     """Write adapter_config.json and adapter_model.safetensors; the folder is whole or absent
-    (files.py). base_model: what `load_model` finds the base under again."""
+    (files.py). base_model: what `load_model` finds the base under again.
+
+    under: `adapters` that have been merged into the model's base since. That base is on no disk, so
+    they are written, too, and side by side two adapters are one of the sum of their ranks:
+
+        s1 B1 A1 + s2 B2 A2  =  (s1 B1 | s2 B2) (A1 over A2)
+    """
     layers = adapters(model)
-    first = next(iter(layers.values()))
-    r = first.lora_A.weight.shape[0]
+    scale = next(iter(layers.values())).scale
+    factors = {name: (m.lora_A.weight, m.lora_B.weight) for name, m in layers.items()}
+    if under:
+        rank = next(iter(under.values())).lora_A.weight.shape[0]
+        for name, (a, b) in factors.items():
+            lower = under.get(name)  # None: PEFT's may leave some layers alone
+            a0 = lower.lora_A.weight if lower else a.new_zeros(rank, a.shape[1])
+            b0 = lower.lora_B.weight * lower.scale if lower else b.new_zeros(b.shape[0], rank)
+            factors[name] = torch.cat((a0, a)), torch.cat((b0, b * scale), dim=1)
+        scale = 1.0
+    r = next(iter(factors.values()))[0].shape[0]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",  # without it PEFT builds no generate()
         "base_model_name_or_path": base_model,
         "revision": None,
         "r": r,
-        "lora_alpha": first.scale * r,
+        "lora_alpha": scale * r,
         "target_modules": sorted({name.split(".")[-1] for name in layers}),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -108,9 +126,9 @@ def save_adapter(model: nn.Module, folder: Path, base_model: str) -> None:
         "inference_mode": True,
     }
     tensors = {
-        f"{PREFIX}{name}.{side}.weight": getattr(layer, side).weight
-        for name, layer in layers.items()
-        for side in ("lora_A", "lora_B")
+        f"{PREFIX}{name}.{side}.weight": factor
+        for name, pair in factors.items()
+        for side, factor in zip(("lora_A", "lora_B"), pair)
     }
     with files.replaced_folder(folder) as beside:
         files.write_json(beside / "adapter_config.json", config)
@@ -142,8 +160,15 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         name = key.removeprefix(PREFIX).rsplit(".lora_", 1)[0]
         a = tensors.pop(f"{PREFIX}{name}.lora_A.weight", None)
         b = tensors.pop(f"{PREFIX}{name}.lora_B.weight", None)
-        base = layers.get(name)
+        base = layers.pop(name, None)
         fits = a is not None and b is not None and isinstance(base, nn.Linear)
         if not fits or (a.shape, b.shape) != ((r, base.in_features), (base.out_features, r)):
             raise UserError(f"the adapter in {folder} is for another model: {key} does not fit")
         _replace(model, name, LoRALinear(base, a, b, scale))
+    targets = config.get("target_modules")  # in PEFT's files a list of names' ends, or a pattern
+    ends = tuple(f".{target}" for target in targets) if isinstance(targets, list) else ()
+    absent = [name for name in layers if name.endswith(ends)]  # those replaced above are gone from it
+    some_only = config.get("layers_to_transform") or config.get("exclude_modules")
+    if not adapters(model) or (absent and not some_only):
+        lacks = absent[0] if absent else "any layer"
+        raise UserError(f"the adapter in {folder} is incomplete: it has nothing for {lacks}")

@@ -412,13 +412,14 @@ class Gemma(nn.Module):
         distance = queries[:, None, :, None] - keys[:, None, None, :]
         return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, decoding: bool = False) -> Tensor:
         """(..., D) -> (..., V): the embedding matrix is the head; Gemma 2 caps what comes out."""
-        weight = self.model.embed_tokens.weight.to(hidden.dtype)
-        few = weight.is_cpu and hidden.numel() <= 64 * weight.shape[1]
-        if few and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
-            # Decoding: a CPU multiplies few rows faster by a bit of the vocabulary at a time, a tenth
-            # of a decode step of Gemma 3 270M. (Autocast would not keep its copies of such bits.)
+        weight = self.model.embed_tokens.weight
+        automatic = torch.is_autocast_enabled(hidden.device.type)
+        weight = weight if automatic else weight.to(hidden.dtype)  # as in Linear
+        if decoding and weight.is_cpu and len(hidden) <= 64 and not automatic:
+            # A CPU multiplies few rows faster by a bit of the vocabulary at a time, a tenth of a decode
+            # step of Gemma 3 270M. (Autocast would not keep its copies of such bits.)
             logits = torch.cat([F.linear(hidden, rows) for rows in weight.split(2048)], -1)
         else:
             logits = F.linear(hidden, weight)

@@ -181,18 +181,19 @@ class AdamW:
             p.grad = None
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """{"exp_avg.<parameter>": tensor, ...}, the live moments, as safetensors can save them.
-        Save `step_count` too: bias correction and dither go on from it."""
-        kinds = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
-        return {
+        """All that `step` changes, live, as safetensors can save it: the parameters ("weight.<name>"),
+        the moments ("exp_avg.<name>", ...) and "step_count"."""
+        kinds = ("weight", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
+        state = {
             f"{kind}.{name}": tensor
-            for name, tensors in self.moments.items()
-            for kind, tensor in zip(kinds, tensors)
+            for name, p in self.params.items()
+            for kind, tensor in zip(kinds, (p.detach(), *self.moments[name]))
         }
+        return state | {"step_count": torch.tensor(self.step_count)}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Copies in what `state_tensors` gave; the caller sets `step_count`. The run then goes on
-        bit for bit as if never stopped. Raises UserError, changing nothing, where it misfits."""
+        """Copies in what `state_tensors` gave: the run then goes on bit for bit as if never stopped.
+        Raises UserError, changing nothing, where it misfits."""
         state = self.state_tensors()
         layouts = [{(key, t.shape, t.dtype) for key, t in x.items()} for x in (state, tensors)]
         wrong = {key for key, *_ in layouts[0] ^ layouts[1]}
@@ -203,7 +204,8 @@ class AdamW:
             )
         for key, tensor in state.items():
             tensor.copy_(tensors[key])
+        self.step_count = int(tensors["step_count"])
 
     def state_bytes(self) -> int:
         """Bytes held by the moments and their scales."""
-        return sum(t.numel() * t.element_size() for t in self.state_tensors().values())
+        return sum(t.nbytes for tensors in self.moments.values() for t in tensors)

@@ -67,6 +67,13 @@ def is_tiny(model: str) -> bool:
     return model == "tiny" or bool(run and run[1]["args"].get("tiny"))
 
 
+def answer_limit(model: str, of_data: str) -> int:
+    """How many tokens an answer to these data may take by default. The length that the run `model`
+    validated with, if that is more: a socratic run answers at length whatever it is asked."""
+    run = run_of(model)
+    return max(data.answer_limit(of_data), run[1]["args"].get("max_new_tokens", 0) if run else 0)
+
+
 def _append(file: BinaryIO, row: dict) -> None:
     line = files.to_json(row)
     while line:  # a nearly full disk takes a part; the next write then says why
@@ -92,7 +99,7 @@ class Run:
         self._lock = _claim(self.folder)
         try:
             for pattern in OWNED if overwrite else ():  # whatever else somebody put there stays
-                for ending in ("", ".tmp", ".new"):
+                for ending in ("", ".tmp", ".new", ".old"):
                     for path in self.folder.glob(pattern + ending):
                         files.remove(path)
             path = self.folder / "summary.json"
@@ -144,7 +151,7 @@ class Run:
         for file in self._logs.values():
             file.close()
         if self.wandb:
-            self.wandb.finish()
+            self.wandb.finish(exit_code=0 if self.finished else 1)
         if self._lock is not None:
             os.close(self._lock)
         self._logs, self._lock, self.wandb = {}, None, None
@@ -156,13 +163,14 @@ class Run:
             self.wandb.log(row, step=row["step"])
 
     def start_wandb(self, project: str, config: dict) -> None:
-        """Send what is logged from now on to Weights & Biases as well (WANDB_MODE=offline: to a folder
-        in the run's). A continued run is a new one there."""
+        """Send what is logged from now on to Weights & Biases as well (WANDB_MODE=offline: to the
+        folder wandb beside the run's). A continued run is a new one there."""
         try:
             import wandb
         except ImportError as error:
             raise UserError("--wandb needs the package: pip install wandb, or leave the flag out") from error
-        self.wandb = wandb.init(project=project, name=self.folder.name, dir=str(self.folder), config=config)
+        self.wandb = wandb.init(project=project, name=self.folder.name, dir=str(self.folder.parent),
+                                config=config)  # fmt: skip
 
     def sample(self, row: dict) -> None:
         """Append one row to samples.jsonl."""
@@ -239,7 +247,7 @@ class Run:
         for name, file in self._logs.items():
             os.fsync(file.fileno())  # the logs must be at least this long after a power cut too
             lengths[name] = os.fstat(file.fileno()).st_size
-        # Not _strict: `best = inf` must come back as it was. Python alone reads this file.
+        # Not files.strict: `best = inf` must come back as it was. Python alone reads this file.
         text = json.dumps({"step": step, "logs": lengths, "state": state}).encode()
         sums = {
             "tensors.safetensors": files.write_tensors(folder / "tensors.safetensors", tensors),

@@ -130,7 +130,7 @@ def value_of(expression: str) -> float | None:
             return -value(node.operand)
         return OPERATORS[type(node.op)](value(node.left), value(node.right))
 
-    text = re.sub(r"[,$\s]", "", expression).replace("%", "/100")
+    text = re.sub(r"([\d.]+)%", r"(\1/100)", re.sub(r"[,$\s]", "", expression))
     text = re.sub(r"(?<![\d.])0+(?=\d)", "", text)  # Python reads no 007
     try:
         return value(ast.parse(text, mode="eval").body) if re.fullmatch(r"[\d.+\-*/()]+", text) else None

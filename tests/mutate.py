@@ -44,7 +44,7 @@ MUTATIONS = [
     ("PPO: score everywhere", PPO, "torch.where(columns == last, score", "torch.where(mask, score"),
     ("PPO: whitening keeps the mean", PPO, "(x - mean) * torch.rsqrt", "x * torch.rsqrt"),
     ("PPO: whitening counts padding", PPO, "mean = masked_mean(x, mask)\n", "mean = x.mean()\n"),
-    ("PPO: k3 without its 1", PPO, "(-d).exp() - 1 + d", "(-d).exp() + d"),
+    ("PPO: k3 without its 1", PPO, "torch.expm1(-d) + d", "(-d).exp() + d"),
     ("PPO: mask not shifted", PPO, "mask = mask[:, 1:]", "mask = mask[:, :-1]"),
     ("PPO: values one token late", PPO, "values = models.value(hidden[:, :-1])", "values = models.value(hidden[:, 1:])"),
     ("PPO: entropy punished", PPO, "loss - args.entropy_coef", "loss + args.entropy_coef"),

@@ -9,6 +9,7 @@ The last two tests read real files and run where they are named:
 import json
 import os
 import random
+import re
 import shutil
 import time
 from pathlib import Path
@@ -602,6 +603,26 @@ def test_an_answer_without_a_number_after_the_marker_is_named_by_line(tmp_path, 
     path = write(tmp_path, f"{row()}\n{row(answer=answer)}\n")
     with pytest.raises(UserError, match='line 2: the answer has no "#### number"$'):
         read_jsonl(path)
+
+
+def test_an_answer_that_nothing_could_match_is_refused(tmp_path):
+    """A completion is cut at "Question:", also in a word: the gold answer itself would be wrong."""
+    path = write(tmp_path, row(answer="Sub-Question: 2 + 3? 5\n#### 5"))
+    with pytest.raises(UserError, match='line 1: the answer has no "#### number" before "Question:"'):
+        read_jsonl(path)
+
+
+@pytest.mark.parametrize("end", ["1/2", "5 - 10", "1,5", "10:30", "2^3", "1e6", "3, 4", "1.23.45", "2*(3+4)"])
+def test_an_answer_that_goes_on_after_its_number_is_refused(tmp_path, end):
+    path = write(tmp_path, row(answer=f"So\n#### {end}"))
+    said = f'line 1: what follows "####" is not one number: {end!r}'
+    with pytest.raises(UserError, match=re.escape(said)):
+        read_jsonl(path)
+
+
+@pytest.mark.parametrize("end", ["5", "-5", "$1,234.50", "5 apples", "5.", "5%", "5, as said", "5\n\n"])
+def test_an_answer_of_one_number_is_taken(tmp_path, end):
+    assert len(read_jsonl(write(tmp_path, row(answer=f"So\n#### {end}")))) == 1
 
 
 def test_missing_folder_empty_and_not_utf8_files_are_user_errors(tmp_path):

@@ -229,7 +229,11 @@ def test_validation_of_a_run_is_exactly_what_it_held_out(tmp_path, monkeypatch, 
     for n in ("7", "9"):
         with pytest.raises(UserError, match=f"held out 8 problems, not {n}: "):
             chosen("--split", "validation", "--n", n)
+    assert len(chosen("--split", "validation")) == 8
     assert len(chosen("--n", "7")) == 7  # the test split has no such bound
+    run = run_folder(tmp_path / "other", Prompt()._asdict(), val_examples=0)
+    with pytest.raises(UserError, match="held out no problems to ask"):
+        chosen("--split", "validation")
 
 
 # Flags

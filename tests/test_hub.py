@@ -609,6 +609,36 @@ def test_full_disk_is_said_and_leaves_nothing(tmp_path, small_file, monkeypatch)
     assert os.listdir(tmp_path / "cache") == []
 
 
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_folder_that_cannot_be_replaced_is_what_it_was(tmp_path, monkeypatch, failing):
+    """Two renames, the older aside and the newer in: whichever fails, the older stands."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("old")
+    rename, calls = Path.rename, []
+
+    def fails(self, to):
+        calls.append(self)
+        if len(calls) == failing:
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(KeyboardInterrupt), files.replaced_folder(tmp_path / "model") as beside:
+        (beside / "weights").write_text("new")
+    assert (tmp_path / "model" / "weights").read_text() == "old" and os.listdir(tmp_path) == ["model"]
+
+
+def test_a_folder_set_aside_by_a_killed_attempt_is_put_back(tmp_path):
+    (tmp_path / "model.old").mkdir()
+    (tmp_path / "model.old" / "weights").write_text("old")
+    with pytest.raises(KeyboardInterrupt), files.replaced_folder(tmp_path / "model"):
+        raise KeyboardInterrupt
+    assert (tmp_path / "model" / "weights").read_text() == "old" and os.listdir(tmp_path) == ["model"]
+    with files.replaced_folder(tmp_path / "model") as beside:
+        (beside / "weights").write_text("new")
+    assert (tmp_path / "model" / "weights").read_text() == "new" and os.listdir(tmp_path) == ["model"]
+
+
 def test_atomic_write_keeps_the_old_file_until_the_new_is_whole(tmp_path, monkeypatch):
     path, seen, replace = tmp_path / "f", [], os.replace
     path.write_bytes(b"old")

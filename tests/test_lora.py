@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import FIXTURES
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nanogsm import UserError, lora
 from nanogsm.model import load_model
@@ -165,6 +165,43 @@ def test_adapters_of_other_kinds_are_refused(gemma, tmp_path, change, says):
     (tmp_path / "a/adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=says):
         lora.load_adapter(gemma("gemma3")[0], tmp_path / "a")
+
+
+def test_an_adapter_that_lacks_layers_it_names_is_refused(gemma, tmp_path):
+    """It would load as the base model, in part or whole, without a word."""
+    shutil.copytree(FIXTURES / "gemma3_peft", tmp_path / "a")
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    some = {key: t for key, t in tensors.items() if ".layers.0." in key}
+    assert 0 < len(some) < len(tensors)
+    for kept in (some, {}):
+        save_file(kept, tmp_path / "a/adapter_model.safetensors")
+        with pytest.raises(UserError, match="is incomplete: it has nothing for"):
+            lora.load_adapter(gemma("gemma3")[0], tmp_path / "a")
+    save_file(some, tmp_path / "a/adapter_model.safetensors")
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text()) | {"layers_to_transform": [0]}
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(config))
+    lora.load_adapter(gemma("gemma3")[0], tmp_path / "a")
+
+
+@pytest.mark.parametrize("left_alone", ["", "self_attn"])
+def test_two_adapters_written_as_one_are_their_sum(gemma, tmp_path, left_alone):
+    """A second adapter on merged weights; the lower one may be on some layers only."""
+    model, _ = gemma("gemma3")
+    lora.add_lora(model, 3, 5.0, seed=1)
+    randomise(model)
+    for name, layer in lora.adapters(model).items():
+        if left_alone and left_alone in name:
+            lora._replace(model, name, layer.base)
+    under = lora.adapters(model)
+    lora.merge(model)
+    lora.add_lora(model, 4, 2.0, seed=2)
+    randomise(model)
+    lora.save_adapter(model, tmp_path / "a", "base", under)
+    loaded, _ = gemma("gemma3")
+    lora.load_adapter(loaded, tmp_path / "a")
+    assert {layer.lora_A.weight.shape[0] for layer in lora.adapters(loaded).values()} == {7}
+    assert (logits(loaded) - logits(model)).abs().max() <= 1e-4  # one side is merged
+    assert (logits(loaded) - logits(gemma("gemma3")[0])).abs().max() > 0.05  # they do something
 
 
 def test_an_adapter_for_another_model_is_refused(gemma):

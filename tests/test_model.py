@@ -217,17 +217,20 @@ def test_the_embedding_scale_is_rounded_as_the_activations_are(gemma):
 
 
 def test_logits_of_few_rows_are_those_of_many(gemma):
-    """Without gradients few rows go by blocks of the vocabulary; 5,000 is two blocks and a rest."""
+    """When decoding, few rows go by blocks of the vocabulary; 5,000 is two blocks and a rest. Scoring
+    goes the same way as an update, to the bit, or PPO's first ratio would not be 1."""
     config = dataclasses.replace(gemma("gemma2")[0].config, vocab_size=5000)
     torch.manual_seed(0)
     model = Gemma(config)
     torch.nn.init.normal_(model.model.embed_tokens.weight)
     hidden = torch.randn(3, 7, config.hidden_size)
     with torch.no_grad():
-        few = model.logits(hidden)
+        few = model.logits(hidden, decoding=True)
+        scored = model.logits(hidden)
     many = model.logits(hidden)
     assert many.requires_grad and few.shape == (3, 7, 5000)
     torch.testing.assert_close(few, many.detach())
+    assert torch.equal(scored, many)
 
 
 def test_a_bfloat16_base_computes_in_float32_when_told_to(gemma):

@@ -174,6 +174,21 @@ def test_both_kl_estimates_have_the_kl_divergence_as_their_mean():
     assert (p.exp() * k1).sum().item() == pytest.approx(exact, rel=1e-9)
     assert (p.exp() * k3).sum().item() == pytest.approx(exact, rel=1e-9)
     assert (k3 >= 0).all() and (k1 < 0).any()
+
+
+@pytest.mark.parametrize("apart", [1e-2, 1e-4, 1e-6])
+def test_k3_of_close_policies_is_not_rounding(apart):
+    """About d^2 / 2: in float32 exp(-d) - 1 would have errors of 1e-7, and k3 of either sign."""
+    logp, d = -noise(1000, seed=1).abs(), apart * noise(1000, seed=2)
+    other = logp - d
+    exact = (logp.double() - other.double()) ** 2 / 2
+    _, k3 = kl_estimates(logp, other)
+    assert (k3 >= -1e-9 * apart).all()
+    assert k3.mean().item() == pytest.approx(exact.mean().item(), rel=0.05)
+
+
+def test_no_kl_between_the_same():
+    p = noise(7, seed=0)
     assert kl_estimates(p, p)[0].abs().max() == kl_estimates(p, p)[1].abs().max() == 0
 
 
@@ -238,8 +253,8 @@ def models_and_rollout(gemma, autocast=PLAIN, **changes):
     return args, models, rollout, figures
 
 
-def cuts_of(rollout):
-    return [cut for update in rollout.updates for cut in update]
+def micro_batches_of(rollout):
+    return [micro_batch for update in rollout.updates for micro_batch in update]
 
 
 def gradients(models, rollout, args, autocast=PLAIN, warming=False):
@@ -248,8 +263,8 @@ def gradients(models, rollout, args, autocast=PLAIN, warming=False):
     for p in weights.values():
         p.grad = None
     shares = [
-        train_ppo.backward_cut(models, rollout, cut, rollout.mask.sum(), args, autocast, warming)
-        for cut in cuts_of(rollout)
+        train_ppo.backward_micro(models, rollout, part, rollout.mask.sum(), args, autocast, warming)
+        for part in micro_batches_of(rollout)
     ]
     figures = dict(zip(train_ppo.FIGURES, sum(share[0] for share in shares).tolist()))
     grads = {n: p.grad for n, p in weights.items() if p.grad is not None}
@@ -287,7 +302,7 @@ def test_the_first_gradient_is_that_of_reinforce(gemma, autocast, lora):
     weights = models.policy_weights()
     for p in weights.values():
         p.grad = None
-    for rows, width in cuts_of(rollout):
+    for rows, width in micro_batches_of(rollout):
         ids = rollout.ids[rows, :width]
         with autocast():
             logits = models.actor.logits(models.actor(ids)[:, :-1]).float()
@@ -382,7 +397,7 @@ def test_rows_are_cut_within_their_update_and_each_once(gemma):
     rows = answers(11)
     rollout, _ = train_ppo.assess(models, rows, 0, args, PLAIN)
     assert [len(update) for update in rollout.updates] == [2, 2, 2]
-    covered = [i for cut, _ in cuts_of(rollout) for i in range(cut.start, cut.stop)]
+    covered = [i for cut, _ in micro_batches_of(rollout) for i in range(cut.start, cut.stop)]
     assert covered == list(range(11))
     for number, update in enumerate(rollout.updates):
         mine = {tuple(row["example"].ids) for row in rows[4 * number : 4 * number + 4]}
@@ -686,7 +701,7 @@ def test_the_result_is_a_run_folder_that_evaluates_and_loads(flags, rewarding, t
 
 
 def test_lora_from_an_adapter_starts_at_its_merged_weights(flags, rewarding, tmp_path):
-    """The reference is base and adapter together, and so the result is a whole model."""
+    """The reference is base and adapter together; the result is one adapter of both changes."""
     base, _ = load_model(FIXTURES / "gemma3", torch.float32)
     add_lora(base, 4, 8.0)
     for i, layer in enumerate(adapters(base).values()):
@@ -697,7 +712,8 @@ def test_lora_from_an_adapter_starts_at_its_merged_weights(flags, rewarding, tmp
     rows = [row for row in metrics(tmp_path / "run") if "reward" in row]
     assert rows[0]["kl"] == 0 and rows[-1]["kl"] > 0
     model, _ = load_model(tmp_path / "run", torch.float32)
-    assert not adapters(model)
+    assert {layer.lora_A.weight.shape[0] for layer in adapters(model).values()} == {4 + 16}
+    assert not (tmp_path / "run" / "model").exists()
     ids = torch.randint(7, 300, (2, 9))
     with torch.no_grad():
         start, end = base.logits(base(ids)), model.logits(model(ids))
@@ -742,7 +758,8 @@ def test_the_plan_says_what_the_updates_really_are(flags, capsys):
 
 
 def test_other_held_out_problems_than_the_starts_are_noted(flags, capsys, tmp_path):
-    record = {"args": {"val_examples": 5}, "info": {"prompt": data.Prompt()._asdict()}}
+    own = flags[flags.index("--data") + 1]
+    record = {"args": {"val_examples": 5, "data": own}, "info": {"prompt": data.Prompt()._asdict()}}
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "run_args.json").write_text(json.dumps(record))
     shutil.copytree(FIXTURES / "gemma3", tmp_path / "sft" / "model")
@@ -751,6 +768,21 @@ def test_other_held_out_problems_than_the_starts_are_noted(flags, capsys, tmp_pa
     assert "held out 5 problems, this run 2" in capsys.readouterr().out
     train_ppo.main([*argv, "--val-examples", "5"])
     assert "note" not in capsys.readouterr().out
+
+
+def test_a_start_hands_on_what_it_held_out_of_the_same_problems_and_its_longer_answers(tmp_path):
+    def parsed(of_data, theirs, limit):
+        args = {"val_examples": 5, "data": theirs, "max_new_tokens": limit}
+        record = {"args": args, "info": {"prompt": data.Prompt()._asdict()}}
+        (tmp_path / "run_args.json").write_text(json.dumps(record))
+        args = train_ppo.parse_args(["--init", str(tmp_path), "--data", of_data, "--device", "cpu"])
+        return args.val_examples, args.max_new_tokens
+
+    assert parsed("main", "main", 320) == (5, 320)
+    assert parsed("main", "socratic", 512) == (5, 512)
+    assert parsed("socratic", "main", 320) == (5, 512)
+    assert parsed("mine.jsonl", "main", 320) == (64, 320)
+    assert parsed("mine.jsonl", "mine.jsonl", 400) == (5, 400)
 
 
 def test_seed_is_the_reports_recipe():

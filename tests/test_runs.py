@@ -693,7 +693,7 @@ def test_commit_is_that_of_our_checkout_or_absent(tmp_path, monkeypatch):
 
 def test_metrics_go_to_wandb_too_and_its_absence_is_said(tmp_path, monkeypatch):
     said = []
-    log, finish = lambda row, step: said.append((step, row)), lambda: said.append("end")
+    log, finish = lambda row, step: said.append((step, row)), lambda exit_code: said.append(exit_code)
     logger = SimpleNamespace(log=log, finish=finish)
     fake = SimpleNamespace(init=lambda **given: said.append(given) or logger)
     monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -701,9 +701,13 @@ def test_metrics_go_to_wandb_too_and_its_absence_is_said(tmp_path, monkeypatch):
         run.log({"step": 1, "loss": 3.0})
         run.start_wandb("mine", {"lr": 1.0})
         run.log({"step": 2, "loss": 2.0})
-    where = {"project": "mine", "name": "run", "dir": str(tmp_path / "run"), "config": {"lr": 1.0}}
-    assert said == [where, (2, {"step": 2, "loss": 2.0}), "end"]
+    where = {"project": "mine", "name": "run", "dir": str(tmp_path), "config": {"lr": 1.0}}
+    assert said == [where, (2, {"step": 2, "loss": 2.0}), 1]  # stopped before its end
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    with Run(tmp_path / "run", {"a": 1}, {}) as run:
+        run.start_wandb("mine", {"lr": 1.0})
+        run.finish({})
+    assert said[-1] == 0
     monkeypatch.setitem(sys.modules, "wandb", None)
     with Run(tmp_path / "other", {"a": 1}, {}) as run, pytest.raises(UserError, match="pip install wandb"):
         run.start_wandb("mine", {})

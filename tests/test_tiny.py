@@ -66,7 +66,7 @@ def test_the_prompt_is_a_prefix_and_one_text_encodes_as_its_two_parts(tiny):
 
 def test_no_answer_is_longer_than_may_be_generated(tiny):
     _, tokenizer = tiny
-    for name in data.TINY:
+    for name in data.GENERATED:
         for split in ("train", "test"):
             answers = [p.answer for p in data.load_problems(name, split)]
             assert max(len(tokenizer.encode(f" {a}")) + 1 for a in answers) <= data.answer_limit(name)
@@ -78,7 +78,7 @@ def test_no_answer_is_longer_than_may_be_generated(tiny):
 def test_the_model_is_a_small_gemma_of_under_five_megabytes(tiny):
     model, tokenizer = tiny
     assert 500_000 < sum(p.numel() for p in model.parameters()) < 2_000_000
-    assert sum(f.stat().st_size for f in hub.TINY.iterdir()) < 5_000_000
+    assert sum(f.stat().st_size for f in hub.EMBEDDED.iterdir()) < 5_000_000
     assert model.config.vocab_size == tokenizer._tokenizer.get_vocab_size()
     assert set(model.config.layer_types) == {"sliding_attention", "full_attention"}
 
@@ -141,7 +141,7 @@ def quick(monkeypatch, tmp_path):
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8}
     layers = {"layer_types": pretrain.CONFIG["layer_types"][:2]}
     monkeypatch.setattr(pretrain, "CONFIG", pretrain.CONFIG | small | layers)
-    tokenizer = hub.TINY / "tokenizer.json"  # the one that would be made, see below
+    tokenizer = hub.EMBEDDED / "tokenizer.json"  # the one that would be made, see below
     monkeypatch.setattr(pretrain, "make_tokenizer", lambda file: shutil.copy(tokenizer, file))
 
     def run(name, *flags):
@@ -182,7 +182,7 @@ def test_pretraining_continues_bit_for_bit(quick, monkeypatch, capsys):
 def test_the_committed_tokenizer_and_config_are_the_ones_that_are_made(tmp_path):
     pretrain.make_base(tmp_path)
     for file in tmp_path.iterdir():
-        assert json.loads(file.read_text()) == json.loads((hub.TINY / file.name).read_text()), file.name
+        assert json.loads(file.read_text()) == json.loads((hub.EMBEDDED / file.name).read_text()), file.name
 
 
 # ----------------------------------------------------------------------------------------- --tiny
@@ -206,7 +206,8 @@ def test_a_run_on_the_embedded_model_is_known_as_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs/mine"
     run.mkdir(parents=True)
-    record = {"args": {"val_examples": 9, "tiny": True}, "info": {"prompt": Prompt()._asdict()}}
+    args = {"val_examples": 9, "tiny": True, "data": "tiny"}
+    record = {"args": args, "info": {"prompt": Prompt()._asdict()}}
     (run / "run_args.json").write_text(json.dumps(record))
     for args in (
         train_sft.parse_args(["--model", "runs/mine"]),

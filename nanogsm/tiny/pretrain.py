@@ -224,16 +224,12 @@ def train(args: argparse.Namespace, run: runs.Run) -> int:
     first, loss = 0, math.nan
     if (checkpoint := run.load_checkpoint()) is not None:
         first, tensors, state = checkpoint
-        with torch.no_grad():
-            for name, p in weights.items():
-                p.copy_(tensors.pop(f"model/{name}"))
         optimizer.load_state_tensors(tensors)
-        optimizer.step_count, loss = first, state["loss"]
+        loss = state["loss"]
         print(f"continuing {run.folder} from step {first}")
 
     def save_checkpoint(step: int) -> None:
-        tensors = {f"model/{name}": p.detach() for name, p in weights.items()}
-        run.save_checkpoint(step, tensors | optimizer.state_tensors(), {"loss": loss})
+        run.save_checkpoint(step, optimizer.state_tensors(), {"loss": loss})
 
     with console.graceful_stop() as stop, console.Progress(args.steps) as progress:
         for step in range(first, args.steps):
