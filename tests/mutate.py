@@ -1,7 +1,7 @@
 """Does the suite notice a wrong line? Applies named one-line mutations to a copy of the code, one at
 a time, and runs the tests that should see red.
 
-    python tests/mutate.py                # all 62
+    python tests/mutate.py                # all 69
     python tests/mutate.py gae KL         # those whose name contains one of these
 
 Exit status 1 if one goes unnoticed. Not collected by pytest.
@@ -22,7 +22,7 @@ LOGPROB, GENERATE, OPTIM, SFT = (
 TESTS = {
     PPO: "test_ppo", DATA: "test_data", MODEL: "test_model", LORA: "test_lora", LOGPROB: "test_logprob",
     GENERATE: "test_generate", OPTIM: "test_optim", SFT: "test_sft", "nanogsm/scores.py": "test_scores",
-    "nanogsm/runs.py": "test_runs", "nanogsm/tiny/problems.py": "test_tiny_problems",
+    "nanogsm/runs.py": "test_runs", "nanogsm/files.py": "test_hub", "nanogsm/tiny/problems.py": "test_tiny_problems",
 }  # fmt: skip
 
 # name, file, the text (there once), what stands there instead
@@ -45,6 +45,7 @@ MUTATIONS = [
     ("PPO: whitening keeps the mean", PPO, "(x - mean) * torch.rsqrt", "x * torch.rsqrt"),
     ("PPO: whitening counts padding", PPO, "mean = masked_mean(x, mask)\n", "mean = x.mean()\n"),
     ("PPO: k3 without its 1", PPO, "torch.expm1(-d) + d", "(-d).exp() + d"),
+    ("PPO: k3 by exp", PPO, "torch.expm1(-d) + d", "(-d).exp() - 1 + d"),
     ("PPO: mask not shifted", PPO, "mask = mask[:, 1:]", "mask = mask[:, :-1]"),
     ("PPO: values one token late", PPO, "values = models.value(hidden[:, :-1])", "values = models.value(hidden[:, 1:])"),
     ("PPO: entropy punished", PPO, "loss - args.entropy_coef", "loss + args.entropy_coef"),
@@ -64,6 +65,7 @@ MUTATIONS = [
     ("data: the space goes to the prompt", DATA, 'add(f"{lead}Question: {question}\\nAnswer:")', 'add(f"{lead}Question: {question}\\nAnswer: ")'),
     ("data: last ####", DATA, 'text.partition("####")', 'text.rpartition("####")'),
     ("data: padding supervised", DATA, "mask = torch.zeros((len(rows), T), dtype=torch.bool)", "mask = torch.ones((len(rows), T), dtype=torch.bool)"),
+    ("data: gold answers are not cut", DATA, "kept = cut(answer)", "kept = answer"),
     ("data: one stop id", DATA, "frozenset({self.eos_id, self.end_of_turn_id} |", "frozenset({self.eos_id} |"),
     ("model: w instead of 1 + w", MODEL, "gain = 1.0 + self.weight.float()", "gain = self.weight.float()"),
     ("model: embedding not scaled", MODEL, "c.hidden_size**0.5, dtype", "1.0, dtype"),
@@ -74,6 +76,8 @@ MUTATIONS = [
     ("model: cache one short", MODEL, "self.k[layer, :, :, : self.used], ", "self.k[layer, :, :, : self.used - 1], "),
     ("LoRA: scale", LORA, "_replace(model, name, LoRALinear(base, a, torch.zeros(base.out_features, r), alpha / r))", "_replace(model, name, LoRALinear(base, a, torch.zeros(base.out_features, r), alpha))"),
     ("LoRA: merge forgets the scale", LORA, "return self.scale * self.lora_B", "return self.lora_B"),
+    ("LoRA: lower adapter's scale", LORA, "lower.lora_B.weight * lower.scale", "lower.lora_B.weight"),
+    ("LoRA: upper adapter's scale", LORA, "torch.cat((b0, b * scale), dim=1)", "torch.cat((b0, b), dim=1)"),
     ("LoRA: B not zero", LORA, "torch.zeros(base.out_features, r), alpha", "torch.ones(base.out_features, r), alpha"),
     ("logprob: entropy sign", LOGPROB, "h = -torch.xlogy", "h = torch.xlogy"),
     ("logprob: slope without the onehot", LOGPROB, "grad.scatter_add_(-1, t[:, None], g_logp[:, None])", "grad"),
@@ -83,10 +87,13 @@ MUTATIONS = [
     ("generate: stop token ignored", GENERATE, "over = i in stop_ids or is_over", "over = is_over"),
     ("optim: no bias correction", OPTIM, "self.lr / (1 - beta1**self.step_count)", "self.lr"),
     ("optim: decay on norms", OPTIM, "if p.dim() >= 2 else 1.0", "if p.dim() >= 1 else 1.0"),
+    ("optim: steps not restored", OPTIM, 'self.step_count = int(tensors["step_count"])', "pass"),
     ("optim: cosine upside down", OPTIM, "(1 + math.cos(", "(1 - math.cos("),
     ("SFT: loss by micro-batch", SFT, "part = -logp.sum() / supervised", "part = -logp.sum() / mask.sum()"),
     ("SFT: no shift", SFT, "hidden[:, :-1], ids[:, 1:], mask[:, 1:])\n        part", "hidden[:, :-1], ids[:, :-1], mask[:, :-1])\n        part"),
     ("SFT: same order every epoch", SFT, "seed * 1_000_003 + epoch", "seed * 1_000_003"),
+    ("files: nothing is put back", "nanogsm/files.py", "        put_back()\n        shutil", "        shutil"),
+    ("scores: percent without brackets", "nanogsm/scores.py", 'r"(\\1/100)"', 'r"\\1/100"'),
     ("scores: McNemar one-sided", "nanogsm/scores.py", "min(1.0, 2 * sum", "min(1.0, sum"),
     ("scores: Wilson without its centre", "nanogsm/scores.py", "p + z2n / 2", "p"),
 ]  # fmt: skip
