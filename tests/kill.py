@@ -57,8 +57,9 @@ for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "r
     deadly(module, name)
 finish = runs.Run.finish
 def keep(run, summary):
-    kept = Path(str(run.folder) + "-kept")
-    shutil.copytree(run.folder / "checkpoint", kept, dirs_exist_ok=True)
+    # The newest: a run killed while it deleted the older one has both until its end.
+    newest = max(run.folder.glob("checkpoint/step-*[0-9]"), key=lambda p: int(p.name[5:]))
+    shutil.copytree(newest, Path(str(run.folder) + "-kept") / newest.name, dirs_exist_ok=True)
     finish(run, summary)
 runs.Run.finish = keep
 sys.argv = sys.argv[2:]

@@ -579,6 +579,7 @@ def flags(tmp_path):
         "--rollouts", "6", "--rollout-batch", "4", "--micro-batch", "2", "--accumulation", "2",
         "--max-new-tokens", "5", "--val-examples", "2", "--val-every", "2", "--save-every", "1",
         "--lr", "1e-3", "--value-lr", "1e-2", "--device", "cpu", "--precision", "fp32",
+        "--no-checkpointing",
     ]  # fmt: skip
 
 
