@@ -427,10 +427,10 @@ def assess(models: Models, rows: list[dict], pad_id: int, args, autocast) -> tup
         with autocast():
             hidden = models.actor(part)
             logp[here], entropy[here] = token_logprobs(
-                models.actor.logits, hidden[:, :-1], part[:, 1:], mask[here], args.temperature, True
+                models.actor.head, hidden[:, :-1], part[:, 1:], mask[here], args.temperature, True
             )
             ref_logp[here], _ = token_logprobs(
-                models.reference.logits, models.reference(part)[:, :-1], part[:, 1:], mask[here],
+                models.reference.head, models.reference(part)[:, :-1], part[:, 1:], mask[here],
                 args.temperature,
             )  # fmt: skip
             if models.critic is not models.actor:
@@ -484,7 +484,7 @@ def backward_micro(
         with torch.set_grad_enabled(not warming):
             hidden = models.actor(ids)
             logp, entropy = token_logprobs(
-                models.actor.logits, hidden[:, :-1], ids[:, 1:], mask, args.temperature, bonus
+                models.actor.head, hidden[:, :-1], ids[:, 1:], mask, args.temperature, bonus
             )
         if models.critic is not models.actor:
             hidden = models.critic(ids)

@@ -164,7 +164,7 @@ def backward_step(model: Gemma, examples: list, micro_batch: int, pad_id: int, a
         ids, mask = data.collate(rows, pad_id, model.device)  # (B, T)
         with autocast():
             hidden = model(ids)  # (B, T, D); position t predicts token t + 1
-            logp, _ = token_logprobs(model.logits, hidden[:, :-1], ids[:, 1:], mask[:, 1:])
+            logp, _ = token_logprobs(model.head, hidden[:, :-1], ids[:, 1:], mask[:, 1:])
         part = -logp.sum() / supervised
         part.backward()
         loss += part.detach()
@@ -178,7 +178,7 @@ def mean_loss(model: Gemma, examples: list, micro_batch: int, pad_id: int, autoc
     for rows in data.micro_batches(examples, micro_batch):
         ids, mask = data.collate(rows, pad_id, model.device)
         with autocast():
-            logp, _ = token_logprobs(model.logits, model(ids)[:, :-1], ids[:, 1:], mask[:, 1:])
+            logp, _ = token_logprobs(model.head, model(ids)[:, :-1], ids[:, 1:], mask[:, 1:])
         total -= logp.sum().item()
     return total / supervised
 

@@ -44,9 +44,9 @@ def activation_bytes(c: Config, tokens: int, frozen: bool, bf16: bool, checkpoin
 
 
 def head_bytes(c: Config, tokens: int, frozen: bool, bf16: bool) -> int:
-    """Bytes of a chunk's logits and their gradient; if the head is trained also its bfloat16 copy
-    (autocast's) and a gradient of its own beside the accumulated one."""
-    own = c.vocab_size * c.hidden_size * (4 + 2 * bf16)
+    """Bytes of a chunk's logits and what becomes of them; if the head is trained in bfloat16 also its
+    copy and a chunk's gradient of it."""
+    own = c.vocab_size * c.hidden_size * (2 + 2) * bf16
     return 8 * min(LOGITS, tokens * c.vocab_size) + (0 if frozen else own)
 
 

@@ -9,22 +9,34 @@ for by nobody. So:
   - backward never needs those logits again when the head is frozen (LoRA): position i's log-prob
     depends on hidden state i alone, so its derivative, a vector of D numbers, is made at once in
     the forward pass, and backward only scales it. When the head is trained, each chunk but the
-    last is recomputed in backward instead.
+    last is computed again in backward instead, and its gradient goes straight into the weight's.
 
 SFT's loss, PPO's old, new and reference log-probs and its entropy bonus are all this function.
 """
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 LOGITS = 2**26  # held at a time, 256 MB of them: 256 positions of Gemma's vocabulary
 
 
+class Head(NamedTuple):
+    """The projection onto the vocabulary: h (..., D) -> logits (..., V), h weight' or, with a cap,
+    cap * tanh(h weight' / cap)."""
+
+    weight: Tensor  # (V, D)
+    cap: float | None = None
+
+    def __call__(self, h: Tensor) -> Tensor:
+        logits = F.linear(h, self.weight)
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
 def token_logprobs(
-    logits_of: Callable[[Tensor], Tensor],
+    head: Head,
     hidden: Tensor,
     targets: Tensor,
     mask: Tensor,
@@ -35,94 +47,120 @@ def token_logprobs(
     """log p(targets | hidden) and, if asked for, the entropy of the distribution it is taken from.
 
     hidden (B, T, D) predicts targets (B, T), already shifted against each other by the caller:
-    `token_logprobs(model.logits, hidden[:, :-1], ids[:, 1:], mask[:, 1:])`. logits_of maps
-    (n, D) -> (n, V). Returns (B, T) float32 in nats, 0 where mask is 0. Logits are divided by
-    temperature, as they are when sampling: a PPO ratio compares like with like only then.
-    Memory: two or three times chunk * V * 4 bytes, whatever B and T are; chunk defaults to what
-    makes that LOGITS numbers.
+    `token_logprobs(model.head, hidden[:, :-1], ids[:, 1:], mask[:, 1:])`. Returns (B, T) float32 in
+    nats, 0 where mask is 0. Logits are divided by temperature, as they are when sampling: a PPO
+    ratio compares like with like only then. Memory: two or three times chunk * V * 4 bytes, whatever
+    B and T are; chunk defaults to what makes that LOGITS numbers. Trap: a trained head's gradient is
+    there after backward(), in head.weight.grad; torch.autograd.grad does not see it.
     """
     where = mask.nonzero(as_tuple=True)
-    h, t = hidden[where], targets[where]  # (n, D), (n,)
-
-    def score(h: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        logits = logits_of(h).float()  # (chunk, V)
-        return _Scores.apply(logits if temperature == 1 else logits / temperature, t, entropy)
-
-    # Asked of no rows at all, the head still tells its width, and whether its weights are trained.
-    nothing = logits_of(h[:0].detach())
-    head_is_trained = torch.is_grad_enabled() and nothing.requires_grad
-    chunk = chunk or max(1, LOGITS // nothing.shape[-1])
-    if torch.is_grad_enabled() and h.requires_grad and not head_is_trained:
-        scores = _ScoresAndSlopes.apply(h, t, score, chunk)
-    else:
-        *early, last = zip(h.split(chunk), t.split(chunk))
-        if head_is_trained:  # backward begins with the last chunk: its logits may as well be kept
-            parts = [
-                checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False)
-                for part in early
-            ]
-        else:
-            parts = [score(*part) for part in early]
-        parts.append(score(*last))
-        scores = [torch.cat(column) for column in zip(*parts)]
-
-    full = [torch.zeros(mask.shape, device=h.device).index_put(where, s) for s in scores]
+    chunk = chunk or max(1, LOGITS // len(head.weight))
+    scores = _Scores.apply(hidden[where], head.weight, targets[where], head.cap, temperature, entropy, chunk)
+    full = [torch.zeros(mask.shape, device=hidden.device).index_put(where, s) for s in scores]
     return full[0], full[1] if entropy else None
 
 
-class _Scores(torch.autograd.Function):
-    """log softmax(logits)[t] and, with entropy, -sum p log p; logits (n, V) -> (n,) each.
+def grad_of(weight: Tensor) -> Tensor:
+    """weight.grad, made if there is none, to be added to in place. Left to autograd, each use of the
+    embedding, by every chunk and by the lookup, makes a matrix of its own before they are added: 1.3 GiB
+    for Gemma 3 270M at the peak, 4 for gemma-2b."""
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad
 
-    With z the logits and p = softmax(z):  d logp / dz = onehot(t) - p,  dH / dz = -p (log p + H).
-    Trap: works in the memory of `logits`, which the caller must not use again. At 256,000 columns
-    every fresh copy costs more than the arithmetic in it.
+
+class _Softmax(NamedTuple):
+    """Of one chunk of n positions."""
+
+    probs: Tensor  # (n, V)
+    bend: Tensor | None  # (n, V), the derivative of the cap
+    logp: Tensor  # (n,), of the targets
+    entropy: Tensor | None  # (n,)
+
+
+def _softmax(head: Head, h: Tensor, t: Tensor, temperature: float, entropy: bool) -> _Softmax:
+    """In the memory of the logits: at 256,000 columns every copy costs more than the arithmetic in it."""
+    logits = head(h).float()
+    bend = None if head.cap is None else 1 - (logits / head.cap) ** 2
+    if temperature != 1:
+        logits.div_(temperature)
+    top = logits.amax(-1, keepdim=True)
+    chosen = logits.gather(-1, t[:, None]) - top
+    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+    probs = logits.div_(total)
+    logp = (chosen - total.log())[:, 0]
+    return _Softmax(probs, bend, logp, -torch.xlogy(probs, probs).sum(-1) if entropy else None)
+
+
+def _slope(s: _Softmax, t: Tensor, temperature: float, g_logp: Tensor, g_entropy: Tensor | None) -> Tensor:
+    """(n, V): the gradient of sum(g_logp log p + g_entropy H) by h weight'. With z the logits, p their
+    softmax:  d log p_t / dz = onehot(t) - p,  dH / dz = -p (log p + H).
+
+    Trap: without entropy it is made in the memory of s.probs.
     """
+    p = s.probs
+    if g_entropy is None:
+        grad = p.mul_(-g_logp[:, None])
+    else:
+        grad = -g_logp[:, None] * p - g_entropy[:, None] * (torch.xlogy(p, p) + p * s.entropy[:, None])
+    grad.scatter_add_(-1, t[:, None], g_logp[:, None])
+    if temperature != 1:
+        grad.div_(temperature)
+    return grad if s.bend is None else grad.mul_(s.bend)
+
+
+class _Scores(torch.autograd.Function):
+    """h (n, D), weight (V, D), t (n,) -> log p of t and, if asked for, the entropy, (n,) each."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, t: Tensor, entropy: bool) -> tuple[Tensor, ...]:
-        top = logits.amax(-1, keepdim=True)
-        chosen = logits.gather(-1, t[:, None]) - top
-        total = logits.sub_(top).exp_().sum(-1, keepdim=True)
-        probs = logits.div_(total)
-        logp = (chosen - total.log())[:, 0]
-        h = -torch.xlogy(probs, probs).sum(-1) if entropy else None
-        ctx.save_for_backward(probs, t, h)
-        return (logp, h) if entropy else (logp,)
-
-    @staticmethod
-    def backward(ctx, g_logp: Tensor, g_h: Tensor | None = None):
-        probs, t, h = ctx.saved_tensors
-        if h is None:
-            grad = probs.mul_(-g_logp[:, None])  # nobody needs the probabilities after this
+    def forward(ctx, h, weight, t, cap, temperature, entropy, chunk) -> tuple[Tensor, ...]:
+        kind = h.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+        head = Head(weight.to(dtype), cap)  # rounded once: autocast would do it for every chunk
+        wants_h, wants_weight, *_ = ctx.needs_input_grad
+        scores, slopes = [], []
+        with torch.autocast(kind, enabled=False):
+            for h_part, t_part in zip(h.to(dtype).split(chunk), t.split(chunk)):
+                s = _softmax(head, h_part, t_part, temperature, entropy)
+                scores.append((s.logp, s.entropy) if entropy else (s.logp,))
+                if wants_h and not wants_weight:
+                    one, zero = torch.ones_like(s.logp), torch.zeros_like(s.logp)
+                    ups = ((one, zero), (zero, one)) if entropy else ((one, None),)
+                    made = (_slope(s, t_part, temperature, *up).to(dtype) for up in ups)
+                    slopes.append([slope @ head.weight for slope in made])
+        if wants_weight:  # backward begins with the last chunk: its softmax may as well be kept
+            ctx.save_for_backward(h, t, head.weight)
+            ctx.weight, ctx.last, ctx.settings = weight, s, (cap, temperature, entropy, chunk)
         else:
-            grad = -g_logp[:, None] * probs - g_h[:, None] * (
-                torch.xlogy(probs, probs) + probs * h[:, None]
-            )
-        return grad.scatter_add_(-1, t[:, None], g_logp[:, None]), None, None
-
-
-class _ScoresAndSlopes(torch.autograd.Function):
-    """score() by chunks, with every score's derivative by its own hidden state taken on the spot."""
+            ctx.save_for_backward(*(torch.cat(column) for column in zip(*slopes)))  # each (n, D)
+        ctx.trained = wants_weight
+        return tuple(torch.cat(column) for column in zip(*scores))
 
     @staticmethod
-    def forward(ctx, h: Tensor, t: Tensor, score, chunk: int) -> tuple[Tensor, ...]:
-        parts, slopes = [], []
-        for h_part, t_part in zip(h.split(chunk), t.split(chunk)):
-            with torch.enable_grad():
-                h_part = h_part.detach().requires_grad_()
-                columns = score(h_part, t_part)
-                # Rows are independent, so the gradient of the sum holds every row's derivative.
-                last = len(columns) - 1
-                grads = [
-                    torch.autograd.grad(c.sum(), h_part, retain_graph=i < last)[0]
-                    for i, c in enumerate(columns)
-                ]
-            parts.append([c.detach() for c in columns])
-            slopes.append(grads)
-        ctx.save_for_backward(*(torch.cat(column) for column in zip(*slopes)))  # each (n, D)
-        return tuple(torch.cat(column) for column in zip(*parts))
+    def backward(ctx, g_logp: Tensor, g_entropy: Tensor | None = None):
+        if ctx.trained:
+            grad = _Scores.backward_trained(ctx, g_logp, g_entropy)
+        else:
+            pairs = zip((g_logp, g_entropy), ctx.saved_tensors)
+            grad = sum(g[:, None] * slope for g, slope in pairs).to(ctx.saved_tensors[0].dtype)
+        return grad, None, None, None, None, None, None
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):
-        total = sum(g[:, None] * slope for g, slope in zip(grads, ctx.saved_tensors))
-        return total.to(ctx.saved_tensors[0].dtype), None, None, None
+    def backward_trained(ctx, g_logp: Tensor, g_entropy: Tensor | None) -> Tensor:
+        """The gradient by h; that by the weight is added to its .grad."""
+        h, t, weight = ctx.saved_tensors
+        cap, temperature, entropy, chunk = ctx.settings
+        grad, total, s = torch.empty_like(h), grad_of(ctx.weight), ctx.last
+        ctx.last = None  # used up below: a second backward computes it again
+        for start in reversed(range(0, len(h), chunk)):
+            part = slice(start, start + chunk)
+            low = h[part].to(weight.dtype)
+            s = s or _softmax(Head(weight, cap), low, t[part], temperature, entropy)
+            slope = _slope(s, t[part], temperature, g_logp[part], g_entropy[part] if entropy else None)
+            slope, s = slope.to(weight.dtype), None
+            grad[part] = slope @ weight
+            if weight.dtype == total.dtype:
+                total.addmm_(slope.T, low)
+            else:
+                total.add_(slope.T @ low)
+        return grad

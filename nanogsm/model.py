@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanogsm import UserError, files, hub, lora
 from nanogsm.data import Tokenizer
+from nanogsm.logprob import Head, grad_of
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -337,8 +338,23 @@ class KVCache:
         return self.k[layer, :, :, : self.used], self.v[layer, :, :, : self.used]
 
 
+class _Lookup(torch.autograd.Function):
+    """weight (V, D), ids (B, T) -> (B, T, D). The gradient is added to weight.grad in place: see grad_of."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, ids: Tensor) -> Tensor:
+        ctx.weight, ctx.ids = weight, ids
+        return weight[ids]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_of(ctx.weight).index_put_((ctx.ids,), grad, accumulate=True)
+        return None, None
+
+
 class Gemma(nn.Module):
-    """`model(ids) -> hidden` (B, T, D), already final-normed; `model.logits(hidden)` (..., V), capped.
+    """`model(ids) -> hidden` (B, T, D), already final-normed; `model.logits(hidden)` (..., V), capped;
+    `model.head` is what `token_logprobs` takes.
 
     Rows are padded on the right: the causal mask then already hides padding from real tokens, and
     what comes out at padding is nobody's business. `activations` (a dtype, None for the weights')
@@ -386,8 +402,8 @@ class Gemma(nn.Module):
         masks = {kind: self._mask(kind, positions, keys_at, from_start) for kind in kinds}
         angles = {kind: rotary(positions, c.head_dim, *c.rope[kind]) for kind in kinds}
 
-        embedding = self.model.embed_tokens
-        x = embedding(ids).to(self.activations or embedding.weight.dtype)
+        weight = self.model.embed_tokens.weight
+        x = _Lookup.apply(weight, ids).to(self.activations or weight.dtype)
         x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype).item()  # rounded as x is
         recompute = self.checkpointing and torch.is_grad_enabled() and cache is None
         for block, kind in zip(self.model.layers, c.layer_types, strict=True):
@@ -412,19 +428,21 @@ class Gemma(nn.Module):
         distance = queries[:, None, :, None] - keys[:, None, None, :]
         return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
+    @property
+    def head(self) -> Head:
+        """The embedding matrix once more; Gemma 2 caps what comes out."""
+        return Head(self.model.embed_tokens.weight, self.config.final_logit_softcapping)
+
     def logits(self, hidden: Tensor, decoding: bool = False) -> Tensor:
-        """(..., D) -> (..., V): the embedding matrix is the head; Gemma 2 caps what comes out."""
-        weight = self.model.embed_tokens.weight
+        """(..., D) -> (..., V), all of them. Training asks for fewer: logprob.py."""
+        weight, cap = self.head
         automatic = torch.is_autocast_enabled(hidden.device.type)
         weight = weight if automatic else weight.to(hidden.dtype)  # as in Linear
         if decoding and weight.is_cpu and len(hidden) <= 64 and not automatic:
             # A CPU multiplies few rows faster by a bit of the vocabulary at a time, a tenth of a decode
             # step of Gemma 3 270M. (Autocast would not keep its copies of such bits.)
-            logits = torch.cat([F.linear(hidden, rows) for rows in weight.split(2048)], -1)
-        else:
-            logits = F.linear(hidden, weight)
-        cap = self.config.final_logit_softcapping
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+            return torch.cat([Head(rows, cap)(hidden) for rows in weight.split(2048)], -1)
+        return Head(weight, cap)(hidden)
 
 
 # --------------------------------------------------------------------------------------- weights

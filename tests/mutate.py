@@ -1,7 +1,7 @@
 """Does the suite notice a wrong line? Applies named one-line mutations to a copy of the code, one at
 a time, and runs the tests that should see red.
 
-    python tests/mutate.py                # all 69
+    python tests/mutate.py                # all 72
     python tests/mutate.py gae KL         # those whose name contains one of these
 
 Exit status 1 if one goes unnoticed. Not collected by pytest.
@@ -54,7 +54,7 @@ MUTATIONS = [
     ("PPO: warm-up trains the actor", PPO, "            if not warming:\n", "            if True:\n"),
     ("PPO: warm-up trains the head alone", PPO, "            hidden = models.critic(ids)\n    values", "            hidden = models.critic(ids).detach()\n    values"),
     ("PPO: temperature forgotten", PPO, "part[:, 1:], mask[here], args.temperature, True", "part[:, 1:], mask[here], 1.0, True"),
-    ("PPO: a cut answer is rewarded", PPO, "0.0 if completion.truncated else float(", "float("),
+    ("PPO: a cut answer is rewarded", PPO, "0.0 if done.truncated else float(", "float("),
     ("PPO: reference shares the actor", PPO, "actor, reference = base, frozen_copy(base, bf16)", "actor, reference = base, base"),
     ("PPO: actor's adapters on the critic", PPO, "critic = twin(reference)", "critic = twin(actor)"),
     ("PPO: problems repeat", PPO, "epoch, i = divmod(place, len(problems))", "epoch, i = 0, place % len(problems)"),
@@ -79,9 +79,12 @@ MUTATIONS = [
     ("LoRA: lower adapter's scale", LORA, "lower.lora_B.weight * lower.scale", "lower.lora_B.weight"),
     ("LoRA: upper adapter's scale", LORA, "torch.cat((b0, b * scale), dim=1)", "torch.cat((b0, b), dim=1)"),
     ("LoRA: B not zero", LORA, "torch.zeros(base.out_features, r), alpha", "torch.ones(base.out_features, r), alpha"),
-    ("logprob: entropy sign", LOGPROB, "h = -torch.xlogy", "h = torch.xlogy"),
-    ("logprob: slope without the onehot", LOGPROB, "grad.scatter_add_(-1, t[:, None], g_logp[:, None])", "grad"),
-    ("logprob: temperature multiplies", LOGPROB, "logits / temperature", "logits * temperature"),
+    ("logprob: entropy sign", LOGPROB, "-torch.xlogy(probs, probs).sum(-1) if", "torch.xlogy(probs, probs).sum(-1) if"),
+    ("logprob: slope without the onehot", LOGPROB, "grad.scatter_add_(-1, t[:, None], g_logp[:, None])", "pass"),
+    ("logprob: temperature multiplies", LOGPROB, "logits.div_(temperature)", "logits.mul_(temperature)"),
+    ("logprob: slope without the cap's", LOGPROB, "grad if s.bend is None else grad.mul_(s.bend)", "grad"),
+    ("logprob: one chunk's gradient of the head", LOGPROB, "total.addmm_(slope.T, low)", "total.copy_(slope.T @ low)"),
+    ("model: a token's other places get no gradient", MODEL, "grad, accumulate=True", "grad, accumulate=False"),
     ("generate: prefill off by one", GENERATE, "[len(p) - 1 for", "[len(p) - 2 for"),
     ("generate: uniform numbers by slot", GENERATE, "request[s] for s in slots])\n        first", "s for s in slots])\n        first"),
     ("generate: stop token ignored", GENERATE, "over = i in stop_ids or is_over", "over = is_over"),

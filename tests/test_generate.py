@@ -117,7 +117,7 @@ def test_sampled_answers_are_as_probable_as_training_says(gemma):
     def surprise(temperature: float):
         """Standard errors by which logp exceeds its expectation, at each of the four tokens."""
         with torch.no_grad():
-            logp, entropy = token_logprobs(model.logits, hidden, ids[:, start:], mask, temperature, True)
+            logp, entropy = token_logprobs(model.head, hidden, ids[:, start:], mask, temperature, True)
         excess = (logp + entropy).double()
         return excess.mean(0) / (excess.std(0) / n**0.5)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanogsm.logprob import token_logprobs
+from nanogsm.logprob import Head, token_logprobs
 
 B, T, D, V = 3, 7, 8, 50
 TIGHT = 2e-6
@@ -18,14 +18,11 @@ def setting(head_is_trained):
     return head, hidden, torch.randint(V, (B, T)), mask
 
 
-def capped(head):
-    """A head with a soft cap, as Gemma 2's."""
-    return lambda h: 3 * torch.tanh(h @ head.T / 3)
-
-
-def by_hand(head, hidden, targets, mask, temperature):
+def by_hand(head, hidden, targets, mask, temperature, cap=3.0):
     """(logp, entropy) the plain way: full logits, float64."""
-    logp = torch.log_softmax(capped(head.double())(hidden.double()) / temperature, -1)
+    logits = hidden.double() @ head.double().T
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    logp = torch.log_softmax(logits / temperature, -1)
     chosen = logp.gather(-1, targets[..., None])[..., 0]
     return chosen * mask, -(logp.exp() * logp).sum(-1) * mask
 
@@ -33,41 +30,54 @@ def by_hand(head, hidden, targets, mask, temperature):
 @pytest.mark.parametrize("head_is_trained", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [4, 1000])
-def test_values_and_gradients_equal_those_of_the_full_logits(head_is_trained, temperature, chunk):
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_values_and_gradients_equal_those_of_the_full_logits(head_is_trained, temperature, chunk, cap):
     head, hidden, targets, mask = setting(head_is_trained)
     weight = torch.randn(2, B, T)  # any upstream gradient, different for every position
     leaves = (hidden, head) if head_is_trained else (hidden,)
 
-    got = token_logprobs(capped(head), hidden, targets, mask, temperature, True, chunk)
-    want = by_hand(head, hidden, targets, mask, temperature)
+    got = token_logprobs(Head(head, cap), hidden, targets, mask, temperature, True, chunk)
+    want = by_hand(head, hidden, targets, mask, temperature, cap)
     for ours, theirs in zip(got, want):
         assert ours.shape == (B, T) and ours.dtype == torch.float32
         assert (ours - theirs).abs().max() <= TIGHT
-    ours = torch.autograd.grad((weight[0] * got[0] + weight[1] * got[1]).sum(), leaves)
     theirs = torch.autograd.grad((weight[0] * want[0] + weight[1] * want[1]).sum(), leaves)
-    for a, b in zip(ours, theirs):
-        assert (a - b).abs().max() <= 10 * TIGHT
+    for times in (1, 2):  # the second backward adds as much again
+        (weight[0] * got[0] + weight[1] * got[1]).sum().backward(retain_graph=True)
+        for leaf, grad in zip(leaves, theirs):
+            assert (leaf.grad - times * grad).abs().max() <= times * 10 * TIGHT
 
 
 @pytest.mark.parametrize("head_is_trained", [False, True])
 def test_without_entropy_the_gradient_is_that_of_the_log_probs_alone(head_is_trained):
     head, hidden, targets, mask = setting(head_is_trained)
     leaves = (hidden, head) if head_is_trained else (hidden,)
-    logp, entropy = token_logprobs(capped(head), hidden, targets, mask, chunk=4)
+    logp, entropy = token_logprobs(Head(head, 3.0), hidden, targets, mask, chunk=4)
     assert entropy is None
     want, _ = by_hand(head, hidden, targets, mask, 1.0)
     weight = torch.randn(B, T)
-    ours = torch.autograd.grad((weight * logp).sum(), leaves)
     theirs = torch.autograd.grad((weight * want).sum(), leaves)
-    for a, b in zip(ours, theirs):
-        assert (a - b).abs().max() <= 10 * TIGHT
+    (weight * logp).sum().backward()
+    for leaf, grad in zip(leaves, theirs):
+        assert (leaf.grad - grad).abs().max() <= 10 * TIGHT
 
 
-def test_unmasked_positions_cost_nothing_and_get_no_gradient():
+def test_a_trained_heads_gradient_is_added_to_what_is_there():
+    """By the head and by the embedding's other use, in place: autograd's own would be matrices."""
+    head, hidden, targets, mask = setting(True)
+    there = head.grad = torch.ones_like(head)
+    logp, _ = token_logprobs(Head(head), hidden, targets, mask, chunk=4)
+    logp.sum().backward()
+    want = torch.autograd.grad(by_hand(head, hidden, targets, mask, 1.0, None)[0].sum(), head)[0]
+    assert head.grad is there and (there - 1 - want).abs().max() <= 10 * TIGHT
+
+
+def test_unmasked_positions_cost_nothing_and_get_no_gradient(monkeypatch):
     head, hidden, targets, mask = setting(False)
-    rows = []
-    logp, _ = token_logprobs(lambda h: (rows.append(len(h)), capped(head)(h))[1], hidden, targets, mask)
-    assert max(rows) == mask.sum()
+    rows, real = [], Head.__call__
+    monkeypatch.setattr(Head, "__call__", lambda head, h: rows.append(len(h)) or real(head, h))
+    logp, _ = token_logprobs(Head(head, 3.0), hidden, targets, mask)
+    assert rows == [mask.sum()]
     assert (logp[~mask] == 0).all() and (logp[mask] < 0).all()
     logp.sum().backward()
     assert (hidden.grad[~mask] == 0).all() and (hidden.grad[mask] != 0).any(-1).all()
@@ -75,16 +85,16 @@ def test_unmasked_positions_cost_nothing_and_get_no_gradient():
 
 def test_garbage_at_unmasked_positions_changes_nothing():
     head, hidden, targets, mask = setting(False)
-    before, _ = token_logprobs(capped(head), hidden, targets, mask)
+    before, _ = token_logprobs(Head(head, 3.0), hidden, targets, mask)
     spoilt = hidden.detach().masked_fill(~mask[..., None], float("nan"))
-    after, _ = token_logprobs(capped(head), spoilt, targets.masked_fill(~mask, 0), mask)
+    after, _ = token_logprobs(Head(head, 3.0), spoilt, targets.masked_fill(~mask, 0), mask)
     assert torch.equal(before, after)
 
 
 def test_no_gradient_is_kept_under_no_grad():
     head, hidden, targets, mask = setting(True)
     with torch.no_grad():
-        logp, entropy = token_logprobs(capped(head), hidden, targets, mask, entropy=True)
+        logp, entropy = token_logprobs(Head(head, 3.0), hidden, targets, mask, entropy=True)
     want = by_hand(head, hidden, targets, mask, 1.0)
     assert not logp.requires_grad
     assert (logp - want[0]).abs().max() <= TIGHT and (entropy - want[1]).abs().max() <= TIGHT
@@ -93,9 +103,8 @@ def test_no_gradient_is_kept_under_no_grad():
 def test_huge_logits_do_not_overflow():
     hidden = torch.tensor([[[300.0, -300.0]]], requires_grad=True)
     head = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    logp, entropy = token_logprobs(
-        lambda h: h @ head.T, hidden, torch.tensor([[1]]), torch.tensor([[True]]), entropy=True
-    )
+    target, mask = torch.tensor([[1]]), torch.tensor([[True]])
+    logp, entropy = token_logprobs(Head(head), hidden, target, mask, entropy=True)
     assert logp.item() == -600 and entropy.item() == 0
     (logp + entropy).sum().backward()
     assert torch.equal(hidden.grad, torch.tensor([[[-1.0, 1.0]]]))
@@ -105,7 +114,7 @@ def test_huge_logits_do_not_overflow():
 def test_bfloat16_autocast_keeps_the_scores_in_float32(head_is_trained):
     head, hidden, targets, mask = setting(head_is_trained)
     with torch.autocast("cpu", torch.bfloat16):
-        logp, _ = token_logprobs(lambda h: h @ head.T, hidden, targets, mask, chunk=4)
+        logp, _ = token_logprobs(Head(head), hidden, targets, mask, chunk=4)
     assert logp.dtype == torch.float32
     logp.sum().backward()
     exact = torch.log_softmax(hidden.detach() @ head.detach().T, -1).gather(-1, targets[..., None])

@@ -104,7 +104,7 @@ def test_prompt_tokens_are_predicted_by_nobody(gemma):
 
     def loss(targets):
         batch = data.collate([e], 0)
-        logp, _ = train_sft.token_logprobs(model.logits, hidden[:, :-1], targets[:, 1:], batch.mask[:, 1:])
+        logp, _ = train_sft.token_logprobs(model.head, hidden[:, :-1], targets[:, 1:], batch.mask[:, 1:])
         return logp.sum().item()
 
     ids = torch.tensor([e.ids])
