@@ -121,6 +121,7 @@ class _Scores(torch.autograd.Function):
         scores, slopes = [], []
         with torch.autocast(kind, enabled=False):
             for h_part, t_part in zip(h.to(dtype).split(chunk), t.split(chunk)):
+                s = None  # or two chunks would be held at a time
                 s = _softmax(head, h_part, t_part, temperature, entropy)
                 scores.append((s.logp, s.entropy) if entropy else (s.logp,))
                 if wants_h and not wants_weight:
@@ -150,17 +151,18 @@ class _Scores(torch.autograd.Function):
         """The gradient by h; that by the weight is added to its .grad."""
         h, t, weight = ctx.saved_tensors
         cap, temperature, entropy, chunk = ctx.settings
-        grad, total, s = torch.empty_like(h), grad_of(ctx.weight), ctx.last
-        ctx.last = None  # used up below: a second backward computes it again
+        grad, total = torch.empty_like(h), grad_of(ctx.weight)
+        s, ctx.last = ctx.last, None  # used up: a second backward computes it again
         for start in reversed(range(0, len(h), chunk)):
             part = slice(start, start + chunk)
             low = h[part].to(weight.dtype)
             s = s or _softmax(Head(weight, cap), low, t[part], temperature, entropy)
             slope = _slope(s, t[part], temperature, g_logp[part], g_entropy[part] if entropy else None)
-            slope, s = slope.to(weight.dtype), None
+            slope = slope.to(weight.dtype)
             grad[part] = slope @ weight
             if weight.dtype == total.dtype:
                 total.addmm_(slope.T, low)
             else:
                 total.add_(slope.T @ low)
+            slope = s = None
         return grad
