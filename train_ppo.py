@@ -400,27 +400,31 @@ def answer(models: Models, tokenizer, prompt, problems, args, step: int, watch) 
     return rows
 
 
+def plan_updates(rows: list[dict], micro_batch: int, accumulation: int) -> tuple[list[dict], list[list]]:
+    """(rows in the order they will be trained in, updates as Rollout has them). Rows go to updates as
+    they were drawn and are sorted by length within one, which saves padding: sorting them all would make
+    updates of short answers only."""
+    ordered, updates, size = [], [], micro_batch * accumulation
+    length = lambda row: len(row["example"].ids)  # noqa: E731
+    for start in range(0, len(rows), size):
+        ordered += sorted(rows[start : start + size], key=length, reverse=True)
+        end = len(ordered)
+        firsts = range(start, end, micro_batch)
+        updates.append([(slice(i, min(i + micro_batch, end)), length(ordered[i])) for i in firsts])
+    return ordered, updates
+
+
 @torch.no_grad()
 def assess(models: Models, rows: list[dict], pad_id: int, args, autocast) -> tuple[Rollout, dict]:
     """Log-probs, values, rewards, advantages of a rollout, and its figures.
 
     The old log-probs are computed by the training forward, not kept from sampling, on micro-batches
     that stay the same through all updates: in bfloat16 another grouping or padding of the same rows
-    gives other log-probs, and the first ratio would not be 1. Rows go to updates as they were drawn
-    and are sorted by length within one, which saves padding: sorting them all would make updates
-    of short answers only.
+    gives other log-probs, and the first ratio would not be 1.
     """
-    m, size = args.micro_batch, args.micro_batch * args.accumulation
-    length = lambda row: len(row["example"].ids)  # noqa: E731
-    parts = [sorted(rows[i : i + size], key=length, reverse=True) for i in range(0, len(rows), size)]
-    rows = [row for part in parts for row in part]
+    rows, updates = plan_updates(rows, args.micro_batch, args.accumulation)
     ids, mask = data.collate([row["example"] for row in rows], pad_id, models.actor.device)
     mask = mask[:, 1:]
-    updates, start = [], 0
-    for part in parts:
-        end = start + len(part)
-        updates.append([(slice(i, min(i + m, end)), length(rows[i])) for i in range(start, end, m)])
-        start = end
     logp, ref_logp, values, entropy = (torch.zeros(mask.shape, device=ids.device) for _ in range(4))
     for micro, width in itertools.chain.from_iterable(updates):
         part, here = ids[micro, :width], (micro, slice(width - 1))
@@ -499,7 +503,7 @@ def backward_micro(
     loss.backward()
     _, k3 = kl_estimates(old_logp, logp)
     figures = torch.stack([mean(x) for x in (p_loss, v_loss, p_clipped.float(), v_clipped.float(), k3)])
-    return figures.detach(), torch.where(mask, (logp - old_logp).exp() - 1, 0.0).detach().abs().max()
+    return figures.detach(), torch.where(mask, torch.expm1(logp - old_logp), 0.0).detach().abs().max()
 
 
 def update(models: Models, rollout: Rollout, optimizers, args, autocast, step: int) -> dict:
