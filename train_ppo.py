@@ -121,7 +121,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=None,
                    help="recompute activations in backward: less memory, more time (tiny: no)")  # fmt: skip
     # validation, on the slice of train that SFT held out
-    p.add_argument("--val-examples", type=int, help="problems held out (as by --init, else 64; tiny 256)")
+    p.add_argument("--val-examples", type=int, help="problems held out (as by --init, else as in SFT)")
     p.add_argument("--val-every", type=int, default=10, help="steps between validations; 0: at the end")
     # the run
     p.add_argument("--seed", type=int, default=0, help="of problems, sampling and adapters (0)")
@@ -147,9 +147,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.max_new_tokens is None:
         args.max_new_tokens = runs.answer_limit(args.init, args.data)
     args.device, args.precision = console.pick_compute(args.device, args.precision)
-    if args.val_examples is None:
-        held_out = held_out_by(args.init, args.data)
-        args.val_examples = held_out if held_out is not None else 256 if args.tiny else 64
+    if args.val_examples is None:  # and if that is None, when the problems have been counted
+        args.val_examples = held_out_by(args.init, args.data)
     check_args(args)
     return args
 
@@ -638,6 +637,8 @@ def main(argv: list[str] | None = None) -> int:
     if any(path and path.resolve().is_relative_to(out) for path in (found.base, found.adapter)):
         raise UserError(f"--init lies in the run folder {args.out}: choose another --out")
     problems = data.load_problems(args.data, "train", args.data_dir)
+    if args.val_examples is None:
+        args.val_examples = data.usual_held_out(len(problems), args.tiny)
     problems, held_out = data.split_validation(problems, args.val_examples)
     print_plan(args, found, prompt, problems, held_out)
     if args.dry_run:

@@ -33,10 +33,8 @@ TINY_RECIPES = {
     "seed": {"lr": {"full": 1e-3, "lora": 1e-3}, "min_lr_share": 0.1, "warmup": 0.0},
     "tuned": {"lr": {"full": 2e-3, "lora": 1e-2}, "min_lr_share": 0.1, "warmup": 0.03},
 }
-DEFAULTS = {"model": "google/gemma-2b-it", "micro_batch": 8, "accumulation": 2, "checkpointing": True,
-            "val_examples": 64}  # fmt: skip
-TINY_DEFAULTS = {"model": "tiny", "micro_batch": 16, "accumulation": 1, "checkpointing": False,
-                 "val_examples": 256}  # fmt: skip
+DEFAULTS = {"model": "google/gemma-2b-it", "micro_batch": 8, "accumulation": 2, "checkpointing": True}
+TINY_DEFAULTS = {"model": "tiny", "micro_batch": 16, "accumulation": 1, "checkpointing": False}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -72,7 +70,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=None,
                    help="recompute activations in backward: less memory, more time (tiny: no)")  # fmt: skip
     # validation, on a slice held out of train
-    p.add_argument("--val-examples", type=int, help="training problems held out (64; tiny 256)")
+    p.add_argument("--val-examples", type=int, help="training problems held out (64; tiny 256; at most "
+                   "a tenth of the file)")  # fmt: skip
     p.add_argument("--val-every", type=int, default=0, help="steps between validations; 0: at the end")
     p.add_argument("--keep", choices=("last", "best"), default="last", help="which validated weights")
     p.add_argument("--max-new-tokens", type=int, help="of a validation answer (320; socratic 512; tiny 128)")
@@ -114,7 +113,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("give 0 <= --min-lr <= --lr, 0 <= --warmup <= 1 and 0 <= --weight-decay < 10")
     if args.merge and not args.lora:
         raise UserError("--merge goes with --lora: full fine-tuning has nothing to merge")
-    if args.keep == "best" and not (args.val_every and args.val_examples):
+    if args.keep == "best" and (args.val_every == 0 or args.val_examples == 0):
         raise UserError("--keep best needs --val-every and --val-examples to choose by")
 
 
@@ -229,6 +228,8 @@ def main(argv: list[str] | None = None) -> int:
     config, tokenizer = read_config(found.base), data.Tokenizer(found.base)
 
     problems = data.load_problems(args.data, "train", args.data_dir)
+    if args.val_examples is None:
+        args.val_examples = data.usual_held_out(len(problems), args.tiny)
     problems, held_out = data.split_validation(problems, args.val_examples)
     if args.max_examples:
         problems = data.subset(problems, args.max_examples)

@@ -126,6 +126,11 @@ def split_validation(problems: list[Problem], n: int) -> tuple[list[Problem], li
     return rest, [problems[i] for i in sorted(held_out)]
 
 
+def usual_held_out(n: int, tiny: bool) -> int:
+    """How many of n training problems are held out if nobody says: of a small file a tenth."""
+    return min(256 if tiny else 64, n // 10)
+
+
 def subset(problems: list[Problem], n: int) -> list[Problem]:
     """A fixed sample of n problems (all when n is larger), in file order."""
     chosen = random.Random(SUBSET_SEED).sample(range(len(problems)), min(n, len(problems)))

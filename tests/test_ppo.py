@@ -782,7 +782,7 @@ def test_a_start_hands_on_what_it_held_out_of_the_same_problems_and_its_longer_a
     assert parsed("main", "main", 320) == (5, 320)
     assert parsed("main", "socratic", 512) == (5, 512)
     assert parsed("socratic", "main", 320) == (5, 512)
-    assert parsed("mine.jsonl", "main", 320) == (64, 320)
+    assert parsed("mine.jsonl", "main", 320) == (None, 320)
     assert parsed("mine.jsonl", "mine.jsonl", 400) == (5, 400)
 
 

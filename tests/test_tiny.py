@@ -202,6 +202,15 @@ def test_tiny_sets_model_data_rates_and_folder_and_a_flag_still_wins():
     assert math.isclose(ratio["full"], ratio["lora"])
 
 
+def test_of_a_small_file_a_tenth_is_held_out_unless_told_otherwise(tmp_path, capsys):
+    rows = [{"question": f"{i} + {i}?", "answer": f"#### {2 * i}"} for i in range(25)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--tiny", "--data", str(tmp_path / "mine.jsonl"), "--dry-run"]
+    for main, start in ((train_sft.main, []), (train_ppo.main, ["--init", "tiny"])):
+        assert main([*flags, *start]) == 0 and "2 held out" in capsys.readouterr().out
+        assert main([*flags, *start, "--val-examples", "0"]) == 0 and "0 held out" in capsys.readouterr().out
+
+
 def test_a_run_on_the_embedded_model_is_known_as_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs/mine"
