@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from nanogsm import UserError, hub
 from nanogsm.lora import add_lora
-from nanogsm.model import Gemma, KVCache, load_model, read_config, save_model
+from nanogsm.model import Gemma, KVCache, _Lookup, load_model, read_config, save_model
 
 TIGHT = 1e-5  # float32 against float32, logits of a few units
 FAMILIES = ["gemma1", "gemma2", "gemma3"]
@@ -204,6 +204,18 @@ def test_checkpointing_preserves_loss_and_every_gradient(gemma, name):
         grads[checkpointing] = {n: p.grad for n, p in model.named_parameters()}
     for name, grad in grads[False].items():
         assert grad is not None and torch.equal(grad, grads[True][name]), name
+
+
+def test_a_tokens_gradient_comes_from_all_its_places_and_is_added_to_what_is_there():
+    weight, ids = torch.randn(5, 3, requires_grad=True), torch.tensor([[4, 4, 1], [4, 0, 1]])
+    slopes = torch.arange(18.0).view(2, 3, 3)
+    want = torch.ones(5, 3)
+    for token, slope in zip(ids.flatten().tolist(), slopes.view(6, 3)):
+        want[token] += slope
+    there = weight.grad = torch.ones(5, 3)
+    (_Lookup.apply(weight, ids) * slopes).sum().backward()
+    assert weight.grad is there and torch.equal(there, want)
+    assert torch.equal(_Lookup.apply(weight, ids), weight[ids])
 
 
 def test_the_embedding_scale_is_rounded_as_the_activations_are(gemma):
