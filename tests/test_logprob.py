@@ -40,7 +40,7 @@ def test_values_and_gradients_equal_those_of_the_full_logits(head_is_trained, te
     want = by_hand(head, hidden, targets, mask, temperature, cap)
     for ours, theirs in zip(got, want):
         assert ours.shape == (B, T) and ours.dtype == torch.float32
-        assert (ours - theirs).abs().max() <= TIGHT
+        assert (ours - theirs).abs().max() <= (TIGHT if cap else 3 * TIGHT)  # without, logits of 20
     theirs = torch.autograd.grad((weight[0] * want[0] + weight[1] * want[1]).sum(), leaves)
     for times in (1, 2):  # the second backward adds as much again
         (weight[0] * got[0] + weight[1] * got[1]).sum().backward(retain_graph=True)
@@ -74,10 +74,10 @@ def test_a_trained_heads_gradient_is_added_to_what_is_there():
 
 def test_unmasked_positions_cost_nothing_and_get_no_gradient(monkeypatch):
     head, hidden, targets, mask = setting(False)
-    rows, real = [], Head.__call__
-    monkeypatch.setattr(Head, "__call__", lambda head, h: rows.append(len(h)) or real(head, h))
+    shapes, real = [], Head.capped
+    monkeypatch.setattr(Head, "capped", lambda head, z: shapes.append(tuple(z.shape)) or real(head, z))
     logp, _ = token_logprobs(Head(head, 3.0), hidden, targets, mask)
-    assert rows == [mask.sum()]
+    assert shapes == [(V, mask.sum())]
     assert (logp[~mask] == 0).all() and (logp[mask] < 0).all()
     logp.sum().backward()
     assert (hidden.grad[~mask] == 0).all() and (hidden.grad[mask] != 0).any(-1).all()
