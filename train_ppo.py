@@ -337,6 +337,10 @@ def build(base: Gemma, args: argparse.Namespace) -> Models:
         actor, reference = twin(base), base
         lora.add_lora(actor, args.lora_r, args.lora_alpha, args.seed)
     else:
+        # Out of the mapped file first: on a CPU a product's last bit depends on where in memory a
+        # matrix begins, and actor and reference must start with a KL of 0.
+        for p in base.parameters():
+            p.data = p.data.clone()
         actor, reference = base, frozen_copy(base, bf16)
     critic = actor
     if args.critic == "separate":
