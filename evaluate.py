@@ -23,7 +23,7 @@ import torch
 
 from nanogsm import UserError, console, data, files, generate, hub
 from nanogsm.model import load_model
-from nanogsm.runs import answer_limit, is_tiny, run_of
+from nanogsm.runs import answer_limit, held_out_by, is_tiny, run_of
 from nanogsm.scores import paired, read_rows, summarise
 
 
@@ -31,7 +31,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = console.Parser("Exact match on GSM8K.")
     console.add_tiny_flag(p)
     p.add_argument("--model", help="Hub id, folder or run (google/gemma-2b-it; tiny)")
-    p.add_argument("--n", type=int, help="a fixed sample of that many problems (256; tiny 1319)")
+    p.add_argument("--n", type=int, help="a fixed sample of that many problems (256; tiny 1319; "
+                   "validation: as many as were held out)")  # fmt: skip
     p.add_argument("--split", choices=("test", "validation"), default="test",
                    help="validation: the slice of train that --val-examples N holds out")  # fmt: skip
     p.add_argument("--data", help="main, socratic or a .jsonl file of your own (main)")
@@ -56,9 +57,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     args.model = os.path.expanduser(args.model or ("tiny" if args.tiny else "google/gemma-2b-it"))
     args.tiny = args.tiny or is_tiny(args.model)
-    if args.n is None and args.split == "validation":
-        args.n = held_out_by(args.model) or (256 if args.tiny else 64)
-    args.n = args.n if args.n is not None else 1319 if args.tiny else 256
+    if args.n is None and args.split == "test":  # of a validation slice choose_problems knows
+        args.n = 1319 if args.tiny else 256
     args.batch_size = args.batch_size if args.batch_size is not None else 256 if args.tiny else 64
     args.data, args.precision = console.for_tiny(args)
     at_least = {"n": 1, "samples": 1, "batch_size": 1, "max_new_tokens": 1, "seed": 0}
@@ -99,20 +99,17 @@ def resolve(args: argparse.Namespace) -> tuple[data.Prompt, Path, str]:
     return prompt, Path(args.out or (run[0] if run else untuned)), "-".join(parts)
 
 
-def held_out_by(model: str) -> int | None:
-    run = run_of(model)
-    return run[1]["args"]["val_examples"] if run else None
-
-
 def choose_problems(args: argparse.Namespace) -> list[data.Problem]:
     if args.split == "validation":
-        held_out = held_out_by(args.model)
+        held_out = held_out_by(args.model, args.data)
         if held_out == 0:
             raise UserError(f"{args.model} held out no problems to ask")
-        if held_out not in (None, args.n):
+        if args.n and held_out not in (None, args.n):
             raise UserError(f"{args.model} held out {held_out} problems, not {args.n}: give --n "
                             f"{held_out}; another slice holds problems it was trained on")  # fmt: skip
-        return data.split_validation(data.load_problems(args.data, "train", args.data_dir), args.n)[1]
+        problems = data.load_problems(args.data, "train", args.data_dir)
+        n = args.n or held_out or data.usual_held_out(len(problems), args.tiny)
+        return data.split_validation(problems, n)[1]
     return data.subset(data.load_problems(args.data, "test", args.data_dir), args.n)
 
 

@@ -148,18 +148,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.max_new_tokens = runs.answer_limit(args.init, args.data)
     args.device, args.precision = console.pick_compute(args.device, args.precision)
     if args.val_examples is None:  # and if that is None, when the problems have been counted
-        args.val_examples = held_out_by(args.init, args.data)
+        args.val_examples = runs.held_out_by(args.init, args.data)
     check_args(args)
     return args
-
-
-def held_out_by(init: str, of_data: str) -> int | None:
-    """How many of these problems the run to start from held out; None if it was trained on others.
-    (main and socratic have the same questions in the same places.)"""
-    run = runs.run_of(init)
-    theirs = run and run[1]["args"].get("data")
-    same = theirs == of_data or {theirs, of_data} <= set(data.NAMED)
-    return run[1]["args"]["val_examples"] if run and same else None
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -594,7 +585,7 @@ def print_plan(args, found: hub.ModelFiles, prompt, problems, held_out) -> None:
     print(f"trained      {policy_size:,} of the policy, {critic_size:,} of the critic ({args.critic})")
     print(f"data         {len(problems):,} problems, {len(held_out)} held out; prompt and answer up to "
           f"{longest} tokens")  # fmt: skip
-    before = held_out_by(args.init, args.data)
+    before = runs.held_out_by(args.init, args.data)
     if before not in (None, len(held_out)):
         print(f"note         {args.init} held out {before} problems, this run {len(held_out)}: some are "
               "held out by one and trained on by the other")  # fmt: skip
@@ -703,7 +694,7 @@ def train(args, run, found, prompt, problems, held_out) -> int:
     # from is folded in: what it and its base make together is the reference.
     dtype = torch.bfloat16 if args.lora and bf16 else torch.float32
     base, tokenizer = load_model(found, dtype, args.device)
-    under = lora.adapters(base)
+    under = lora.adapters(base)  # what the adapter that is saved must have in it, too
     lora.merge(base)
     models = build(base.requires_grad_(True), args)
     policy, critic = models.policy_weights(), models.value_weights()

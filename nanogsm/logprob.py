@@ -64,16 +64,16 @@ def token_logprobs(
 
 def grad_of(weight: Tensor) -> Tensor:
     """weight.grad, made if there is none, to be added to in place. Left to autograd, each use of the
-    embedding, by every chunk and by the lookup, makes a matrix of its own before they are added: 1.3 GiB
-    for Gemma 3 270M at the peak, 4 for gemma-2b."""
+    embedding, by every chunk and by the lookup, makes a matrix of its size before they are added: two at
+    the peak, 1.3 GB for Gemma 3 270M and 4 GB for gemma-2b."""
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
     return weight.grad
 
 
 class _Softmax(NamedTuple):
-    """Of one chunk of n positions. The vocabulary comes first: a CPU multiplies into (V, n) up to 40%
-    faster than into (n, V), which makes a step 5% faster."""
+    """Of one chunk of n positions. The vocabulary comes first: a CPU multiplies into (V, n) a third faster
+    than into (n, V), which takes 14% off a chunk, forward and derivative."""
 
     probs: Tensor  # (V, n)
     bend: Tensor | None  # (V, n), the derivative of the cap

@@ -74,6 +74,15 @@ def answer_limit(model: str, of_data: str) -> int:
     return max(data.answer_limit(of_data), run[1]["args"].get("max_new_tokens", 0) if run else 0)
 
 
+def held_out_by(model: str, of_data: str) -> int | None:
+    """How many of these problems the run `model` held out; None if it is no run, or of other problems.
+    (main and socratic have the same questions in the same places.)"""
+    run = run_of(model)
+    theirs = run and run[1]["args"].get("data")
+    same = theirs == of_data or {theirs, of_data} <= set(data.NAMED)
+    return run[1]["args"]["val_examples"] if run and same else None
+
+
 def _append(file: BinaryIO, row: dict) -> None:
     line = files.to_json(row)
     while line:  # a nearly full disk takes a part; the next write then says why

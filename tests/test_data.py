@@ -18,7 +18,7 @@ import pytest
 import tokenizers
 import torch
 
-from nanogsm import UserError, data
+from nanogsm import UserError, data, hub
 from nanogsm.data import (
     Example,
     Problem,
@@ -603,6 +603,13 @@ def test_an_answer_without_a_number_after_the_marker_is_named_by_line(tmp_path, 
     path = write(tmp_path, f"{row()}\n{row(answer=answer)}\n")
     with pytest.raises(UserError, match='line 2: the answer has no "#### number"$'):
         read_jsonl(path)
+
+
+def test_a_new_question_is_seen_though_it_comes_a_character_at_a_time():
+    tokenizer = data.Tokenizer(hub.EMBEDDED)
+    ids = [i for letter in "x Question:" for i in tokenizer.encode(letter)]
+    assert len(ids) >= 11 and data.starts_new_question(tokenizer, ids)
+    assert not data.starts_new_question(tokenizer, ids[:-1])
 
 
 def test_an_answer_that_nothing_could_match_is_refused(tmp_path):

@@ -43,7 +43,7 @@ def run_folder(folder: Path, prompt: dict, model: bool = False, val_examples: in
     """What a training run leaves: its prompt, what it held out, and its model if that is to be
     loaded."""
     folder.mkdir(parents=True)
-    record = {"args": {"val_examples": val_examples}, "info": {"prompt": prompt}}
+    record = {"args": {"val_examples": val_examples, "data": "main"}, "info": {"prompt": prompt}}
     (folder / "run_args.json").write_text(json.dumps(record))
     if model:
         shutil.copytree(GEMMA, folder / "model")
@@ -396,6 +396,16 @@ def test_run_folder_is_evaluated_with_its_own_prompt_into_itself(mine, tmp_path,
         "eval-mine-4-max6.json",
     ]
     assert read(run, "eval-mine-4-max6")[0]["prompt"] == Prompt("chat", 0, False)._asdict()
+
+
+@pytest.mark.parametrize("what, was", [("model", "another"), ("data", "b/mine.jsonl"), ("precision", "bf16")])
+def test_a_result_of_another_model_data_or_precision_is_not_overwritten(mine, tmp_path, what, was):
+    assert evaluate.main(flags(mine, out=tmp_path / "out")) == 0
+    (path,) = (tmp_path / "out").glob("*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {what: was}))
+    with pytest.raises(UserError, match=f"is of {what} {was}: choose another --out"):
+        evaluate.main(flags(mine, out=tmp_path / "out"))
+    assert json.loads(path.read_text())[what] == was
 
 
 def test_fewer_problems_than_asked_for_are_counted_as_they_are(mine, tmp_path, monkeypatch):

@@ -63,7 +63,7 @@ def test_without_entropy_the_gradient_is_that_of_the_log_probs_alone(head_is_tra
 
 
 def test_a_trained_heads_gradient_is_added_to_what_is_there():
-    """By the head and by the embedding's other use, in place: autograd's own would be matrices."""
+    """In place, where autograd would make a matrix for each chunk."""
     head, hidden, targets, mask = setting(True)
     there = head.grad = torch.ones_like(head)
     logp, _ = token_logprobs(Head(head), hidden, targets, mask, chunk=4)
