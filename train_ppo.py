@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from nanogsm import UserError, budget, console, data, files, generate, hub, lora, runs
 from nanogsm.logprob import token_logprobs
-from nanogsm.model import Gemma, load_model, read_config, save_model
+from nanogsm.model import CHECKPOINTS, Gemma, load_model, read_config, save_model
 from nanogsm.optim import AdamW
 
 # What a recipe sets when the flag is not given. "seed" is the report's, with what it leaves open
@@ -118,8 +118,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--clip-grad", type=float, default=1.0, help="limit of the gradient's norm")
     p.add_argument("--optim", choices=("adamw8bit", "adamw"), default="adamw8bit",
                    help="moments in 8 or 32 bits")  # fmt: skip
-    p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=None,
-                   help="recompute activations in backward: less memory, more time (tiny: no)")  # fmt: skip
+    p.add_argument("--checkpointing", choices=CHECKPOINTS, help="what backward computes again: nothing, what "
+                   "is cheap, or all; more of it takes less memory (light; tiny none)")  # fmt: skip
     # validation, on the slice of train that SFT held out
     p.add_argument("--val-examples", type=int, help="problems held out (as by --init, else as in SFT)")
     p.add_argument("--val-every", type=int, default=10, help="steps between validations; 0: at the end")
@@ -142,7 +142,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     folder = "runs/tiny" if args.tiny else "runs"
     args.init = f"{folder}/sft-full-main" if args.init is None else args.init
     args.out = args.out or f"{folder}/ppo-{method}-{Path(args.data).stem}"
-    args.checkpointing = not args.tiny if args.checkpointing is None else args.checkpointing
+    args.checkpointing = args.checkpointing or ("none" if args.tiny else "light")
     args.data, args.precision = console.for_tiny(args)
     if args.max_new_tokens is None:
         args.max_new_tokens = runs.answer_limit(args.init, args.data)
@@ -613,7 +613,7 @@ def print_plan(args, found: hub.ModelFiles, prompt, problems, held_out) -> None:
             "gradients": 4 * (policy_size + critic_size),
             "optimizer": budget.moments_bytes(policy + critic, args.optim),
             "activations": forwards * activations,
-            "vocabulary": budget.head_bytes(config, tokens, frozen, bf16),
+            "vocabulary": budget.head_bytes(config, tokens, args.device),
             "cache": budget.cache_bytes(config, at_once, longest, bf16),
             "sampling": budget.sampling_bytes(config, at_once),
         })  # fmt: skip

@@ -19,7 +19,7 @@ import torch
 
 from nanogsm import UserError, budget, console, data, generate, hub, lora, runs
 from nanogsm.logprob import token_logprobs
-from nanogsm.model import Config, Gemma, load_model, read_config, save_model
+from nanogsm.model import CHECKPOINTS, Config, Gemma, load_model, read_config, save_model
 from nanogsm.optim import AdamW, cosine_with_min_lr
 
 # What a recipe sets when the flag is not given. "seed" is the report's, which used one learning
@@ -33,8 +33,8 @@ TINY_RECIPES = {
     "seed": {"lr": {"full": 1e-3, "lora": 1e-3}, "min_lr_share": 0.1, "warmup": 0.0},
     "tuned": {"lr": {"full": 2e-3, "lora": 1e-2}, "min_lr_share": 0.1, "warmup": 0.03},
 }
-DEFAULTS = {"model": "google/gemma-2b-it", "micro_batch": 8, "accumulation": 2, "checkpointing": True}
-TINY_DEFAULTS = {"model": "tiny", "micro_batch": 16, "accumulation": 1, "checkpointing": False}
+DEFAULTS = {"model": "google/gemma-2b-it", "micro_batch": 8, "accumulation": 2, "checkpointing": "light"}
+TINY_DEFAULTS = {"model": "tiny", "micro_batch": 16, "accumulation": 1, "checkpointing": "none"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -67,8 +67,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--clip", type=float, default=1.0, help="limit of the gradient's norm")
     p.add_argument("--optim", choices=("adamw8bit", "adamw"), default="adamw8bit",
                    help="moments in 8 or 32 bits")  # fmt: skip
-    p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=None,
-                   help="recompute activations in backward: less memory, more time (tiny: no)")  # fmt: skip
+    p.add_argument("--checkpointing", choices=CHECKPOINTS, help="what backward computes again: nothing, what "
+                   "is cheap, or all; more of it takes less memory (light; tiny none)")  # fmt: skip
     # validation, on a slice held out of train
     p.add_argument("--val-examples", type=int, help="training problems held out (64; tiny 256; at most "
                    "a tenth of the file)")  # fmt: skip
@@ -209,7 +209,7 @@ def print_plan(args, config: Config, examples, held_out, steps: int) -> None:
             "gradients": 4 * trained,
             "optimizer": budget.moments_bytes(shapes, args.optim),
             "activations": budget.activation_bytes(config, tokens, args.lora, bf16, args.checkpointing),
-            "vocabulary": budget.head_bytes(config, tokens, args.lora, bf16),
+            "vocabulary": budget.head_bytes(config, tokens, args.device),
         })  # fmt: skip
 
 

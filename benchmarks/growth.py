@@ -80,7 +80,7 @@ def measure(args) -> dict:
     rows = torch.randint(8, point["vocab"], (B, T), generator=generator).tolist()
     mask = [0] * (T // 2) + [1] * (T - T // 2)
     examples = [data.Example(row, mask, i) for i, row in enumerate(rows)]
-    model.checkpointing = True
+    model.checkpointing = "light"
     if point["job"] == "LoRA":
         lora.add_lora(model, 16, 32.0)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}

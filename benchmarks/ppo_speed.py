@@ -1,7 +1,7 @@
 """One PPO step by nanogsm against the same step through transformers: rollout, scoring, update.
 
     python -m benchmarks.ppo_speed --model runs/tiny/sft-full-main --data tiny
-    python -m benchmarks.ppo_speed --model PATH --data-dir DIR --lora --rollouts 64 --checkpointing
+    python -m benchmarks.ppo_speed --model PATH --data-dir DIR --lora --rollouts 64 --checkpointing light
 
 Ours is what train_ppo does between two rows of its metrics. The peer does the same with transformers'
 generate() and models (and peft's adapters), written as one would who has read trl's trainers:
@@ -32,7 +32,7 @@ from torch import nn
 import train_ppo
 from benchmarks.sides import Side, Turns, compete, matrix_rate, now
 from nanogsm import UserError, console, data, files, hub, lora
-from nanogsm.model import load_model
+from nanogsm.model import CHECKPOINTS, load_model
 from nanogsm.optim import AdamW
 
 PACKAGES = ("torch", "transformers", "peft")
@@ -52,7 +52,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--micro-batch", type=int, default=16)
     p.add_argument("--accumulation", type=int, default=8)
     p.add_argument("--max-new-tokens", type=int, default=128, help="longest answer")
-    p.add_argument("--checkpointing", action="store_true", help="recompute activations, both sides")
+    p.add_argument("--checkpointing", choices=CHECKPOINTS, default="none",
+                   help="ours; the peer's is full or none")  # fmt: skip
     p.add_argument("--rounds", type=int, default=2, help="counted steps of each side")
     p.add_argument("--json", help="write all figures there")
     console.add_compute_flags(p)
@@ -71,7 +72,7 @@ def settings(args) -> argparse.Namespace:
     for name in ("rollouts", "rollout_batch", "micro_batch", "accumulation", "max_new_tokens"):
         flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     flags += ["--device", args.device, "--precision", args.precision, *["--lora"] * args.lora]
-    return train_ppo.parse_args([*flags, f"--{'' if args.checkpointing else 'no-'}checkpointing"])
+    return train_ppo.parse_args([*flags, "--checkpointing", args.checkpointing])
 
 
 # ----------------------------------------------------------------------------------- the workers
@@ -126,7 +127,7 @@ class Peer:
             folder, dtype=dtype, attn_implementation="sdpa"
         ).to(args.device)
         self.actor, self.reference = load(), None
-        if args.checkpointing:
+        if args.checkpointing != "none":
             self.actor.gradient_checkpointing_enable({"use_reentrant": False})
         if args.lora:
             import peft

@@ -38,7 +38,7 @@ import torch
 import train_sft
 from benchmarks.sides import Side, Turns, compete, matrix_rate
 from nanogsm import UserError, console, data, files, hub, lora
-from nanogsm.model import Linear, load_model
+from nanogsm.model import CHECKPOINTS, Linear, load_model
 from nanogsm.optim import AdamW
 
 R, ALPHA, SEED, CLIP, LONGEST = 16, 32, 0, 1.0, 768
@@ -52,6 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     console.add_data_dir_flag(p)
     p.add_argument("--full", action="store_true", help="train all weights, not adapters")
     p.add_argument("--base", choices=("bf16", "fp32"), default="bf16", help="see above")
+    p.add_argument("--checkpointing", choices=CHECKPOINTS, default="light", help="ours; the peer's is full")
     p.add_argument("--steps", type=int, default=1, help="optimizer steps a round")
     p.add_argument("--rounds", type=int, default=3, help="counted rounds of each side")
     p.add_argument("--micro-batch", type=int, default=8)
@@ -96,7 +97,7 @@ def ours(args, turns: Turns) -> None:
     model, tokenizer = load_model(args.model, args.dtype, args.device)
     if not bf16:
         model.compute_in_float32()
-    model.checkpointing = True
+    model.checkpointing = args.checkpointing
     if not args.full:
         lora.add_lora(model, R, ALPHA, SEED)
         lora.save_adapter(model, Path(args.scratch) / "adapter", args.model)  # the peer's start
@@ -131,8 +132,9 @@ def ours(args, turns: Turns) -> None:
 
 def flops_of(args, model, trained: dict, examples: list, needed: bool = False) -> float:
     """Additions and multiplications in the matrix products of one step of ours: 2 a weight and
-    token for each pass. Passes are forward, recomputation, the gradient of the input and, where a
-    weight is trained, its own; a frozen head is not recomputed. Attention's scores are left out.
+    token for each pass. Passes are forward, the gradient of the input, where a weight is trained its
+    own, and under a full checkpoint forward once more (what a light one recomputes is left out); a
+    trained head's logits are computed twice, a frozen one's once. Attention's scores are left out.
     needed: without recomputation and padding, what model FLOPs utilisation counts."""
     blocks = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
     adapters = 0 if args.full else sum(p.numel() for p in trained.values())
@@ -140,9 +142,9 @@ def flops_of(args, model, trained: dict, examples: list, needed: bool = False) -
     parts = data.micro_batches(examples, args.micro_batch)
     padded = sum(len(rows) * max(len(e.ids) for e in rows) for rows in parts)
     tokens = sum(len(e.ids) for e in examples) if needed else padded
-    supervised, passes = sum(sum(e.mask) for e in examples), 3 if needed else 4
-    in_blocks = 2 * tokens * ((passes - (not args.full)) * blocks + passes * adapters)
-    return in_blocks + 2 * supervised * (passes if args.full else 2) * head
+    supervised, again = sum(sum(e.mask) for e in examples), args.checkpointing == "full" and not needed
+    in_blocks = 2 * tokens * ((2 + args.full + again) * blocks + (3 + again) * adapters)
+    return in_blocks + 2 * supervised * ((3 if needed else 4) if args.full else 2) * head
 
 
 def peer(args, turns: Turns) -> None:

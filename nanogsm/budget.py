@@ -31,23 +31,26 @@ def frozen_copy_bytes(c: Config, total: int, bf16: bool) -> int:
     return embedding * (2 if exact else 4) + (total - embedding) * (2 if bf16 else 4)
 
 
-def activation_bytes(c: Config, tokens: int, frozen: bool, bf16: bool, checkpointing: bool) -> int:
+def activation_bytes(c: Config, tokens: int, frozen: bool, bf16: bool, checkpointing: str) -> int:
     """Bytes that a forward over `tokens` (padding counts) keeps for backward: of a block gate, up and
     two products of them; q, k and v with their normed and turned forms; the norms' inputs and
-    outputs. With checkpointing only each block's input, and one block whole."""
+    outputs. A full checkpoint: only each block's input, and one block whole; a light one: what comes out of
+    its products as well."""
     D, F, N = c.hidden_size, c.intermediate_size, c.head_dim
     heads = c.num_attention_heads + 2 * c.num_key_value_heads
     product = 2 if bf16 else 4  # bytes of a number that goes into a matrix product
     stream = 2 if bf16 and frozen else 4  # of one in the residual stream, as wide as the weights
     block = tokens * (4 * F * product + 3 * heads * N * product + 8 * D * stream)
-    return c.num_hidden_layers * (tokens * D * stream if checkpointing else block) + block
+    inputs = tokens * D * stream
+    products = tokens * product * (2 * F + 2 * D + (heads + c.num_attention_heads) * N)
+    each = {"none": block, "light": inputs + products, "full": inputs}[checkpointing]
+    return c.num_hidden_layers * each + block
 
 
-def head_bytes(c: Config, tokens: int, frozen: bool, bf16: bool) -> int:
-    """Bytes of a chunk's logits and what becomes of them; if the head is trained in bfloat16 also its
-    copy and a chunk's gradient of it."""
-    own = c.vocab_size * c.hidden_size * (2 + 2) * bf16
-    return 8 * min(LOGITS, tokens * c.vocab_size) + (0 if frozen else own)
+def head_bytes(c: Config, tokens: int, device: str) -> int:
+    """Bytes of a block's logits and what becomes of them, and of the derivatives by the hidden states."""
+    logits = LOGITS[device.partition(":")[0]]
+    return 10 * min(logits, tokens * c.vocab_size) + 12 * tokens * c.hidden_size
 
 
 def moments_bytes(shapes: Iterable[tuple[int, ...]], optim: str) -> int:

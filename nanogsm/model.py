@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from nanogsm import UserError, files, hub, lora
 from nanogsm.data import Tokenizer
@@ -184,9 +184,22 @@ def _rope_from(raw: dict) -> dict[str, tuple[float, float]]:
 # ----------------------------------------------------------------------------------------- model
 
 
-# Not reentrant: the other kind needs an input that requires grad, which a frozen embedding's output
-# does not, and then trains nothing. No random state: there is no dropout to repeat.
-CHECKPOINT = {"use_reentrant": False, "preserve_rng_state": False}
+# Gradient checkpointing. Not reentrant: the other kind needs an input that requires grad, which a frozen
+# embedding's output does not, and then trains nothing. No random state: there is no dropout to repeat.
+FULL = {"use_reentrant": False, "preserve_rng_state": False}
+CHEAP = 128  # multiplications for a number that is rather made again than kept: LoRA's way up, of r
+
+
+def _keep(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    """What a light checkpoint keeps of a block: products with its weights, and attention. They take most of
+    the time and little of the memory; the rest is made again from them."""
+    product = op is torch.ops.aten.mm.default and args[0].shape[1] >= CHEAP
+    attention = "scaled_dot_product" in str(op) and "backward" not in str(op)
+    return CheckpointPolicy.MUST_SAVE if product or attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+LIGHT = FULL | {"context_fn": lambda: create_selective_checkpoint_contexts(_keep)}
+CHECKPOINTS = {"none": None, "light": LIGHT, "full": FULL}
 
 
 class RMSNorm(nn.Module):
@@ -358,7 +371,8 @@ class Gemma(nn.Module):
 
     Rows are padded on the right: the causal mask then already hides padding from real tokens, and
     what comes out at padding is nobody's business. `activations` (a dtype, None for the weights')
-    and `checkpointing` (recompute each block in the backward pass) are set by the caller.
+    and `checkpointing` are set by the caller: "full" recomputes each block in the backward pass, "light"
+    only what is cheap in it, "none" nothing.
     """
 
     def __init__(self, config: Config):
@@ -375,7 +389,7 @@ class Gemma(nn.Module):
             )
         )
         self.activations: torch.dtype | None = None
-        self.checkpointing = False
+        self.checkpointing = "none"
 
     @property
     def device(self) -> torch.device:
@@ -405,10 +419,10 @@ class Gemma(nn.Module):
         weight = self.model.embed_tokens.weight
         x = _Lookup.apply(weight, ids).to(self.activations or weight.dtype)
         x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype).item()  # rounded as x is
-        recompute = self.checkpointing and torch.is_grad_enabled() and cache is None
+        how = CHECKPOINTS[self.checkpointing] if torch.is_grad_enabled() and cache is None else None
         for block, kind in zip(self.model.layers, c.layer_types, strict=True):
             args = (x, *angles[kind], masks[kind], positions, cache)
-            x = checkpoint(block, *args, **CHECKPOINT) if recompute else block(*args)
+            x = checkpoint(block, *args, **how) if how else block(*args)
         return self.model.norm(x)
 
     def _mask(self, kind: str, queries: Tensor, keys: Tensor, from_start: bool) -> Tensor | None:

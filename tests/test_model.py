@@ -9,10 +9,12 @@ import pytest
 import torch
 from conftest import FIXTURES
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
-from nanogsm import UserError, hub
+from nanogsm import UserError, hub, lora
+from nanogsm import model as model_file
 from nanogsm.lora import add_lora
-from nanogsm.model import Gemma, KVCache, _Lookup, load_model, read_config, save_model
+from nanogsm.model import CHECKPOINTS, Gemma, KVCache, _Lookup, load_model, read_config, save_model
 
 TIGHT = 1e-5  # float32 against float32, logits of a few units
 FAMILIES = ["gemma1", "gemma2", "gemma3"]
@@ -194,16 +196,37 @@ def test_prefill_in_two_pieces_equals_one(gemma, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_checkpointing_preserves_loss_and_every_gradient(gemma, name):
+def test_checkpointing_preserves_loss_and_every_gradient(gemma, name, monkeypatch):
+    monkeypatch.setattr(model_file, "CHEAP", 1)  # or none of these small products would be kept
     ids = expected(name)["ids"]
     grads = {}
-    for checkpointing in (False, True):
+    for checkpointing in CHECKPOINTS:
         model, _ = gemma(name)
         model.checkpointing = checkpointing
         model.logits(model(ids)).logsumexp(-1).mean().backward()
         grads[checkpointing] = {n: p.grad for n, p in model.named_parameters()}
-    for name, grad in grads[False].items():
-        assert grad is not None and torch.equal(grad, grads[True][name]), name
+    for name, grad in grads["none"].items():
+        assert grad is not None, name
+        assert torch.equal(grad, grads["light"][name]) and torch.equal(grad, grads["full"][name]), name
+
+
+def test_a_light_checkpoint_multiplies_nothing_again_but_an_adapters_way_up(gemma, monkeypatch):
+    """Counted by PyTorch: 2 x inner size multiplications and additions for each number of a product."""
+    model, _ = gemma("gemma3")
+    lora.add_lora(model, 4, 8)
+    monkeypatch.setattr(model_file, "CHEAP", 5)
+    ids, flops = torch.randint(5, 90, (2, 10)), {}
+    for checkpointing in CHECKPOINTS:
+        model.checkpointing = checkpointing
+        with FlopCounterMode(display=False) as counter:
+            model(ids).sum().backward()
+        flops[checkpointing] = counter.get_total_flops()
+    layers = lora.adapters(model).values()
+    up = sum(2 * ids.numel() * layer.lora_B.weight.numel() for layer in layers)
+    down = sum(2 * ids.numel() * layer.lora_A.weight.numel() for layer in layers)
+    base = sum(2 * ids.numel() * layer.base.weight.numel() for layer in layers)
+    assert flops["light"] == flops["none"] + up
+    assert flops["full"] - flops["none"] >= up + down + base  # and attention
 
 
 def test_a_tokens_gradient_comes_from_all_its_places_and_is_added_to_what_is_there():

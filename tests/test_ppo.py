@@ -215,7 +215,7 @@ def test_explained_variance_of_a_perfect_a_constant_and_a_wrong_guess():
 def settings(**changes):
     """The fields of parse_args' result that the functions below read."""
     args = train_ppo.parse_args(["--device", "cpu", "--precision", "fp32"])
-    args.__dict__.update(micro_batch=3, accumulation=2, checkpointing=False, lora_r=4, val_examples=2)
+    args.__dict__.update(micro_batch=3, accumulation=2, checkpointing="none", lora_r=4, val_examples=2)
     args.__dict__.update(changes)
     return args
 
@@ -311,8 +311,8 @@ def test_the_first_gradient_is_that_of_reinforce(gemma, autocast, lora):
         (-weighted.sum() / rollout.mask.sum()).backward()
     for name, p in weights.items():
         if p.grad is not None:
-            tolerance = 1e-5 if autocast is PLAIN else 0.02 * p.grad.abs().max() + 1e-4
-            assert (got[name] - p.grad).abs().max() <= tolerance, name
+            off = 1e-5 if autocast is PLAIN else 0.04  # roundings of 2^-9 on the way through all layers
+            assert (got[name] - p.grad).norm() <= off * p.grad.norm() + 1e-6, name
 
 
 def test_the_reference_is_what_the_actor_was_and_stays_so(gemma):
@@ -345,13 +345,14 @@ def test_the_critics_warm_up_leaves_the_actor_as_it_was_to_the_bit(gemma, lora, 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 @pytest.mark.parametrize("lora", [False, True])
-def test_checkpointing_changes_no_gradient_of_actor_or_critic(gemma, lora, critic):
+@pytest.mark.parametrize("how", ["light", "full"])
+def test_checkpointing_changes_no_gradient_of_actor_or_critic(gemma, lora, critic, how):
     """Both forwards come before the one backward: with one set of weights whose adapters are
     switched, backward would recompute the actor with the critic's."""
     args, models, rollout, _ = models_and_rollout(gemma, lora=lora, critic=critic)
     shake(models)
     *_, want = gradients(models, rollout, args)
-    models.actor.checkpointing = models.critic.checkpointing = True
+    models.actor.checkpointing = models.critic.checkpointing = how
     *_, got = gradients(models, rollout, args)
     assert got.keys() == want.keys() and len(want) >= len(models.policy_weights())
     for name in want:
@@ -579,7 +580,7 @@ def flags(tmp_path):
         "--rollouts", "6", "--rollout-batch", "4", "--micro-batch", "2", "--accumulation", "2",
         "--max-new-tokens", "5", "--val-examples", "2", "--val-every", "2", "--save-every", "1",
         "--lr", "1e-3", "--value-lr", "1e-2", "--device", "cpu", "--precision", "fp32",
-        "--no-checkpointing",
+        "--checkpointing", "none",
     ]  # fmt: skip
 
 
