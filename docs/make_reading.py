@@ -93,7 +93,7 @@ largest thing in memory by far.
     at = range(mask.index(1), mask.index(1) + 9)
     found.append(f"""## 5. Log-probabilities
 
-[logprob.py](../nanogsm/logprob.py), `token_logprobs`. Only supervised positions are projected, in chunks, and of each only one number is kept: the log of the
+[logprob.py](../nanogsm/logprob.py), `token_logprobs`. Only supervised positions are projected, onto one block of the vocabulary after the other, and of each only one number is kept: the log of the
 probability the model gave to the token that came. Mind the shift, drawn once in [train_ppo.py](../train_ppo.py): hidden state t is scored against token t + 1.
 The answer's first nine tokens, by the untuned model:
 

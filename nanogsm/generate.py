@@ -86,7 +86,7 @@ def generate(
 
     def draw(hidden: Tensor, u: Tensor | None) -> Tensor:
         logits = model.logits(hidden, decoding=True)  # (b, V)
-        return logits.argmax(-1) if u is None else inverse_cdf(logits, temperature, u)
+        return logits.max(-1).indices if u is None else inverse_cdf(logits, temperature, u)
 
     def take_in(slot: int, ids: list[int]) -> None:
         """A slot's newest ids; it is freed if its request is over."""

@@ -452,9 +452,10 @@ class Gemma(nn.Module):
         weight, cap = self.head
         automatic = torch.is_autocast_enabled(hidden.device.type)
         weight = weight if automatic else weight.to(hidden.dtype)  # as in Linear
-        if decoding and weight.is_cpu and len(hidden) <= 64 and not automatic:
+        few = decoding and weight.is_cpu and len(hidden) <= 64
+        if few and weight.dtype == torch.float32 and not automatic:
             # A CPU multiplies few rows faster by a bit of the vocabulary at a time, a tenth of a decode
-            # step of Gemma 3 270M. (Autocast would not keep its copies of such bits.)
+            # step of Gemma 3 270M in float32. (Autocast would not keep its copies of such bits.)
             return torch.cat([Head(rows, cap)(hidden) for rows in weight.split(2048)], -1)
         return Head(weight, cap)(hidden)
 
