@@ -123,13 +123,12 @@ def evaluate(args: argparse.Namespace) -> int:
     if not there.is_dir() or not os.access(there, os.W_OK):  # said now, not when the work is done
         raise UserError(f"cannot write to {folder}: {there} is no folder, or a read-only one")
     if (folder / f"{name}.json").exists():
-        earlier = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        for what in ("model", "data", "precision"):
-            if earlier.get(what) != getattr(args, what):
-                was = earlier.get(what)
-                raise UserError(f"{folder / name}.json is of {what} {was}: choose another --out")
+        for what, was in files.read_json(folder / f"{name}.json").items():
+            if what in ("model", "data", "precision") and not files.same_place(was, getattr(args, what)):
+                raise UserError(f"{folder / name}.json is of {what} {was}, this is "
+                                f"{getattr(args, what)}: choose another --out")  # fmt: skip
     run = run_of(args.model)
-    if run and run[1]["args"].get("data") == args.data and args.data not in data.NAMED:
+    if run and files.same_place(run[1]["args"].get("data"), args.data) and args.data not in data.NAMED:
         print("note: these are the problems the run was trained on")
     model, tokenizer = load_for_inference(args)
     print(f"{args.model}: {len(problems)} problems, {prompt}, "

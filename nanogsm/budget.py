@@ -48,9 +48,10 @@ def activation_bytes(c: Config, tokens: int, frozen: bool, bf16: bool, checkpoin
 
 
 def head_bytes(c: Config, tokens: int, device: str) -> int:
-    """Bytes of a block's logits and what becomes of them, and of the derivatives by the hidden states."""
+    """Bytes of a block's logits, what becomes of them and a copy of its rows; and of the derivatives by the
+    hidden states."""
     logits = LOGITS[device.partition(":")[0]]
-    return 10 * min(logits, tokens * c.vocab_size) + 12 * tokens * c.hidden_size
+    return 14 * min(logits, max(tokens, c.hidden_size) * c.vocab_size) + 12 * tokens * c.hidden_size
 
 
 def moments_bytes(shapes: Iterable[tuple[int, ...]], optim: str) -> int:

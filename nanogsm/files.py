@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nanogsm import UserError
+
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
@@ -103,6 +105,21 @@ def replaced_folder(folder: Path | str) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
         raise
     remove(aside)
+
+
+def same_place(a: str | None, b: str | None) -> bool:
+    """Whether two paths, or names, as somebody typed them mean the same."""
+    return os.path.abspath(str(a)) == os.path.abspath(str(b))
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return value
 
 
 def write_json(path: Path | str, obj) -> None:

@@ -9,7 +9,6 @@ is the one below. huggingface_hub is imported where the network is needed: it co
 
 import errno
 import hashlib
-import json
 import os
 import re
 import time
@@ -86,7 +85,7 @@ def _local_model(folder: Path, weights: bool) -> ModelFiles:
 
 def _adapted_model(adapter: Path, weights: bool) -> ModelFiles:
     config_file = adapter / "adapter_config.json"
-    name = _read_json(config_file).get("base_model_name_or_path")
+    name = files.read_json(config_file).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise UserError(f"{config_file} does not name its base model (base_model_name_or_path)")
     if weights and not (adapter / "adapter_model.safetensors").is_file():
@@ -106,16 +105,6 @@ def _check_complete(folder: Path, weights: bool) -> None:
             raise UserError(f"{folder} has no {name}, and nothing else is read in its place")
     if weights:
         weight_files(folder)
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {_one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return value
 
 
 # ---- weights ----
@@ -170,7 +159,7 @@ def fingerprint(found: ModelFiles) -> str:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = files.read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map of tensor names to file names")
     for tensor, name in weight_map.items():

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Logits held at a time. On a CPU what becomes of them should stay in its cache: with 16 MB of them the
 # head takes three quarters of the time that it takes with 256 MB. A GPU wants few and large kernels.
@@ -41,10 +42,11 @@ class Head(NamedTuple):
         return self.capped(F.linear(h, self.weight))
 
     def capped(self, logits: Tensor) -> Tensor:
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+        """In float32: near the cap its derivative is a small difference of two numbers."""
+        return logits if self.cap is None else self.cap * torch.tanh(logits.float() / self.cap)
 
     def bend(self, logits: Tensor) -> Tensor:
-        """The cap's derivative where it made these logits."""
+        """The derivative of capped by raw logits, from the capped ones."""
         return torch.ones_like(logits) if self.cap is None else 1 - (logits / self.cap) ** 2
 
 
@@ -62,14 +64,15 @@ def token_logprobs(
     hidden (B, T, D) predicts targets (B, T), already shifted against each other by the caller:
     `token_logprobs(model.head, hidden[:, :-1], ids[:, 1:], mask[:, 1:])`. Returns (B, T) float32 in
     nats, 0 where mask is 0. Logits are divided by temperature, as they are when sampling: a PPO
-    ratio compares like with like only then. Memory: a few times LOGITS numbers, whatever B, T and V
-    are; `block`, the rows of the vocabulary at a time, defaults to what makes that many logits. Trap:
-    a trained head's gradient is there after backward(), in head.weight.grad; torch.autograd.grad
-    does not see it.
+    ratio compares like with like only then. Memory: a few times LOGITS numbers, and a few vectors as
+    long as a hidden state for each position; `block`, the rows of the vocabulary at a time, defaults to
+    what makes that many logits, though 1,024 at least. Trap: a trained head's gradient is there after
+    backward(), in head.weight.grad; torch.autograd.grad does not see it.
     """
     where = mask.nonzero(as_tuple=True)
     h, t = hidden[where], targets[where]
-    block = block or max(1, LOGITS[h.device.type] // max(1, len(t)) // 1024) * 1024  # even sizes are faster
+    if block is None:  # in round numbers, which are multiplied faster; as wide as h at least, being copied
+        block = 1024 * max(1, LOGITS[h.device.type] // max(h.shape) // 1024)
     scores = _Scores.apply(h, head.weight, t, head.cap, temperature, entropy, block)
     full = [torch.zeros(mask.shape, device=hidden.device).index_put(where, s) for s in scores]
     return full[0], full[1] if entropy else None
@@ -96,17 +99,18 @@ class _Scores(torch.autograd.Function):
         tilt   = sum e^u u w        d H / dh       = (moment / total pull - tilt) / total
 
     Gradients are over the temperature, as z is. Trap: where p_t is nearly 1, w_t - pull / total would
-    be what rounding leaves of two equal numbers. So t itself is left out of the sums until the end.
+    be what rounding leaves of two equal numbers. So while the blocks go by, the sums are without t.
     """
 
     @staticmethod
     def forward(ctx, h, weight, t, cap, temperature, entropy, block) -> tuple[Tensor, ...]:
         kind, (n, D) = h.device.type, h.shape
         low = h.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype)
-        head, wants_h = Head(weight, cap), ctx.needs_input_grad[0]
-        new = lambda *shape: torch.zeros(*shape, dtype=torch.float32, device=h.device)  # noqa: E731
-        top, chosen = new(n) + torch.finfo(torch.float32).min, new(n)
-        sums, pulls = new(1 + entropy, n), new(1 + entropy, n, D)  # total and moment; pull and tilt
+        head, (wants_h, wants_weight) = Head(weight, cap), ctx.needs_input_grad[:2]
+        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float32, device=h.device)  # noqa: E731
+        top, chosen = zeros(n) + torch.finfo(torch.float32).min, zeros(n)
+        sums = zeros(1 + entropy, n)  # total and moment
+        pulls = zeros(1 + entropy, n, D) if wants_h else None  # pull and tilt
         with torch.autocast(kind, enabled=False):
             for rows, w, z in _blocks(head, low, block):
                 inside, at = _place(t, rows)
@@ -115,13 +119,8 @@ class _Scores(torch.autograd.Function):
                 if temperature != 1:
                     z /= temperature
                 higher = torch.maximum(top, z.amax(0))
-                d, top = top - higher, higher
-                # What has been summed up so far becomes sums of e^(u + d) and of e^(u + d) (u + d).
-                if entropy:
-                    sums[1] += d * sums[0]
-                    pulls[1] += d[:, None] * pulls[0]
-                sums *= d.exp()
-                pulls *= d.exp()[:, None]
+                _grow(sums, pulls, top - higher)
+                top = higher
                 u = z.sub_(top)
                 e = u.exp() if entropy else u.exp_()
                 e.scatter_(0, at, e.gather(0, at).masked_fill(inside, 0))
@@ -131,30 +130,42 @@ class _Scores(torch.autograd.Function):
                         x = x if bend is None else x.mul_(bend)
                         pulls[k] += x.to(w.dtype).T @ w
 
-            u = chosen / temperature - top
-            e, w = u.exp(), head.bend(chosen)[:, None] * weight[t]
-            total = sums[0] + e
-            scores = [u - total.log()]
-            slopes = [(sums[0][:, None] * w - pulls[0]) / total[:, None]]
+        u = chosen / temperature - top
+        e = u.exp()
+        total = sums[0] + e
+        scores, slopes = [u - total.log()], []
+        if entropy:
+            mean = (sums[1] + e * u) / total
+            scores.append(total.log() - mean)
+        if wants_h:
+            w = head.bend(chosen)[:, None] * weight[t]
+            slopes.append((sums[0][:, None] * w - pulls[0]) / total[:, None])
             if entropy:
-                mean = (sums[1] + e * u) / total
-                scores.append(total.log() - mean)
                 pull, tilt = pulls[0] + e[:, None] * w, pulls[1] + (e * u)[:, None] * w
                 slopes.append((mean[:, None] * pull - tilt) / total[:, None])
-        if wants_h:
-            ctx.save_for_backward(*(slope.div_(temperature) for slope in slopes))
-        if ctx.needs_input_grad[1]:
-            ctx.again = head, low, t, temperature, block, chosen, scores
+        again = [low, t, top + total.log(), *scores[1:]] if wants_weight else []
+        ctx.save_for_backward(*again, *(slope.div_(temperature) for slope in slopes))
+        ctx.head, ctx.temperature, ctx.block, ctx.n_again = head, temperature, block, len(again)
         return tuple(scores)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g_logp: Tensor, g_entropy: Tensor | None = None):
-        grad = g_logp[:, None] * ctx.saved_tensors[0]
-        if g_entropy is not None:
-            grad += g_entropy[:, None] * ctx.saved_tensors[1]
-        if ctx.needs_input_grad[1]:
-            _add_heads_gradient(*ctx.again, g_logp, g_entropy)
+        again, slopes = ctx.saved_tensors[: ctx.n_again], ctx.saved_tensors[ctx.n_again :]
+        if again:
+            _add_heads_gradient(ctx.head, ctx.temperature, ctx.block, g_logp, g_entropy, *again)
+        grad = sum(g[:, None] * slope for g, slope in zip((g_logp, g_entropy), slopes)) if slopes else None
         return grad, None, None, None, None, None, None
+
+
+def _grow(sums: Tensor, pulls: Tensor | None, d: Tensor) -> None:
+    """The tops have become larger, by -d (n,): what has been summed up with the old ones becomes sums
+    of e^(u + d) and, the second of each pair, of e^(u + d) (u + d)."""
+    for x, by in ((sums, d), (pulls, d[:, None])):
+        if x is not None:
+            if len(x) == 2:
+                x[1] += by * x[0]
+            x *= by.exp()
 
 
 def _blocks(head: Head, low: Tensor, block: int) -> Iterator[tuple[range, Tensor, Tensor]]:
@@ -166,32 +177,27 @@ def _blocks(head: Head, low: Tensor, block: int) -> Iterator[tuple[range, Tensor
 
 
 def _place(t: Tensor, rows: range) -> tuple[Tensor, Tensor]:
-    """Which targets are among the rows, (n,), and in which of them, (1, n): any, if not."""
+    """Whether each target is one of these rows, (n,), and which, (1, n): an arbitrary one if it is none."""
     at = t - rows.start
     return (at >= 0) & (at < len(rows)), at.clamp(0, len(rows) - 1)[None]
 
 
-def _add_heads_gradient(head, low, t, temperature, block, chosen, scores, g_logp, g_entropy) -> None:
-    """Adds, with z the logits over the temperature,
+def _add_heads_gradient(head, temperature, block, g_logp, g_entropy, low, t, log_sum, H=None) -> None:
+    """Adds, with z the logits over the temperature and log_sum the log of their e^z's sum,
 
         d log p_t / dz_v = (v is t) - p_v          d H / dz_v = -p_v (log p_v + H)
 
-    times z's derivative by the head's rows, to head.weight.grad; t itself, as above, by itself."""
-    grad, H = grad_of(head.weight), scores[-1]
-    log_sum = chosen / temperature - scores[0]
+    times z's derivative by the head's rows, to head.weight.grad."""
+    grad = grad_of(head.weight)
     with torch.autocast(low.device.type, enabled=False):
         for rows, _, z in _blocks(head, low, block):
             inside, at = _place(t, rows)
             bend = head.bend(z) if head.cap else None
             logp = z.div_(temperature).sub_(log_sum)
-            if g_entropy is None:
-                slope = logp.exp_().mul_(-g_logp / temperature)
+            if H is None:
+                slope = logp.exp_().mul_(-g_logp)
             else:
-                slope = logp.exp() * (logp + H).mul_(-g_entropy).sub_(g_logp).div_(temperature)
-            slope.scatter_(0, at, slope.gather(0, at).masked_fill(inside, 0))
+                slope = logp.exp() * (logp + H).mul_(-g_entropy).sub_(g_logp)
+            slope.scatter_add_(0, at, torch.where(inside, g_logp, 0.0)[None]).div_(temperature)
             slope = slope if bend is None else slope.mul_(bend)
             grad[rows.start : rows.stop] += slope.to(low.dtype) @ low
-        slope = -torch.expm1(scores[0]) * g_logp
-        if g_entropy is not None:
-            slope -= scores[0].exp() * (scores[0] + H) * g_entropy
-        grad.index_add_(0, t, (slope * head.bend(chosen) / temperature)[:, None] * low)

@@ -187,14 +187,15 @@ def _rope_from(raw: dict) -> dict[str, tuple[float, float]]:
 # Gradient checkpointing. Not reentrant: the other kind needs an input that requires grad, which a frozen
 # embedding's output does not, and then trains nothing. No random state: there is no dropout to repeat.
 FULL = {"use_reentrant": False, "preserve_rng_state": False}
-CHEAP = 128  # multiplications for a number that is rather made again than kept: LoRA's way up, of r
+CHEAP = 128  # a product with an inner size below it is made again rather than kept: LoRA's way up, of r
 
 
 def _keep(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    """What a light checkpoint keeps of a block: products with its weights, and attention. They take most of
-    the time and little of the memory; the rest is made again from them."""
+    """What a light checkpoint keeps of a block: products with its weights, and fused attention (not Gemma
+    2's). They take most of the time and little of the memory; the rest is made again from them. Trap: they
+    are gone after one backward, and retain_graph does not keep them."""
     product = op is torch.ops.aten.mm.default and args[0].shape[1] >= CHEAP
-    attention = "scaled_dot_product" in str(op) and "backward" not in str(op)
+    attention = "scaled_dot_product" in str(op)
     return CheckpointPolicy.MUST_SAVE if product or attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -361,7 +362,11 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad_of(ctx.weight).index_put_((ctx.ids,), grad, accumulate=True)
+        total, ids, grad = grad_of(ctx.weight), ctx.ids.flatten(), grad.flatten(0, 1)
+        if total.is_cpu:  # each device has one of the two that adds in the same order every time
+            total.index_add_(0, ids, grad)
+        else:
+            total.index_put_((ids,), grad, accumulate=True)
         return None, None
 
 

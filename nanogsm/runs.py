@@ -78,9 +78,10 @@ def held_out_by(model: str, of_data: str) -> int | None:
     """How many of these problems the run `model` held out; None if it is no run, or of other problems.
     (main and socratic have the same questions in the same places.)"""
     run = run_of(model)
-    theirs = run and run[1]["args"].get("data")
-    same = theirs == of_data or {theirs, of_data} <= set(data.NAMED)
-    return run[1]["args"]["val_examples"] if run and same else None
+    theirs = str(run[1]["args"].get("data")) if run else ""
+    named = {theirs, of_data} <= set(data.NAMED)
+    alike = named and (theirs in data.GENERATED) == (of_data in data.GENERATED)
+    return run[1]["args"]["val_examples"] if alike or files.same_place(theirs, of_data) else None
 
 
 def _append(file: BinaryIO, row: dict) -> None:

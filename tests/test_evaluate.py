@@ -403,7 +403,7 @@ def test_a_result_of_another_model_data_or_precision_is_not_overwritten(mine, tm
     assert evaluate.main(flags(mine, out=tmp_path / "out")) == 0
     (path,) = (tmp_path / "out").glob("*.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {what: was}))
-    with pytest.raises(UserError, match=f"is of {what} {was}: choose another --out"):
+    with pytest.raises(UserError, match=f"is of {what} {was}, this is .*: choose another --out"):
         evaluate.main(flags(mine, out=tmp_path / "out"))
     assert json.loads(path.read_text())[what] == was
 

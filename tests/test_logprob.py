@@ -1,5 +1,7 @@
 """logprob.py against log_softmax written out in float64, values and gradients."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -87,7 +89,7 @@ def test_garbage_at_unmasked_positions_changes_nothing():
     head, hidden, targets, mask = setting(False)
     before, _ = token_logprobs(Head(head, 3.0), hidden, targets, mask)
     spoilt = hidden.detach().masked_fill(~mask[..., None], float("nan"))
-    after, _ = token_logprobs(Head(head, 3.0), spoilt, targets.masked_fill(~mask, 0), mask)
+    after, _ = token_logprobs(Head(head, 3.0), spoilt, targets.masked_fill(~mask, V + 1000), mask)
     assert torch.equal(before, after)
 
 
@@ -96,15 +98,51 @@ def test_no_gradient_is_kept_under_no_grad():
     with torch.no_grad():
         logp, entropy = token_logprobs(Head(head, 3.0), hidden, targets, mask, entropy=True)
     want = by_hand(head, hidden, targets, mask, 1.0)
-    assert not logp.requires_grad
     assert (logp - want[0]).abs().max() <= TIGHT and (entropy - want[1]).abs().max() <= TIGHT
 
 
-def test_huge_logits_do_not_overflow():
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("head_is_trained", [False, True])
+def test_nothing_is_held_once_the_scores_are_gone(head_is_trained, entropy):
+    """Outputs that the graph's node holds and that hold the node would stay for ever, step by step."""
+    head, hidden, targets, mask = setting(head_is_trained)
+    logp, _ = token_logprobs(Head(head), hidden, targets, mask, entropy=entropy)
+    node = weakref.ref(next(node for node, _ in logp.grad_fn.next_functions if node))
+    logp.sum().backward()
+    del logp, _
+    assert node() is None
+
+
+def test_a_head_learns_from_hidden_states_that_do_not():
+    head, hidden, targets, mask = setting(True)
+    token_logprobs(Head(head), hidden.detach(), targets, mask)[0].sum().backward()
+    want = torch.autograd.grad(by_hand(head, hidden, targets, mask, 1.0, None)[0].sum(), head)[0]
+    assert (head.grad - want).abs().max() <= 10 * TIGHT
+
+
+@pytest.mark.parametrize("head_is_trained", [False, True])
+def test_no_supervised_position_is_no_trouble(head_is_trained):
+    head, hidden, targets, mask = setting(head_is_trained)
+    logp, entropy = token_logprobs(Head(head), hidden, targets, mask & False, entropy=True)
+    (logp + entropy).sum().backward()
+    assert not logp.any() and not entropy.any() and not hidden.grad.any()
+
+
+@pytest.mark.parametrize("block", [None, 1])
+def test_logits_that_are_all_far_below_zero(block):
+    hidden, head = torch.full((1, 1, 2), -100.0), torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 1.01]])
+    args = torch.tensor([[1]]), torch.tensor([[True]])
+    logp, entropy = token_logprobs(Head(head), hidden, *args, entropy=True, block=block)
+    want = by_hand(head, hidden, *args, 1.0, None)  # -200, -200 and -201
+    assert torch.allclose(logp.double(), want[0]) and torch.allclose(entropy.double(), want[1])
+
+
+@pytest.mark.parametrize("block", [None, 1])
+def test_huge_logits_do_not_overflow(block):
     hidden = torch.tensor([[[300.0, -300.0]]], requires_grad=True)
     head = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     target, mask = torch.tensor([[1]]), torch.tensor([[True]])
-    logp, entropy = token_logprobs(Head(head), hidden, target, mask, entropy=True)
+    logp, entropy = token_logprobs(Head(head), hidden, target, mask, entropy=True, block=block)
     assert logp.item() == -600 and entropy.item() == 0
     (logp + entropy).sum().backward()
     assert torch.equal(hidden.grad, torch.tensor([[[-1.0, 1.0]]]))
@@ -125,7 +163,7 @@ def test_bfloat16_autocast_keeps_the_scores_in_float32(head_is_trained):
 @pytest.mark.parametrize("head_is_trained", [False, True])
 def test_a_confident_tokens_gradient_is_not_lost_to_rounding(head_is_trained):
     """p_t = 0.999: of two equal numbers in bfloat16, w_t and the mean of all w, rounding leaves 0.4%,
-    four times what is left in truth. The errors allowed are bfloat16's own, 2^-8 of the gradient."""
+    four times what is left in truth. The errors allowed are those of bfloat16's roundings, a few of 2^-8."""
     torch.manual_seed(1)
     head = torch.randn(V, 64).bfloat16().float().requires_grad_(head_is_trained)
     target = torch.tensor([[7]])

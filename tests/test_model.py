@@ -241,6 +241,19 @@ def test_a_tokens_gradient_comes_from_all_its_places_and_is_added_to_what_is_the
     assert torch.equal(_Lookup.apply(weight, ids), weight[ids])
 
 
+def test_a_tokens_gradient_is_the_same_to_the_bit_on_several_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    weight, ids = torch.randn(500, 64, requires_grad=True), torch.randint(20, (16, 200))
+    slopes, seen = torch.randn(16, 200, 64), []
+    for _ in range(8):
+        weight.grad = None
+        (_Lookup.apply(weight, ids) * slopes).sum().backward()
+        seen.append(weight.grad)
+    torch.set_num_threads(threads)
+    assert all(torch.equal(grad, seen[0]) for grad in seen)
+
+
 def test_the_embedding_scale_is_rounded_as_the_activations_are(gemma):
     """sqrt(24) = 4.899 is 4.90625 in bfloat16: transformers multiplies by the rounded number."""
     model, _ = gemma("gemma3", torch.bfloat16)
