@@ -643,7 +643,7 @@ def main(argv: list[str] | None = None) -> int:
     settings["data_sha256"] = data.digest(problems + held_out)
     settings |= {"init_sha256": hub.fingerprint(found), "prompt": prompt._asdict()}
     info = console.environment() | {"prompt": prompt._asdict(), "base": str(found.base)}
-    may_differ = ("save_every", "data_dir", "device", "wandb")
+    may_differ = ("save_every", "data_dir", "device", "wandb", "checkpointing")
     with runs.Run(args.out, settings, info, args.overwrite, may_differ) as run:
         if run.finished:
             print(run.already_finished())

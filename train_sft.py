@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     settings["data_sha256"] = data.digest(problems + held_out)
     settings["model_sha256"] = hub.fingerprint(found)
     info = console.environment() | {"prompt": prompt._asdict(), "base": str(found.base)}
-    may_differ = ("save_every", "data_dir", "device", "merge", "wandb")
+    may_differ = ("save_every", "data_dir", "device", "merge", "wandb", "checkpointing")
     with runs.Run(args.out, settings, info, args.overwrite, may_differ) as run:
         if run.finished:
             print(run.already_finished())

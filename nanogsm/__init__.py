@@ -1,5 +1,12 @@
 """nanogsm: full SFT, LoRA and PPO of Gemma on GSM8K, from scratch in PyTorch."""
 
+import os
+
+# For bfloat16 products on a CPU, PyTorch compiles code for every shape and keeps the newest 1,024 pieces, in
+# two places. Batches are of ever new lengths, so a run would grow by gigabytes: a few are enough.
+for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(name, "64")
+
 
 class UserError(Exception):
     """A mistake one line can explain: what is wrong and what to do about it.

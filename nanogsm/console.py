@@ -303,8 +303,9 @@ def _has_bf16(device: str) -> bool:
 # ---- the way in and out
 
 MEMORY_ADVICE = (
-    "out of memory: lower --micro-batch (and raise --accumulation: the same result) or --max-seq-length, or "
-    "take --lora (PPO: also lower --rollout-batch or --max-new-tokens; evaluate.py: --batch-size)"
+    "out of memory: take --checkpointing full, or lower --micro-batch and raise --accumulation (the same "
+    "result), or lower --max-seq-length, or take --lora (PPO: also --rollout-batch, --max-new-tokens; "
+    "evaluate.py: --batch-size)"
 )
 
 
