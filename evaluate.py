@@ -57,6 +57,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     args.model = os.path.expanduser(args.model or ("tiny" if args.tiny else "google/gemma-2b-it"))
     args.tiny = args.tiny or is_tiny(args.model)
+    run = run_of(args.model)
+    if run and args.data is None and args.split == "validation":
+        args.data = run[1]["args"].get("data")
     if args.n is None and args.split == "test":  # of a validation slice choose_problems knows
         args.n = 1319 if args.tiny else 256
     args.batch_size = args.batch_size if args.batch_size is not None else 256 if args.tiny else 64
@@ -122,16 +125,22 @@ def evaluate(args: argparse.Namespace) -> int:
     there = next(f for f in (folder, *folder.absolute().parents) if f.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):  # said now, not when the work is done
         raise UserError(f"cannot write to {folder}: {there} is no folder, or a read-only one")
+    run = run_of(args.model)
     if (folder / f"{name}.json").exists():
+        own = run and run[0] == folder  # a run's results stand in it, wherever it has been moved to
+        compared = ("data", "precision") if own else ("model", "data", "precision")
         for what, was in files.read_json(folder / f"{name}.json").items():
-            if what in ("model", "data", "precision") and not files.same_place(was, getattr(args, what)):
+            if what in compared and not files.same_place(was, getattr(args, what)):
                 raise UserError(f"{folder / name}.json is of {what} {was}, this is "
                                 f"{getattr(args, what)}: choose another --out")  # fmt: skip
-    run = run_of(args.model)
-    if run and files.same_place(run[1]["args"].get("data"), args.data) and args.data not in data.NAMED:
-        print("note: these are the problems the run was trained on")
+    trained_on = run and files.same_place(run[1]["args"].get("data"), args.data)
+    if trained_on and args.data not in data.NAMED and args.split == "test":
+        held_out = run[1]["args"]["val_examples"]
+        print(f"note: the run was trained on these, but for {held_out} (--split validation asks those)")
     model, tokenizer = load_for_inference(args)
-    print(f"{args.model}: {len(problems)} problems, {prompt}, "
+    whole = args.data not in data.NAMED and args.split == "test"  # a file of one's own has no splits
+    asked = args.data if whole else f"{args.split} of {args.data}"
+    print(f"{args.model}: {len(problems)} problems, {asked}; {prompt}, "
           f"{'greedy' if not args.temperature else f'{args.samples} samples at {args.temperature:g}'}, "
           f"{args.device} {args.precision}")  # fmt: skip
     began = time.perf_counter()

@@ -247,11 +247,13 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     files.write_json(args.out / "study.json", {"environment": console.environment(), "rows": rows})
     files.replace_file(args.out / "study.md", table(rows).encode())
-    print(f"\n{table(rows)}\nwritten to {args.out / 'study.md'}, study.json and report.html")
+    print(f"\n{table(rows)}\nwritten to {args.out / 'study.md'}, study.json")
     stages = [args.out / f["row"] for f in rows if "not_run" not in f and f["row"] in PROBED]
     if stages:
         report.main([*map(str, stages), "--out", str(args.out / "report.html")])
-    return 0
+    for name, why in failed.items():
+        print(f"row {name} was not run: {why}", file=sys.stderr)
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # data
     p.add_argument("--data", default="main", help="main, socratic or a .jsonl file of your own")
     console.add_data_dir_flag(p)
-    p.add_argument("--max-new-tokens", type=int, help="longest answer (320; socratic 512; tiny 128)")
+    p.add_argument("--max-new-tokens", type=int, help="longest answer (320; socratic 512; tiny's 128)")
     # rollouts
     add("--steps", int, "rollouts with their updates")
     add("--rollouts", int, "answers sampled a step")
@@ -162,8 +162,9 @@ def check_args(args: argparse.Namespace) -> None:
     console.check_numbers(args, at_least, positive)
     if not 0.01 <= args.temperature <= 100:
         raise UserError(f"--temperature is {args.temperature}: give 1, or at least 0.01")
-    if not (0 <= args.gamma <= 1 and 0 <= args.lam <= 1):
-        raise UserError("give 0 <= --gamma <= 1 and 0 <= --lam <= 1")
+    for name in ("gamma", "lam"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name} is {getattr(args, name):g}: give a number from 0 to 1")
 
 
 # ------------------------------------------------------------------------------------- the reward

@@ -74,7 +74,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    "a tenth of the file)")  # fmt: skip
     p.add_argument("--val-every", type=int, default=0, help="steps between validations; 0: at the end")
     p.add_argument("--keep", choices=("last", "best"), default="last", help="which validated weights")
-    p.add_argument("--max-new-tokens", type=int, help="of a validation answer (320; socratic 512; tiny 128)")
+    p.add_argument("--max-new-tokens", type=int, help="of a validation answer (320; socratic 512; "
+                   "tiny's own problems 128)")  # fmt: skip
     # the run
     p.add_argument("--seed", type=int, default=0, help="of the order of examples and the adapters (0)")
     p.add_argument("--out", help="run folder (default runs/sft-{full,lora}-{data}; runs/tiny/sft-...)")
@@ -109,8 +110,10 @@ def check_args(args: argparse.Namespace) -> None:
                 "accumulation": 1, "val_examples": 0, "val_every": 0, "max_new_tokens": 1,
                 "save_every": 1, "seed": 0}  # fmt: skip
     console.check_numbers(args, at_least, positive=("lr", "clip", "lora_alpha"))
-    if not (0 <= args.min_lr <= args.lr and 0 <= args.warmup <= 1 and 0 <= args.weight_decay < 10):
-        raise UserError("give 0 <= --min-lr <= --lr, 0 <= --warmup <= 1 and 0 <= --weight-decay < 10")
+    for name, most in (("min_lr", args.lr), ("warmup", 1), ("weight_decay", 10)):
+        if not 0 <= getattr(args, name) <= most:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} is {getattr(args, name):g}: give a number from 0 to {most:g}")
     if args.merge and not args.lora:
         raise UserError("--merge goes with --lora: full fine-tuning has nothing to merge")
     if args.keep == "best" and (args.val_every == 0 or args.val_examples == 0):
@@ -356,7 +359,8 @@ def train(args, run, found, prompt, examples, size, steps, validation, held_out)
             if not math.isfinite(loss + norm):
                 raise UserError(
                     f"loss {loss}, gradient norm {norm} at step {step + 1}; problems "
-                    f"{[e.index for e in chosen]}: lower --lr; the last checkpoint is kept"
+                    f"{[e.index for e in chosen]}: lower --lr, with --overwrite or another --out; the last "
+                    "checkpoint, if any, is kept"
                 )
             optimizer.step()
             optimizer.zero_grad()

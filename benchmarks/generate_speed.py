@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import json
 import math
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     console.add_data_dir_flag(p)
     p.add_argument("--n", type=int, default=64, help="test problems")
     p.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 64], help="tried on either side")
+    p.add_argument("--peer-batch-sizes", type=int, nargs="+", help="... on the peer's (as on ours)")
     p.add_argument("--max-new-tokens", type=int, default=320, help="longest answer")
     p.add_argument("--fixed", type=int, help="tokens of every answer, whatever it says")
     p.add_argument("--rounds", type=int, default=2, help="turns of either side; the fastest counts")
@@ -40,6 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if min(args.n, args.max_new_tokens, args.rounds, args.fixed or 1, *args.batch_sizes) < 1:
         raise UserError("--n, --batch-sizes, --max-new-tokens, --fixed and --rounds are at least 1")
+    args.peer_batch_sizes = args.peer_batch_sizes or args.batch_sizes
     args.device, args.precision = console.pick_compute(args.device, args.precision)
     return args
 
@@ -92,9 +95,11 @@ def main(argv: list[str] | None = None) -> int:
     weights = sum(p.nbytes for p in ours.parameters())
     bound = read_rate(args.device) / weights  # decode steps a second
     answers, rows = {}, []
-    for batch_size in args.batch_sizes:
+    for sizes in zip_longest(args.batch_sizes, args.peer_batch_sizes):
         for turn in range(args.rounds):
-            for side, (answer, model) in sides.items():
+            for batch_size, (side, (answer, model)) in zip(sizes, sides.items()):
+                if batch_size is None:  # the other side has more sizes to try
+                    continue
                 answer(model, prompts[:2], stop_ids, 2, 2)  # warm again after the other's turn
                 began = now(args.device)
                 made = answer(model, prompts, stop_ids, limit, batch_size)
@@ -121,9 +126,8 @@ def main(argv: list[str] | None = None) -> int:
     if len(sides) == 2:
         same = sum(a == b for a, b in zip(*answers.values()))
         ratio = best["nanogsm"]["answers_per_s"] / best["transformers"]["answers_per_s"]
-        pairs = zip(*([r["seconds"] for r in rows if r["side"] == side] for side in sides))
-        each = ", ".join(f"{theirs / mine:.2f}" for mine, theirs in pairs)
-        print(f"best against best: {ratio:.2f} x the answers a second (turn by turn {each}); "
+        sizes = " and ".join(str(row["batch_size"]) for row in best.values())
+        print(f"best against best: {ratio:.2f} x the answers a second (batches of {sizes}); "
               f"{same} of {len(prompts)} answers are the same, token for token")  # fmt: skip
     if args.json:
         facts = {"args": vars(args), "environment": console.environment(), "rows": rows}

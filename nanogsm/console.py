@@ -63,7 +63,7 @@ class Interrupt:
         self.requested = number
         # os.write: print() may be what the signal interrupted, and is not re-entrant.
         with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+            os.write(2, b"\nstopping after this step; a Ctrl-C from now on stops at once\n")
 
 
 @contextlib.contextmanager

@@ -65,7 +65,7 @@ def load_problems(data: str, split: str, data_dir: str | None = None) -> list[Pr
         name = f"{split}.jsonl" if data == "main" else f"{split}_socratic.jsonl"
         return read_jsonl(hub.data_file(name, data_dir))
     if not data.endswith((".jsonl", ".json")):
-        raise UserError(f"--data {data}: give {', '.join(NAMED)} or a .jsonl file")
+        raise UserError(f"--data {data}: give {', '.join(NAMED)} or a file of your own, named ....jsonl")
     return read_jsonl(Path(data))
 
 
@@ -87,7 +87,7 @@ def read_jsonl(path: Path) -> list[Problem]:
             (question + answer).encode()  # half a surrogate pair is JSON, but not text
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise UserError(
-                f'{path} line {number}: not a JSON object with "question" and "answer" texts'
+                f'{path} line {number}: not a JSON object with "question" and "answer" texts (one a line)'
             ) from e
         if not question:
             raise UserError(f"{path} line {number}: the question is empty")

@@ -61,6 +61,9 @@ def add_lora(model: nn.Module, r: int, alpha: float, seed: int = 0) -> list[str]
     adapted layers' names. (gemma-2b at r 16: 126 layers, 19,611,648 parameters.)"""
     generator = torch.Generator().manual_seed(seed)
     names = [n for n, m in model.named_modules() if n.split(".")[-1] in TARGETS]
+    most = max(min(model.get_submodule(name).weight.shape) for name in names)
+    if r > most:
+        raise UserError(f"rank {r} of the adapters: no matrix of this model has a rank above {most}")
     model.requires_grad_(False)
     for name in names:
         base = model.get_submodule(name)

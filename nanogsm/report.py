@@ -62,6 +62,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--box); pa
 
 class Stage(NamedTuple):
     name: str
+    path: str  # of the evaluation, eval-*.jsonl
     figures: dict  # eval-*.json
     rows: dict[int, dict]  # problem -> row of eval-*.jsonl
     probes: list[dict]  # rows of eval-probes-*.jsonl, if there are any
@@ -85,7 +86,7 @@ def read_stage(folder: str) -> Stage:
     probes = sorted(at.glob("eval-probes*.jsonl"))
     probes = scores.read_rows(str(probes[-1]))[1] if probes else []
     by_problem = {row["index"]: row for row in rows}
-    return Stage(at.name, figures, by_problem, probes, metrics, run[1]["args"] if run else {})
+    return Stage(at.name, path, figures, by_problem, probes, metrics, run[1]["args"] if run else {})
 
 
 def text(value: object) -> str:
@@ -121,7 +122,10 @@ def scores_section(stages: list[Stage]) -> str:
             f"{100 * f['formatted']:.1f}%", f"{100 * f['truncated']:.1f}%", f"{f['mean_tokens']:.0f}",
         ])  # fmt: skip
     head = ["", "exact match", "95%", "right", "points", "p", "last number", "in format", "cut", "tokens"]
+    asked = {(stage.figures["n"], stage.figures.get("precision")) for stage in stages}
+    unlike = "These differ in the number of problems or in precision. " if len(asked) > 1 else ""
     return "<h2>Scores</h2>" + rows_of(head, body) + (
+        f'<p class="dim">{unlike}From {text(", ".join(stage.path for stage in stages))}.</p>'
         '<p class="dim">95%: Wilson interval. Points and p: against the row above, problem by problem (exact '
         "McNemar test). Last number: the answer's last number is right, in the format or not. Cut: at "
         "the longest answer allowed.</p>"
@@ -236,8 +240,11 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     stages = [read_stage(folder) for folder in args.runs]
     out = Path(args.out) if args.out else Path(args.runs[-1]).resolve().parent / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    files.replace_file(out, page(stages).encode("utf-8", "backslashreplace"))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        files.replace_file(out, page(stages).encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from error
     print(f"written to {out}")
     return 0
 

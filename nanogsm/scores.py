@@ -75,22 +75,25 @@ def summarise(rows: list[dict], samples: int) -> dict:
     return figures
 
 
-def newest_test(path: Path) -> tuple:
-    """What evaluations are sorted by; the last is the one that is meant."""
-    return path.name.startswith("eval-test"), path.stat().st_mtime
+def rank(path: Path) -> tuple:
+    """What evaluations are sorted by; the last is the one that is meant: of the test split, with no
+    settings of its own (each adds to the name), of the most problems, the newest."""
+    parts = path.stem.split("-")
+    n = max((int(part) for part in parts if part.isdecimal()), default=0)
+    return path.name.startswith("eval-test"), -len(parts), n, path.stat().st_mtime
 
 
 def read_rows(where: str) -> tuple[str, list[dict]]:
-    """(path, rows) of an evaluation: a .jsonl file, or the newest one in a run's folder, of the test
-    split if there is one."""
+    """(path, rows) of an evaluation: a .jsonl file, or of those in a run's folder the one that `rank`
+    puts last."""
     path = Path(where)
     if path.is_dir():
-        found = sorted(path.glob("eval-*.jsonl"), key=newest_test)
+        found = sorted(path.glob("eval-*.jsonl"), key=rank)
         if not found:
             raise UserError(f"{where} has no evaluation yet: python evaluate.py --model {where}")
         path = found[-1]
     elif not path.exists():
-        raise UserError(f"there is no {where}: --compare takes two runs or two eval .jsonl files")
+        raise UserError(f"there is no {where}: give a run's folder or an eval-....jsonl file")
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         kinds = {"index": int, "correct": bool, "gold": (int, float), "question": str, "completion": str}

@@ -326,7 +326,7 @@ def test_evaluation_of_the_fixture_writes_figures_and_a_row_a_problem(mine, tmp_
         assert r["question"] == question
         assert 1 <= r["tokens"] <= 6 and (r["truncated"] is False or r["tokens"] == 6)
     shown = capsys.readouterr().out
-    assert "4 problems, plain, one-shot, instruction, greedy" in shown
+    assert "4 problems, " in shown and "; plain, one-shot, instruction, greedy" in shown
     assert "exact match" in shown and f"{NAME}.json" in shown
 
 
@@ -406,6 +406,14 @@ def test_a_result_of_another_model_data_or_precision_is_not_overwritten(mine, tm
     with pytest.raises(UserError, match=f"is of {what} {was}, this is .*: choose another --out"):
         evaluate.main(flags(mine, out=tmp_path / "out"))
     assert json.loads(path.read_text())[what] == was
+
+
+@pytest.mark.parametrize("damaged", ['{"mo', "[1]"])
+def test_a_damaged_earlier_result_is_one_line(mine, tmp_path, damaged):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "eval-mine-4-plain-one-shot-instruction-max6.json").write_text(damaged)
+    with pytest.raises(UserError, match="eval-mine-4.*json"):
+        evaluate.main(flags(mine, out=tmp_path / "out"))
 
 
 def test_fewer_problems_than_asked_for_are_counted_as_they_are(mine, tmp_path, monkeypatch):
@@ -508,13 +516,13 @@ def test_compare_counts_pairs_and_prints_what_changed_in_full(tmp_path, capsys):
     assert last == "A 33.3%, B 75.0%: +41.7 points, exact McNemar p = 0.125"
 
 
-def test_compare_takes_the_newest_evaluation_of_a_folder(tmp_path, capsys):
-    old, new = tmp_path / "run" / "eval-test-4.jsonl", tmp_path / "run" / "eval-test-3.jsonl"
+def test_compare_takes_the_plainest_then_the_largest_evaluation_of_a_folder(tmp_path, capsys):
+    """However new a quick look at a few problems is."""
+    new = tmp_path / "run" / "eval-test-1319.jsonl"
     write_rows(new, [result(1, True)])
-    write_rows(old, [result(1, False)])
-    write_rows(tmp_path / "run" / "metrics.jsonl", [{"loss": 1.0}])
-    os.utime(old, (1_000, 1_000))
-    os.utime(new, (2_000, 2_000))
+    for name in ("eval-test-16", "eval-test-1319-plain-one-shot", "eval-validation-4000", "metrics"):
+        write_rows(tmp_path / "run" / f"{name}.jsonl", [result(1, False)])
+        os.utime(tmp_path / "run" / f"{name}.jsonl", (2_000_000_000, 2_000_000_000))
     other = write_rows(tmp_path / "b.jsonl", [result(1, False)])
     main(["--compare", str(tmp_path / "run"), other])
     shown = capsys.readouterr().out
@@ -568,7 +576,7 @@ def test_compare_refuses_what_is_no_evaluation(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="has no evaluation yet: python evaluate.py --model"):
         main(["--compare", good, str(tmp_path / "empty")])
-    with pytest.raises(UserError, match="^there is no .*none.jsonl: --compare takes two"):
+    with pytest.raises(UserError, match="^there is no .*none.jsonl: give a run's folder"):
         main(["--compare", str(tmp_path / "none.jsonl"), good])
     for content in ("{", "[1]\n", '{"index": 1}\n', "3\n"):
         (tmp_path / "bad.jsonl").write_text(content)

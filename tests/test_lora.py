@@ -206,6 +206,14 @@ def test_two_adapters_written_as_one_are_their_sum(gemma, tmp_path, left_alone):
     assert (logits(loaded) - logits(gemma("gemma3")[0])).abs().max() > 0.05  # they do something
 
 
+def test_a_rank_that_no_matrix_has_is_refused(gemma):
+    model, _ = gemma("gemma3")
+    most = max(min(m.weight.shape) for n, m in model.named_modules() if n.endswith("_proj"))
+    with pytest.raises(UserError, match=f"rank {most + 1} of the adapters.*above {most}"):
+        lora.add_lora(model, most + 1, 8)
+    lora.add_lora(model, most, 8)
+
+
 def test_an_adapter_for_another_model_is_refused(gemma):
     with pytest.raises(UserError, match="another model"):
         lora.load_adapter(gemma("gemma1")[0], FIXTURES / "gemma3_peft")

@@ -79,6 +79,7 @@ def test_scores_changes_and_mistakes_are_counted(two):
     cells = lambda *texts: "".join(f"<td>{t}</td>" for t in texts)  # noqa: E731
     assert cells("sft", "25.0%") in page and cells("ppo", "50.0%") in page
     assert cells("2 of 4", "+25.0", "1") in page  # two fixed, one broken: p = 1
+    assert "eval-test-4.jsonl" in page and "These differ" not in page
     assert "Fixed from sft to ppo: 2" in page and "Broken from sft to ppo: 1" in page
     assert "They were: arithmetic 1, no answer 1" in page and "They became: guessed 1" in page
     assert cells("guessed", 0, 2, "shows no calculation at all") in page
@@ -101,6 +102,9 @@ def test_what_cannot_be_reported_is_said(two, tmp_path):
         report.main([str(tmp_path / "bare")])
     with pytest.raises(UserError, match="there is no"):
         report.main([str(tmp_path / "none")])
+    with pytest.raises(UserError, match="cannot write .*choose another --out"):
+        report.main([*two, "--out", str(tmp_path / "bare")])
+    assert not list(tmp_path.glob("*.tmp"))
     rows = Path(two[0], "eval-test-4.jsonl")
     rows.write_text(rows.read_text() * 2)
     with pytest.raises(UserError, match="several samples"):

@@ -102,10 +102,11 @@ def test_a_whole_study_has_its_table_and_is_not_done_twice(faked, capsys):
     assert not [command for command in ran if command.startswith("evaluate")]  # trainings say so themselves
 
 
-def test_what_cannot_be_run_is_said_and_the_rest_goes_on(faked):
+def test_what_cannot_be_run_is_said_and_the_rest_goes_on(faked, capsys):
     ran, ends = faked
     ends |= {"--data socratic": 2}
-    study.main(["--model", "a/b", "--n", "4", "--out", "s"])
+    assert study.main(["--model", "a/b", "--n", "4", "--out", "s"]) == 2
+    assert "row lora-socratic was not run: the weights are gated" in capsys.readouterr().err
     rows = rows_of("s")
     assert rows["full-socratic"]["not_run"] == rows["lora-socratic"]["not_run"] == "the weights are gated"
     assert "not_run" not in rows["ppo"] and "points" in rows["lora-main"]
