@@ -491,7 +491,7 @@ def test_signal_sets_a_flag_and_handlers_are_restored(default_signals, capfd, nu
         assert stop.requested == number and stop.exit_code == code
         assert "continue from step 7" in stop.message(7)
     assert signal.getsignal(number) is before
-    assert "Ctrl-C again" in capfd.readouterr().err
+    assert "a Ctrl-C from now on" in capfd.readouterr().err
 
 
 def test_second_ctrl_c_interrupts_at_once(default_signals):
