@@ -113,6 +113,7 @@ def same_place(a: str | None, b: str | None) -> bool:
 
 
 def read_json(path: Path) -> dict:
+    """The JSON object in a file; UserError if there is none."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
