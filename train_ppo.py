@@ -353,13 +353,14 @@ class Rollout(NamedTuple):
     make an update together, and which of those a micro-batch."""
 
     ids: Tensor  # (N, T)
+    lengths: list[int]  # (N,), without padding
     mask: Tensor  # (N, T - 1), as are all that follow
     logp: Tensor  # by the actor as it was when it sampled
     ref_logp: Tensor
     values: Tensor
     advantages: Tensor
     returns: Tensor
-    updates: list[list[tuple[slice, int]]]  # of micro-batches: (rows, tokens of the longest)
+    updates: list[list[slice]]  # of an update's micro-batches: their rows
     indices: list[int]  # (N,), of the problems
 
 
@@ -395,18 +396,13 @@ def answer(models: Models, tokenizer, prompt, problems, args, step: int, watch) 
     return rows
 
 
-def plan_updates(rows: list[dict], micro_batch: int, accumulation: int) -> tuple[list[dict], list[list]]:
-    """(rows in the order they will be trained in, updates as Rollout has them). Rows go to updates as
-    they were drawn and are sorted by length within one, which saves padding: sorting them all would make
-    updates of short answers only."""
-    ordered, updates, size = [], [], micro_batch * accumulation
-    length = lambda row: len(row["example"].ids)  # noqa: E731
-    for start in range(0, len(rows), size):
-        ordered += sorted(rows[start : start + size], key=length, reverse=True)
-        end = len(ordered)
-        firsts = range(start, end, micro_batch)
-        updates.append([(slice(i, min(i + micro_batch, end)), length(ordered[i])) for i in firsts])
-    return ordered, updates
+def plan_updates(n: int, micro_batch: int, accumulation: int) -> list[list[slice]]:
+    """Which of n rows make an update together, in the order drawn, and which of those a micro-batch."""
+    updates, size = [], micro_batch * accumulation
+    for start in range(0, n, size):
+        end = min(start + size, n)
+        updates.append([slice(i, min(i + micro_batch, end)) for i in range(start, end, micro_batch)])
+    return updates
 
 
 @torch.no_grad()
@@ -414,27 +410,27 @@ def assess(models: Models, rows: list[dict], pad_id: int, args, autocast) -> tup
     """Log-probs, values, rewards, advantages of a rollout, and its figures.
 
     The old log-probs are computed by the training forward, not kept from sampling, on micro-batches
-    that stay the same through all updates: in bfloat16 another grouping or padding of the same rows
-    gives other log-probs, and the first ratio would not be 1.
+    that stay the same through all updates: in bfloat16 another grouping of the same rows gives other
+    log-probs, and the first ratio would not be 1.
     """
-    rows, updates = plan_updates(rows, args.micro_batch, args.accumulation)
-    ids, mask = data.collate([row["example"] for row in rows], pad_id, models.actor.device)
+    updates = plan_updates(len(rows), args.micro_batch, args.accumulation)
+    ids, mask, lengths = data.collate([row["example"] for row in rows], pad_id, models.actor.device)
     mask = mask[:, 1:]
     logp, ref_logp, values, entropy = (torch.zeros(mask.shape, device=ids.device) for _ in range(4))
-    for micro, width in itertools.chain.from_iterable(updates):
-        part, here = ids[micro, :width], (micro, slice(width - 1))
+    for some in itertools.chain.from_iterable(updates):
+        part = ids[some], lengths[some]
         with autocast():
-            hidden = models.actor(part)
-            logp[here], entropy[here] = token_logprobs(
-                models.actor.head, hidden[:, :-1], part[:, 1:], mask[here], args.temperature, True
+            hidden = models.actor(*part)
+            logp[some], entropy[some] = token_logprobs(
+                models.actor.head, hidden[:, :-1], ids[some, 1:], mask[some], args.temperature, True
             )
-            ref_logp[here], _ = token_logprobs(
-                models.reference.head, models.reference(part)[:, :-1], part[:, 1:], mask[here],
-                args.temperature,
-            )  # fmt: skip
+            before = models.reference(*part)
+            ref_logp[some], _ = token_logprobs(
+                models.reference.head, before[:, :-1], ids[some, 1:], mask[some], args.temperature
+            )
             if models.critic is not models.actor:
-                hidden = models.critic(part)
-        values[here] = torch.where(mask[here], models.value(hidden[:, :-1]), 0.0)
+                hidden = models.critic(*part)
+        values[some] = torch.where(mask[some], models.value(hidden[:, :-1]), 0.0)
 
     score = torch.tensor([row["score"] for row in rows], device=ids.device)  # (N,)
     rewards = token_rewards(score, logp, ref_logp, mask, args.kl_coef)
@@ -459,7 +455,7 @@ def assess(models: Models, rows: list[dict], pad_id: int, args, autocast) -> tup
     }
     indices = [row["example"].index for row in rows]
     whitened = whiten(advantages, mask)
-    return Rollout(ids, mask, logp, ref_logp, values, whitened, returns, updates, indices), figures
+    return Rollout(ids, lengths, mask, logp, ref_logp, values, whitened, returns, updates, indices), figures
 
 
 # ------------------------------------------------------------------------------------- the update
@@ -469,29 +465,29 @@ FIGURES = ("policy_loss", "value_loss", "clipped", "value_clipped", "approx_kl")
 
 
 def backward_micro(
-    models: Models, rollout: Rollout, micro_batch, count, args, autocast, warming: bool
+    models: Models, rollout: Rollout, some: slice, count, args, autocast, warming: bool
 ) -> tuple[Tensor, Tensor]:
-    """Add one micro-batch's share of an update's gradient to .grad; `count` is the update's number
-    of actions. Returns its share of FIGURES (approx_kl is k3 from the policy that sampled) and the
-    largest |ratio - 1| in it. While the critic warms up alone, nothing of the actor gets a gradient.
+    """Add the share that `some` rows, a micro-batch, have in an update's gradient to .grad; `count` is the
+    update's number of actions. Returns their share of FIGURES (approx_kl is k3 from the policy that
+    sampled) and the largest |ratio - 1| among them. While the critic warms up alone, nothing of the
+    actor gets a gradient.
     """
-    rows, width = micro_batch
-    ids, here = rollout.ids[rows, :width], (rows, slice(width - 1))
-    mask, old_logp = rollout.mask[here], rollout.logp[here]
+    ids, lengths = rollout.ids[some], rollout.lengths[some]
+    mask, old_logp = rollout.mask[some], rollout.logp[some]
     bonus = args.entropy_coef > 0
     with autocast():
         with torch.set_grad_enabled(not warming):
-            hidden = models.actor(ids)
+            hidden = models.actor(ids, lengths)
             logp, entropy = token_logprobs(
                 models.actor.head, hidden[:, :-1], ids[:, 1:], mask, args.temperature, bonus
             )
         if models.critic is not models.actor:
-            hidden = models.critic(ids)
+            hidden = models.critic(ids, lengths)
     values = models.value(hidden[:, :-1])
 
     mean = lambda x: masked_mean(x, mask, count)  # noqa: E731
-    p_loss, p_clipped = policy_loss(logp, old_logp, rollout.advantages[here], args.clip)
-    v_loss, v_clipped = value_loss(values, rollout.values[here], rollout.returns[here], args.value_clip)
+    p_loss, p_clipped = policy_loss(logp, old_logp, rollout.advantages[some], args.clip)
+    v_loss, v_clipped = value_loss(values, rollout.values[some], rollout.returns[some], args.value_clip)
     loss = mean(p_loss) + args.value_coef * mean(v_loss)
     if bonus:
         loss = loss - args.entropy_coef * mean(entropy)
@@ -510,7 +506,7 @@ def update(models: Models, rollout: Rollout, optimizers, args, autocast, step: i
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 1009 + epoch)
         for i in torch.randperm(len(rollout.updates), generator=generator).tolist():
             micros = rollout.updates[i]
-            count = sum(rollout.mask[rows].sum() for rows, _ in micros)
+            count = sum(rollout.mask[some].sum() for some in micros)
             shares = [backward_micro(models, rollout, m, count, args, autocast, warming) for m in micros]
             sums = sums + sum(figures for figures, _ in shares)
             if first_ratio is None:  # nothing has been updated yet: it must be 0
@@ -518,7 +514,7 @@ def update(models: Models, rollout: Rollout, optimizers, args, autocast, step: i
             for optimizer, seen in ((actor_optimizer, norms), (value_optimizer, value_norms)):
                 norm = torch.nn.utils.clip_grad_norm_(optimizer.params.values(), args.clip_grad).item()
                 if not math.isfinite(norm):
-                    answered = rollout.indices[micros[0][0].start : micros[-1][0].stop]
+                    answered = rollout.indices[micros[0].start : micros[-1].stop]
                     raise UserError(f"gradient norm {norm} at step {step + 1}; problems {answered}: lower "
                                     "--lr or --value-lr; the last checkpoint, if any, is kept")  # fmt: skip
                 seen.append(norm)

@@ -163,9 +163,9 @@ def backward_step(model: Gemma, examples: list, micro_batch: int, pad_id: int, a
     supervised = sum(sum(e.mask) for e in examples)
     loss = torch.zeros((), device=model.device)
     for rows in data.micro_batches(examples, micro_batch):
-        ids, mask = data.collate(rows, pad_id, model.device)  # (B, T)
+        ids, mask, lengths = data.collate(rows, pad_id, model.device)  # (B, T)
         with autocast():
-            hidden = model(ids)  # (B, T, D); position t predicts token t + 1
+            hidden = model(ids, lengths)  # (B, T, D); position t predicts token t + 1
             logp, _ = token_logprobs(model.head, hidden[:, :-1], ids[:, 1:], mask[:, 1:])
         part = -logp.sum() / supervised
         part.backward()
@@ -178,9 +178,10 @@ def mean_loss(model: Gemma, examples: list, micro_batch: int, pad_id: int, autoc
     """The same loss over examples, without gradients."""
     total, supervised = 0.0, sum(sum(e.mask) for e in examples)
     for rows in data.micro_batches(examples, micro_batch):
-        ids, mask = data.collate(rows, pad_id, model.device)
+        ids, mask, lengths = data.collate(rows, pad_id, model.device)
         with autocast():
-            logp, _ = token_logprobs(model.head, model(ids)[:, :-1], ids[:, 1:], mask[:, 1:])
+            hidden = model(ids, lengths)
+            logp, _ = token_logprobs(model.head, hidden[:, :-1], ids[:, 1:], mask[:, 1:])
         total -= logp.sum().item()
     return total / supervised
 

@@ -82,7 +82,7 @@ def random_head(base, args):
 def whitened_by_update(models, rollout, *rest):
     advantages = rollout.advantages.clone()
     for update in rollout.updates:
-        part = slice(update[0][0].start, update[-1][0].stop)
+        part = slice(update[0].start, update[-1].stop)
         advantages[part] = train_ppo.whiten(advantages[part], rollout.mask[part])
     return real_update(models, rollout._replace(advantages=advantages), *rest)
 

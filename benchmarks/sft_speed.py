@@ -19,8 +19,9 @@ logged or saved inside the timing.
 - Ours's phases are timed as it goes (on CUDA it waits for the GPU at their ends, at its own cost):
   forward; vocabulary (log-probs and, under a frozen head, their slopes); backward; optimizer.
 - The peer is used as it comes: a step's examples in the order drawn, padded on the right to the
-  longest of each micro-batch, with an attention mask. --lend gives it two of our ideas, so that the
-  rest can be seen alone: micro-batches sorted by length, and no mask (right padding needs none).
+  longest of each micro-batch, with an attention mask. --lend gives it two more ideas, so that the
+  rest can be seen alone: a step's examples sorted by length, which saves padding, and no mask
+  (right padding needs none).
 - --base is the dtype of the frozen base. Where the hardware computes in bfloat16, both run a bf16
   base under bf16 autocast. On a CPU that does not, ours casts it to float32 layer by layer and the
   peer computes in bfloat16 all the same, slowly: compare with --base fp32 there. --full keeps float32
@@ -135,13 +136,11 @@ def flops_of(args, model, trained: dict, examples: list, needed: bool = False) -
     token for each pass. Passes are forward, the gradient of the input, where a weight is trained its
     own, and under a full checkpoint forward once more (what a light one recomputes is left out); a
     trained head's logits are computed twice, a frozen one's once. Attention's scores are left out.
-    needed: without recomputation and padding, what model FLOPs utilisation counts."""
+    needed: without recomputation, what model FLOPs utilisation counts."""
     blocks = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
     adapters = 0 if args.full else sum(p.numel() for p in trained.values())
     head = model.config.vocab_size * model.config.hidden_size
-    parts = data.micro_batches(examples, args.micro_batch)
-    padded = sum(len(rows) * max(len(e.ids) for e in rows) for rows in parts)
-    tokens = sum(len(e.ids) for e in examples) if needed else padded
+    tokens = sum(len(e.ids) for e in examples)
     supervised, again = sum(sum(e.mask) for e in examples), args.checkpointing == "full" and not needed
     in_blocks = 2 * tokens * ((2 + args.full + again) * blocks + (3 + again) * adapters)
     return in_blocks + 2 * supervised * ((3 if needed else 4) if args.full else 2) * head
@@ -162,16 +161,15 @@ def peer(args, turns: Turns) -> None:
 
     def collate(rows: list) -> dict[str, torch.Tensor]:
         rows = [data.Example(**row) if isinstance(row, dict) else row for row in rows]
-        ids, mask = data.collate(rows, tokenizer.pad_id)
+        ids, mask, lengths = data.collate(rows, tokenizer.pad_id)
         batch = {"input_ids": ids, "labels": ids.masked_fill(~mask, -100)}
         if not args.lend:
-            lengths = torch.tensor([[len(e.ids)] for e in rows])
-            batch["attention_mask"] = (torch.arange(ids.shape[1]) < lengths).long()
+            batch["attention_mask"] = (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long()
         return batch
 
     steps = steps_of(args, tokenizer)
     if args.lend:
-        steps = [sum(data.micro_batches(s, args.micro_batch), []) for s in steps]
+        steps = [sorted(s, key=lambda e: -len(e.ids)) for s in steps]
     rows = [example for step in steps for example in step]
     if args.peer == "trl":  # which takes no list of tuples, and asks for a tokenizer
         import datasets

@@ -69,15 +69,16 @@ would end in a token that training never saw there.
     B, T = batch.ids.shape
     found.append(f"""## 3. A batch
 
-`micro_batches` and `collate`. Examples of like lengths share a micro-batch and are padded on the right: problem 0 has {len(examples[0].ids)} ids, problem 1
+`micro_batches` and `collate`. Rows are padded on the right: problem 0 has {len(examples[0].ids)} ids, problem 1
 has {len(examples[1].ids)}, and together they are `ids` and `mask` of shape ({B}, {T}). Right padding needs no attention mask: the causal mask already hides what
 comes later, and nobody asks what the model thinks at padding. On the left it would break four things: positions that count from 0, attention without a mask, batches
-trimmed at their right end, and a KV cache whose slot is the token's position.
+trimmed at their right end, and a KV cache whose slot is the token's position. Padding costs nothing: with the rows' `lengths`, the model lays them end to end and
+leaves it out.
 """)
 
     # ---- the model
     with torch.no_grad():
-        hidden = model(batch.ids)
+        hidden = model(batch.ids, batch.lengths)
         predicted = model.logits(hidden[0, :-1]).softmax(-1)  # (T - 1, V)
     c = model.config
     found.append(f"""## 4. Hidden states
@@ -196,8 +197,6 @@ def ppo_section(tokenizer, problem, piece) -> str:
         rows.append({"example": data.Example(ids, mask, 0), "score": score, "correct": score == 1.0,
                      "truncated": False, "question": problem.question, "completion": completion})  # fmt: skip
     rollout, figures = train_ppo.assess(models, rows, tokenizer.pad_id, args, plain)
-    order = {int(m.sum()): i for i, m in enumerate(rollout.mask)}  # sorted by length: the right one first
-    assert len(order) == 2
     optimizers = [AdamW(w.items(), lr) for w, lr in ((models.policy_weights(), args.lr),
                                                     (models.value_weights(), args.value_lr))]  # fmt: skip
     train_ppo.update(models, rollout, optimizers, args, plain, 0)

@@ -281,6 +281,7 @@ class Example(NamedTuple):
 class Batch(NamedTuple):
     ids: Tensor  # (B, T) int64
     mask: Tensor  # (B, T) bool
+    lengths: list[int]  # of the rows, without padding
 
 
 def collate(rows: list[Example], pad_id: int, device: str | torch.device = "cpu") -> Batch:
@@ -291,14 +292,12 @@ def collate(rows: list[Example], pad_id: int, device: str | torch.device = "cpu"
     for b, row in enumerate(rows):
         ids[b, : len(row.ids)] = torch.tensor(row.ids)
         mask[b, : len(row.mask)] = torch.tensor(row.mask, dtype=torch.bool)
-    return Batch(ids.to(device), mask.to(device))
+    return Batch(ids.to(device), mask.to(device), [len(row.ids) for row in rows])
 
 
-def micro_batches(rows: list[Example], size: int) -> list[list[Example]]:
-    """A step's rows, sorted by length and cut into micro-batches. Sorting saves padding, and since
-    the loss is normalised over the whole step the cut changes nothing but rounding. Longest first:
-    what does not fit in memory fails in the first micro-batch."""
-    rows = sorted(rows, key=lambda row: len(row.ids), reverse=True)
+def micro_batches(rows: list, size: int) -> list[list]:
+    """A step's rows in the order drawn, `size` at a time. The loss is normalised over the whole step and
+    padding costs nothing (model.py), so the cut changes nothing but rounding."""
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 

@@ -63,7 +63,7 @@ def generate(
     device, n = model.device, len(prompts)
     batch = min(batch_size, n)
     room = max(map(len, prompts), default=0) + max_new_tokens
-    cache = KVCache(model.config, batch, room, _cache_dtype(model), device)
+    cache = KVCache(model.config, batch, room, model.product_dtype, device)
     if temperature:
         uniform = torch.rand(n, max_new_tokens, generator=torch.Generator().manual_seed(seed))
         uniform = uniform.to(device)  # row n, column i: of request n's token i
@@ -85,7 +85,7 @@ def generate(
         return list(uniform[rows[:, None].to(device), columns.to(device)].T)
 
     def draw(hidden: Tensor, u: Tensor | None) -> Tensor:
-        logits = model.logits(hidden, decoding=True)  # (b, V)
+        logits = model.logits(hidden)  # (b, V)
         return logits.max(-1).indices if u is None else inverse_cdf(logits, temperature, u)
 
     def take_in(slot: int, ids: list[int]) -> None:
@@ -101,43 +101,37 @@ def generate(
                 request[slot] = -1
                 break  # steps since the last look may have run past the end
 
-    while len(done) < n:
-        free = [s for s in range(len(request)) if request[s] < 0]
-        if free and waiting:
-            slots = free[: len(waiting)]
-            for s in slots:
-                request[s] = waiting.popleft()
-            lengths = [len(prompts[request[s]]) for s in slots]
-            hidden = _prefill(model, cache, slots, [prompts[request[s]] for s in slots])
-            token[slots] = draw(hidden, numbers(slots, 1)[0])
-            position[slots] = torch.tensor(lengths, device=device)
-            for s, i in zip(slots, token[slots].tolist()):
-                take_in(s, [i])
-            continue  # an answer of one token has freed its slot already
-        if not waiting and len(free) >= len(request) / 2:  # the tail: drop the idle half
-            keep = [s for s in range(len(request)) if request[s] >= 0]
-            cache.k, cache.v = cache.k[:, keep], cache.v[:, keep]
-            token, position, request = token[keep], position[keep], [request[s] for s in keep]
+    with model.packed():
+        while len(done) < n:
+            free = [s for s in range(len(request)) if request[s] < 0]
+            if free and waiting:
+                slots = free[: len(waiting)]
+                for s in slots:
+                    request[s] = waiting.popleft()
+                lengths = [len(prompts[request[s]]) for s in slots]
+                hidden = _prefill(model, cache, slots, [prompts[request[s]] for s in slots])
+                token[slots] = draw(hidden, numbers(slots, 1)[0])
+                position[slots] = torch.tensor(lengths, device=device)
+                for s, i in zip(slots, token[slots].tolist()):
+                    take_in(s, [i])
+                continue  # an answer of one token has freed its slot already
+            if not waiting and len(free) >= len(request) / 2:  # the tail: drop the idle half
+                keep = [s for s in range(len(request)) if request[s] >= 0]
+                cache.k, cache.v = cache.k[:, keep], cache.v[:, keep]
+                token, position, request = token[keep], position[keep], [request[s] for s in keep]
 
-        drawn = []
-        longest = max(len(prompts[r]) + len(new[r]) for r in request if r >= 0)
-        for ahead, u in enumerate(numbers(list(range(len(request))), LOOK_EVERY[device.type])):
-            cache.used = min(longest + ahead, room)
-            hidden = model(token[:, None], position[:, None], cache)  # (b, 1, D)
-            token = draw(hidden[:, 0], u)
-            position = (position + 1).clamp(max=room - 1)  # idle slots run on, but not out
-            drawn.append(token)
-        for s, ids in enumerate(torch.stack(drawn, dim=1).tolist()):
-            take_in(s, ids)
-        progress(len(done), sum(map(len, new)))
+            drawn = []
+            longest = max(len(prompts[r]) + len(new[r]) for r in request if r >= 0)
+            for ahead, u in enumerate(numbers(list(range(len(request))), LOOK_EVERY[device.type])):
+                cache.used = min(longest + ahead, room)
+                hidden = model(token[:, None], positions=position[:, None], cache=cache)  # (b, 1, D)
+                token = draw(hidden[:, 0], u)
+                position = (position + 1).clamp(max=room - 1)  # idle slots run on, but not out
+                drawn.append(token)
+            for s, ids in enumerate(torch.stack(drawn, dim=1).tolist()):
+                take_in(s, ids)
+            progress(len(done), sum(map(len, new)))
     return [done[i] for i in range(n)]
-
-
-def _cache_dtype(model: Gemma) -> torch.dtype:
-    kind = model.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return model.activations or model.model.embed_tokens.weight.dtype
 
 
 def _prefill(model: Gemma, cache: KVCache, slots: list[int], prompts: list[list[int]]) -> Tensor:

@@ -428,19 +428,17 @@ def test_collate_pads_right_with_pad_id_and_mask_0():
         Example([2, 7], [0, 1], 1),
         Example([2, 5, 6], [0, 0, 0], 2),
     ]
-    ids, mask = collate(rows, pad_id=4)
+    ids, mask, lengths = collate(rows, pad_id=4)
+    assert lengths == [4, 2, 3]
     assert ids.dtype == torch.int64 and mask.dtype == torch.bool
     assert ids.tolist() == [[2, 8, 9, 1], [2, 7, 4, 4], [2, 5, 6, 4]]
     assert mask.int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
 
 
-def test_micro_batches_keep_every_example_and_go_from_long_to_short():
-    lengths = [3, 9, 1, 4, 4, 8, 2, 7, 5, 6]
-    rows = [Example([2] * n, [0] * n, i) for i, n in enumerate(lengths)]
-    parts = micro_batches(rows, 4)
-    assert [[len(r.ids) for r in part] for part in parts] == [[9, 8, 7, 6], [5, 4, 4, 3], [2, 1]]
-    assert sorted(r.index for part in parts for r in part) == list(range(10))
-    assert [len(r.ids) for r in rows] == lengths  # the caller's list stays as it is
+def test_micro_batches_are_the_rows_in_their_order():
+    rows = [Example([2] * n, [0] * n, n) for n in (3, 9, 1, 4, 4, 8, 2)]
+    assert micro_batches(rows, 3) == [rows[:3], rows[3:6], rows[6:]]
+    assert micro_batches(rows, 7) == micro_batches(rows, 99) == [rows]
 
 
 # The tokenizer's folder

@@ -68,8 +68,8 @@ def test_whitening_by_update_gives_each_update_mean_0_and_variance_1(monkeypatch
     torch.manual_seed(0)
     mask = torch.rand(6, 7) < 0.7
     advantages = torch.where(mask, 3 + 2 * torch.randn(6, 7), 0.0)
-    updates = [[(slice(0, 2), 8), (slice(2, 3), 8)], [(slice(3, 6), 8)]]
-    rollout = train_ppo.Rollout(None, mask, None, None, None, advantages, None, updates, [])
+    updates = [[slice(0, 2), slice(2, 3)], [slice(3, 6)]]
+    rollout = train_ppo.Rollout(None, [], mask, None, None, None, advantages, None, updates, [])
     seen = []
     monkeypatch.setattr(ppo_ablation, "real_update", lambda models, rollout, *_: seen.append(rollout))
     ppo_ablation.whitened_by_update(None, rollout)

@@ -155,7 +155,7 @@ def test_exact_match_ends_a_completion_that_starts_a_new_question(gemma, monkeyp
     said = tokenizer.encode(" 7\n#### 7\n\nQuestion: What? #### 8")
     steps = iter(said)
     one_hot = lambda i: torch.nn.functional.one_hot(torch.tensor([i]), 384).float()  # noqa: E731
-    monkeypatch.setattr(model, "logits", lambda hidden, decoding: one_hot(next(steps)))
+    monkeypatch.setattr(model, "logits", lambda hidden: one_hot(next(steps)))
     row = g.exact_match(model, tokenizer, [Problem("?", "#### 7", 0)], Prompt(), 99)[0]
     assert row["correct"] and row["flexible"] and not row["truncated"]
     assert row["tokens"] < len(said) and row["completion"].endswith("Question:")

@@ -1,6 +1,5 @@
 """model.py against transformers' logits (tests/fixtures, made by make_fixtures.py), and itself."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -163,6 +162,34 @@ def test_padding_on_the_right_changes_nothing_before_it(gemma, name):
     assert (logits(model, padded)[:, :15] - logits(model, ids[:, :15])).abs().max() <= TIGHT
 
 
+@pytest.mark.parametrize("checkpointing", CHECKPOINTS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_of_given_lengths_are_as_if_each_were_alone(gemma, name, checkpointing):
+    """Hidden states and gradients, of rows within the window of 8, at it and past it, in any order; and no
+    layer sees padding."""
+    model, _ = gemma(name)
+    model.checkpointing = checkpointing
+    ids = torch.randint(5, 380, (5, 16), generator=torch.Generator().manual_seed(0))
+    lengths = [8, 16, 3, 1, 9]
+    slopes = torch.randn(5, 16, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    each = [model(row[None, :n])[0] for row, n in zip(ids, lengths)]
+    sum((hidden * slope[: len(hidden)]).sum() for hidden, slope in zip(each, slopes)).backward()
+    want = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+
+    widths = []
+    for block in model.model.layers:
+        block.mlp.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[:2]))
+    ids = ids.masked_fill(torch.arange(16) >= torch.tensor(lengths)[:, None], 0)
+    hidden = model(ids, lengths)
+    (hidden * slopes).sum().backward()
+    assert set(widths) == {(1, sum(lengths))}
+    for row, alone, n in zip(hidden, each, lengths):
+        assert (row[:n] - alone).abs().max() <= TIGHT and not row[n:].any()
+    for name, p in model.named_parameters():
+        assert (p.grad - want[name]).abs().max() <= 1e-4 * want[name].abs().max(), name
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_decoding_token_by_token_equals_one_forward_pass(gemma, name):
     """Rows of different lengths share the cache: row 0 has 13 tokens of prompt, row 1 has 9."""
@@ -264,21 +291,34 @@ def test_the_embedding_scale_is_rounded_as_the_activations_are(gemma):
     assert torch.equal(seen[0], model.model.embed_tokens(ids) * 4.90625)
 
 
-def test_logits_of_few_rows_are_those_of_many(gemma):
-    """When decoding, few rows go by blocks of the vocabulary; 5,000 is two blocks and a rest. Scoring
-    goes the same way as an update, to the bit, or PPO's first ratio would not be 1."""
-    config = dataclasses.replace(gemma("gemma2")[0].config, vocab_size=5000)
-    torch.manual_seed(0)
-    model = Gemma(config)
-    torch.nn.init.normal_(model.model.embed_tokens.weight)
-    hidden = torch.randn(3, 7, config.hidden_size)
-    with torch.no_grad():
-        few = model.logits(hidden, decoding=True)
-        scored = model.logits(hidden)
-    many = model.logits(hidden)
-    assert many.requires_grad and few.shape == (3, 7, 5000)
-    torch.testing.assert_close(few, many.detach())
-    assert torch.equal(scored, many)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_packed_weights_compute_the_same(gemma, name, weights, autocast):
+    """With adapters beside them, for one row and for many; after an error, too, they are gone."""
+    model, _ = gemma(name, weights)
+    lora.add_lora(model, 4, 8)
+    for i, layer in enumerate(lora.adapters(model).values()):
+        layer.lora_B.weight.data += torch.randn(layer.lora_B.weight.shape, generator=_generator(i)) / 10
+    ids = torch.randint(5, 380, (3, 9), generator=_generator(0))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        half = model.product_dtype == torch.bfloat16
+        assert half == (autocast or weights == torch.bfloat16)
+        if half and not model_file.can_pack(model.device, torch.bfloat16):
+            pytest.skip("no bfloat16 products here")
+        plain = [logits(model, ids), logits(model, ids[:1])]
+        with pytest.raises(KeyError), model.packed():
+            layer = model.model.layers[0].mlp.down_proj.base
+            assert layer.packed is not None and layer.packed.dtype == model.product_dtype
+            packed = [logits(model, ids), logits(model, ids[:1])]
+            raise KeyError
+    for a, b in zip(plain, packed):
+        assert a.dtype == b.dtype and (a - b).abs().max() <= (0.03 if half else TIGHT)
+    assert layer.packed is None and model.packed_head is None
+
+
+def _generator(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def test_a_bfloat16_base_computes_in_float32_when_told_to(gemma):
