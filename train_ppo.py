@@ -612,7 +612,7 @@ def print_plan(args, found: hub.ModelFiles, prompt, problems, held_out) -> None:
             "activations": forwards * activations,
             "vocabulary": budget.head_bytes(config, tokens, args.device),
             "cache": budget.cache_bytes(config, at_once, longest, bf16),
-            "sampling": budget.sampling_bytes(config, at_once),
+            "sampling": budget.sampling_bytes(config, total, at_once, bf16, args.device),
         })  # fmt: skip
 
 

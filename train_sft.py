@@ -207,7 +207,7 @@ def print_plan(args, config: Config, examples, held_out, steps: int) -> None:
           f"warm-up {args.warmup:g} ({args.recipe} recipe); {args.optim}")  # fmt: skip
     print(f"compute      {args.device}, {args.precision}")
     if args.dry_run:
-        bf16, tokens = args.precision == "bf16", args.micro_batch * max(lengths)
+        bf16, tokens = args.precision == "bf16", sum(sorted(lengths)[-args.micro_batch :])  # at worst
         budget.print_budget({
             "weights": budget.model_bytes(config, total, trained, bf16),
             "gradients": 4 * trained,

@@ -32,7 +32,7 @@ def frozen_copy_bytes(c: Config, total: int, bf16: bool) -> int:
 
 
 def activation_bytes(c: Config, tokens: int, frozen: bool, bf16: bool, checkpointing: str) -> int:
-    """Bytes that a forward over `tokens` (padding counts) keeps for backward: of a block gate, up and
+    """Bytes that a forward over `tokens` keeps for backward: of a block gate, up and
     two products of them; q, k and v with their normed and turned forms; the norms' inputs and
     outputs. A full checkpoint: only each block's input, and one block whole; a light one: what comes out of
     its products as well."""
@@ -69,9 +69,11 @@ def cache_bytes(c: Config, rows: int, length: int, bf16: bool) -> int:
     return rows * length * per_token * (2 if bf16 else 4)
 
 
-def sampling_bytes(c: Config, rows: int) -> int:
-    """Bytes that drawing a token for each row takes: logits, probabilities and sums of them."""
-    return rows * c.vocab_size * (4 + 4 + 8 + 8)
+def sampling_bytes(c: Config, total: int, rows: int, bf16: bool, device: str) -> int:
+    """Bytes that drawing a token for each row takes: logits, probabilities and sums of them; and a CPU's
+    packed copy of the weights."""
+    packed = total * (2 if bf16 else 4) if device == "cpu" else 0
+    return rows * c.vocab_size * (4 + 4 + 8 + 8) + packed
 
 
 def print_budget(budget: dict[str, float]) -> None:

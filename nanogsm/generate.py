@@ -115,9 +115,11 @@ def generate(
                 for s, i in zip(slots, token[slots].tolist()):
                     take_in(s, [i])
                 continue  # an answer of one token has freed its slot already
-            if not waiting and len(free) >= len(request) / 2:  # the tail: drop the idle half
-                keep = [s for s in range(len(request)) if request[s] >= 0]
-                cache.k, cache.v = cache.k[:, keep], cache.v[:, keep]
+            if not waiting and len(free) >= len(request) / 8:  # the tail: the last rows fill the gaps
+                busy = [s for s in range(len(request)) if request[s] >= 0]
+                behind = [s for s in busy if s >= len(busy)]
+                keep = [s if request[s] >= 0 else behind.pop() for s in range(len(busy))]
+                cache.keep(keep)
                 token, position, request = token[keep], position[keep], [request[s] for s in keep]
 
             drawn = []

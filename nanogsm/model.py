@@ -390,6 +390,14 @@ class KVCache:
         self.v[layer][rows, :, positions] = v.transpose(1, 2).to(self.v.dtype)
         return self.k[layer, :, :, : self.used], self.v[layer, :, :, : self.used]
 
+    def keep(self, rows: list[int]) -> None:
+        """Row i becomes what rows[i] was, in place, and others are left behind."""
+        new = [i for i, r in enumerate(rows) if r != i]
+        old = [rows[i] for i in new]
+        for x in (self.k, self.v):
+            x[:, new] = x[:, old]
+        self.k, self.v = self.k[:, : len(rows)], self.v[:, : len(rows)]
+
 
 class _Lookup(torch.autograd.Function):
     """weight (V, D), ids (B, T) -> (B, T, D). The gradient is added to weight.grad in place: see grad_of."""

@@ -210,6 +210,17 @@ def test_decoding_token_by_token_equals_one_forward_pass(gemma, name):
         positions += 1
 
 
+def test_a_cache_keeps_the_rows_it_is_told_to(gemma):
+    cache = KVCache(gemma("gemma1")[0].config, 5, 6, torch.float32, "cpu")
+    for x in (cache.k, cache.v):
+        x.normal_()
+    k, v = cache.k.clone(), cache.v.clone()
+    for rows in ([0, 4, 2, 3], [0, 1, 2, 3], [3]):
+        k, v = k[:, rows], v[:, rows]
+        cache.keep(rows)
+        assert torch.equal(cache.k, k) and torch.equal(cache.v, v)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prefill_in_two_pieces_equals_one(gemma, name):
     model, _ = gemma(name)
