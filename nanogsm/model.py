@@ -462,11 +462,11 @@ class Gemma(nn.Module):
         Decoding 32 rows of Gemma 3 270M, products take 0.6 (bfloat16) and 0.4 (float32) of their time."""
         layers = [m for m in self.modules() if isinstance(m, Linear)]
         dtype = self.product_dtype
-        if can_pack(self.device, dtype):
-            for layer in layers:
-                layer.packed = pack(layer.weight, dtype)
-            self.packed_head = pack(self.model.embed_tokens.weight, dtype)
         try:
+            if can_pack(self.device, dtype):
+                for layer in layers:
+                    layer.packed = pack(layer.weight, dtype)
+                self.packed_head = pack(self.model.embed_tokens.weight, dtype)
             yield
         finally:
             self.packed_head = None
@@ -491,7 +491,8 @@ class Gemma(nn.Module):
     ) -> Tensor:
         """ids (B, T) -> hidden (B, T, D). Without positions the rows start at 0. With a cache, set
         `cache.used` to the highest position + 1 first; positions are (B, T) when decoding. lengths, of
-        the rows without their padding: what comes out at padding is 0, and none of it is computed."""
+        the rows without their padding: what comes out at padding is 0, and none of it is computed.
+        They go without positions and cache."""
         c, (B, T), kinds = self.config, ids.shape, set(self.config.layer_types)
         count = torch.arange(T, device=ids.device)[None]  # (1, T)
         if lengths is not None:
