@@ -1,7 +1,7 @@
 """Does the suite notice a wrong line? Applies named one-line mutations to a copy of the code, one at
 a time, and runs the tests that should see red.
 
-    python tests/mutate.py                # all 78
+    python tests/mutate.py                # all 82
     python tests/mutate.py gae KL         # those whose name contains one of these
 
 Exit status 1 if one goes unnoticed. Not collected by pytest.
