@@ -8,8 +8,8 @@
     python evaluate.py --model runs/sft-full-main --ask "Tom has 3 boxes of 12 eggs. How many eggs?"
 
 Writes eval-<split>-<n>.json (the figures) and .jsonl (one row a completion) to the run's folder.
-A prompt other than the run's own, or sampling, is named in the file, and one of another model, data
-or precision is not overwritten. No training script opens the test split.
+A prompt other than the run's own, or sampling, is part of the file's name; a result of another model,
+data or precision is never overwritten. No training script opens the test split.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch
 
 from nanogsm import UserError, console, data, files, generate, hub
 from nanogsm.model import load_model
-from nanogsm.runs import answer_limit, held_out_by, is_tiny, run_of
+from nanogsm.runs import answer_limit_of, held_out_by, is_tiny, run_of
 from nanogsm.scores import paired, read_rows, summarise
 
 
@@ -46,7 +46,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # decoding
     p.add_argument("--samples", type=int, default=1, help="completions a problem")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    p.add_argument("--max-new-tokens", type=int, help="(320; socratic 512; tiny 128)")
+    p.add_argument("--max-new-tokens", type=int, help="longest answer (320; socratic 512; tiny 128, its "
+                   "socratic 160; a run: at least what it was validated with)")  # fmt: skip
     p.add_argument("--batch-size", type=int, help="problems at once: more take more memory (64; tiny 256)")
     p.add_argument("--seed", type=int, default=0, help="of the sampling; the problems stay the same")
     # where to and what else
@@ -55,7 +56,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two runs or eval .jsonl files")
     console.add_compute_flags(p)
     args = p.parse_args(argv)
-    args.model = os.path.expanduser(args.model or ("tiny" if args.tiny else "google/gemma-2b-it"))
+    if args.model is None:  # but not "", which is what a variable that was never set leaves
+        args.model = "tiny" if args.tiny else "google/gemma-2b-it"
+    args.model = os.path.expanduser(args.model)
     args.tiny = args.tiny or is_tiny(args.model)
     run = run_of(args.model)
     if run and args.data is None and args.split == "validation":
@@ -72,6 +75,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--samples above 1 needs --temperature above 0: greedy answers are all alike")
     if args.ask is not None and not args.ask.strip():
         raise UserError("--ask needs a question")
+    if args.ask is not None and not args.ask.isascii():
+        try:
+            args.ask.encode()
+        except UnicodeEncodeError as error:  # bytes that the terminal's encoding does not have
+            raise UserError("--ask: the question is not UTF-8 text") from error
     return args
 
 
@@ -116,23 +124,30 @@ def choose_problems(args: argparse.Namespace) -> list[data.Problem]:
     return data.subset(data.load_problems(args.data, "test", args.data_dir), args.n)
 
 
-def evaluate(args: argparse.Namespace) -> int:
-    hub.find_model(args.model, weights=False)  # a misspelt name is said before any data are fetched
-    problems = choose_problems(args)
-    args.n = len(problems)
-    prompt, folder, name = resolve(args)
-    limit = args.max_new_tokens or answer_limit(args.model, args.data)
-    there = next(f for f in (folder, *folder.absolute().parents) if f.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):  # said now, not when the work is done
+def refuse_early(args: argparse.Namespace, folder: Path, name: str) -> None:
+    """UserError now, not when the work is done, if its result could not be written or would replace
+    another's."""
+    there = next(f for f in (folder, *folder.absolute().parents) if os.path.exists(f))
+    if not os.path.isdir(there) or not os.access(there, os.W_OK):
         raise UserError(f"cannot write to {folder}: {there} is no folder, or a read-only one")
-    run = run_of(args.model)
-    if (folder / f"{name}.json").exists():
+    if os.path.exists(folder / f"{name}.json"):
+        run = run_of(args.model)
         own = run and run[0] == folder  # a run's results stand in it, wherever it has been moved to
         compared = ("data", "precision") if own else ("model", "data", "precision")
         for what, was in files.read_json(folder / f"{name}.json").items():
             if what in compared and not files.same_place(was, getattr(args, what)):
                 raise UserError(f"{folder / name}.json is of {what} {was}, this is "
                                 f"{getattr(args, what)}: choose another --out")  # fmt: skip
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    hub.find_model(args.model, weights=False)  # a misspelt name is said before any data are fetched
+    problems = choose_problems(args)
+    args.n = len(problems)
+    prompt, folder, name = resolve(args)
+    refuse_early(args, folder, name)
+    limit = args.max_new_tokens or answer_limit_of(args.model, args.data)
+    run = run_of(args.model)
     trained_on = run and files.same_place(run[1]["args"].get("data"), args.data)
     if trained_on and args.data not in data.NAMED and args.split == "test":
         held_out = run[1]["args"]["val_examples"]
@@ -145,7 +160,7 @@ def evaluate(args: argparse.Namespace) -> int:
           f"{args.device} {args.precision}")  # fmt: skip
     began = time.perf_counter()
     with console.Progress(len(problems) * args.samples, "answer") as line:
-        rows = generate.exact_match(
+        rows = generate.answer_and_mark(
             model, tokenizer, problems, prompt, limit, args.batch_size, args.temperature,
             args.samples, args.seed,
             progress=lambda finished, tokens: line.update(
@@ -172,6 +187,7 @@ def evaluate(args: argparse.Namespace) -> int:
     }
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
+    files.remove(folder / f"{name}.json")  # no kill may leave old figures beside new answers
     files.replace_file(folder / f"{name}.jsonl", lines.encode())
     files.write_json(folder / f"{name}.json", figures)
     print_figures(figures)
@@ -207,7 +223,7 @@ def ask(args: argparse.Namespace) -> int:
         known = {w for p in data.load_problems("tiny", "train") for w in words(p.question)}
         if unknown := dict.fromkeys(w for w in words(args.ask) if w not in known):
             print(f"note: words this small model has never seen: {console.printable(', '.join(unknown))}")
-    limit = args.max_new_tokens or answer_limit(args.model, args.data)
+    limit = args.max_new_tokens or answer_limit_of(args.model, args.data)
     (answer,) = generate.answer(model, tokenizer, [args.ask.strip()], prompt, limit,
                                 temperature=args.temperature, seed=args.seed)  # fmt: skip
     text = data.cut(answer.text)

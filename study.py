@@ -69,12 +69,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--rows", nargs="+", choices=BY_NAME, metavar="ROW", help=f"only {', '.join(BY_NAME)}")
     p.add_argument("--sft", default="", metavar="FLAGS", help='more flags for train_sft.py, as --sft="..."')
     p.add_argument("--ppo", default="", metavar="FLAGS", help="... for train_ppo.py")
-    p.add_argument("--eval", default="", metavar="FLAGS", help="... for evaluate.py")
+    p.add_argument("--eval", default="", metavar="FLAGS", help="... for evaluate.py, where a row has "
+                   "not been evaluated yet")  # fmt: skip
     p.add_argument("--out", help="the study's folder (runs/study-SEED; runs/tiny/study-SEED)")
     p.add_argument("--dry-run", action="store_true", help="print the commands, run none")
     console.add_compute_flags(p)
     args = p.parse_args(argv)
     console.check_numbers(args, {"n": 1, "seed": 0})
+    for name in ("sft", "ppo", "eval"):
+        try:
+            setattr(args, name, shlex.split(getattr(args, name)))
+        except ValueError as error:
+            raise UserError(f"--{name}={getattr(args, name)!r}: {error}") from error
+    if any(flag.startswith("--sam") for flag in args.eval):
+        raise UserError("--eval: a study compares greedy answers, one a problem: leave out --samples")
     args.n = args.n or (1319 if args.tiny else 256)
     args.out = Path(args.out or f"runs/{'tiny/' * args.tiny}study-{args.seed}")
     return args
@@ -86,7 +94,7 @@ def commands(row: Row, args: argparse.Namespace) -> list[list[str]]:
     machine = [word for pair in machine if pair[1] not in ("auto", None) for word in pair]
     tiny, model = ["--tiny"] * args.tiny, [] if args.tiny else ["--model", args.model]
     folder, flags = str(args.out / row.name), row.flags.split()
-    judge = [*machine, *shlex.split(args.eval)]
+    judge = [*machine, *args.eval]
     test = ["--n", str(args.n)]
     probes = ["--data", os.path.relpath(HERE / "nanogsm" / ("tiny" if args.tiny else "") / "probes.jsonl")]
     tested = (test, probes) if row.name in PROBED else (test,)
@@ -97,7 +105,7 @@ def commands(row: Row, args: argparse.Namespace) -> list[list[str]]:
         start, more = model, args.sft
     else:
         start, more = ["--init", str(args.out / START)], args.ppo
-    flags += ["--seed", str(args.seed), *machine, *shlex.split(more)]
+    flags += ["--seed", str(args.seed), *machine, *more]
     asked = ["evaluate.py", *tiny, "--model", folder]
     return [
         [row.script, *tiny, *start, *flags, "--out", folder],
@@ -108,9 +116,10 @@ def commands(row: Row, args: argparse.Namespace) -> list[list[str]]:
 def evaluation(row: Row, args: argparse.Namespace, kind: str = "test") -> Path | None:
     """The newest evaluation of a row, its .json, on args.n test problems or the probes; None if there
     is none."""
-    pattern = f"eval-test-{args.n}*.json" if kind == "test" else "eval-probes-*.json"
-    found = sorted((args.out / row.name).glob(pattern), key=lambda f: f.stat().st_mtime)
-    return found[-1] if found else None
+    name = f"eval-test-{args.n}" if kind == "test" else "eval-probes"
+    there = (args.out / row.name).glob("eval-*.json")
+    found = [file for file in there if f"{file.stem}-".startswith(f"{name}-")]  # not of 1319 where n is 131
+    return max(found, key=lambda file: file.stat().st_mtime, default=None)
 
 
 def run(command: list[str]) -> tuple[int, str]:
@@ -170,7 +179,7 @@ def figures(args: argparse.Namespace, failed: dict[str, str]) -> list[dict]:
         if row.name in failed or path is None:
             found.append(f | {"not_run": failed.get(row.name, "left out")})
             continue
-        judged = json.loads(path.read_text("utf-8"))
+        judged = files.read_json(path)
         keep = ("n", "correct", "accuracy", "ci_low", "ci_high", "flexible_accuracy", "formatted",
                 "truncated", "mean_tokens", "seconds")  # fmt: skip
         f |= {key: judged[key] for key in keep} | {"environment": judged["environment"]}
@@ -244,7 +253,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         return 0
     rows = figures(args, failed)
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{args.out} cannot be the study's folder: {error.strerror}") from error
     files.write_json(args.out / "study.json", {"environment": console.environment(), "rows": rows})
     files.replace_file(args.out / "study.md", table(rows).encode())
     print(f"\n{table(rows)}\nwritten to {args.out / 'study.md'}, study.json")

@@ -2,7 +2,7 @@
 
     python train_ppo.py --tiny                       # from runs/tiny/sft-full-main, minutes anywhere
     python train_ppo.py                              # from runs/sft-full-main -> runs/ppo-full-main
-    python train_ppo.py --lora --recipe tuned        # adapters for actor and critic, one frozen base
+    python train_ppo.py --lora --recipe tuned        # adapters on one frozen base; the critic shares them
     python train_ppo.py --init PATH --dry-run        # parameters, memory, steps; loads no weights
 
 A step: the model answers problems by sampling (rollout); every answer is right or wrong (reward);
@@ -40,10 +40,10 @@ from nanogsm.logprob import token_logprobs
 from nanogsm.model import CHECKPOINTS, Gemma, load_model, read_config, save_model
 from nanogsm.optim import AdamW
 
-# What a recipe sets when the flag is not given. "seed" is the report's, with what it leaves open
-# assumed as said in the README; "tuned" is ours.
+# What a recipe sets when the flag is not given. "report" is that of the study behind this
+# project, with what it leaves open assumed as said in the README; "tuned" is ours.
 RECIPES = {
-    "seed": {
+    "report": {
         "lr": {"full": 5e-7, "lora": 5e-7}, "value_lr": 5e-7, "critic": "shared", "critic_warmup": 0,
         "steps": 100, "rollouts": 512, "rollout_batch": 32,
         "micro_batch": 2, "accumulation": 8, "epochs": 2,
@@ -62,7 +62,7 @@ RECIPES = {
 # the answers an update, ten times the KL penalty.
 FEWER = {"steps": 20, "rollout_batch": 256}
 TINY_RECIPES = {
-    "seed": RECIPES["seed"] | FEWER | {
+    "report": RECIPES["report"] | FEWER | {
         "lr": {"full": 5e-5, "lora": 5e-5}, "value_lr": 5e-5, "micro_batch": 16, "accumulation": 1,
     },
     "tuned": RECIPES["tuned"] | FEWER | {
@@ -83,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         said = values[0] if values[0] == values[1] else f"seed {values[0]}; tuned {values[1]}"
         p.add_argument(flag, type=kind, help=f"{text} ({said})", **kw)
 
-    p.add_argument("--recipe", choices=RECIPES, default="seed", help="where unset values come from")
+    p.add_argument("--recipe", choices=RECIPES, default="report", help="where unset values come from")
     # model and adapters
     console.add_tiny_flag(p)
     p.add_argument("--init", help="run or model to start from (runs/sft-full-main; runs/tiny/...)")
@@ -110,7 +110,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--accumulation", int, "micro-batches an update: their product counts, the split is memory only")
     add("--lr", float, "of the actor, constant")
     add("--value-lr", float, "of the value head and a separate critic")
-    add("--value-coef", float, "weight of the value loss in a shared trunk (elsewhere Adam cancels it)")
+    add("--value-coef", float, "weight of the value loss in a shared trunk (a critic of its own: Adam "
+        "undoes a factor)")  # fmt: skip
     add("--entropy-coef", float, "weight of the entropy bonus")
     add("--clip", float, "of the probability ratio")
     add("--value-clip", float, "of the value's change")
@@ -132,7 +133,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--dry-run", action="store_true", help="print the plan, load no weights")
     console.add_compute_flags(p)
     args = p.parse_args(argv)
+    fill_in(args)
+    check_args(args)
+    return args
 
+
+def fill_in(args: argparse.Namespace) -> None:
+    """What was not given, from the recipe, the run to start from and the machine."""
     args.init = args.init and os.path.expanduser(args.init)
     args.tiny = args.tiny or bool(args.init and runs.is_tiny(args.init))
     method = "lora" if args.lora else "full"
@@ -145,12 +152,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.checkpointing = args.checkpointing or ("none" if args.tiny else "light")
     args.data, args.precision = console.for_tiny(args)
     if args.max_new_tokens is None:
-        args.max_new_tokens = runs.answer_limit(args.init, args.data)
+        args.max_new_tokens = runs.answer_limit_of(args.init, args.data)
     args.device, args.precision = console.pick_compute(args.device, args.precision)
-    if args.val_examples is None:  # and if that is None, when the problems have been counted
+    if args.val_examples is None:  # of what is no run it stays None until main has counted the problems
         args.val_examples = runs.held_out_by(args.init, args.data)
-    check_args(args)
-    return args
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -276,7 +281,8 @@ class Models(NamedTuple):
     """Actor, reference, critic and value head, which share what weights they can.
 
     full: the actor is a model of its own; a frozen copy of its start is the reference.
-    LoRA: one frozen base is the reference; the actor is the same weights plus adapters.
+    LoRA: one frozen base, with the adapter it may have come with, is the reference; the actor is the
+    same weights plus adapters.
     A separate critic is the reference's weights plus adapters of its own, in both cases, so that it
     costs a percent of a model. A shared critic is the actor itself with one more output.
     """
@@ -525,7 +531,7 @@ def update(models: Models, rollout: Rollout, optimizers, args, autocast, step: i
             value_optimizer.zero_grad()
     return dict(zip(FIGURES, (sums / len(norms)).tolist())) | {
         "grad_norm": sum(norms) / len(norms), "value_grad_norm": sum(value_norms) / len(norms),
-        "updates": len(norms), "first_ratio": first_ratio,
+        "updates": len(norms), "first_ratio_error": first_ratio,
     }  # fmt: skip
 
 
@@ -538,8 +544,8 @@ def health(figures: dict, args: argparse.Namespace) -> list[str]:
     github.com/eric-haibin-lin/verl-data) ended 17 nats an answer from its reference, clipped 0.3% of
     its ratios, and its critic explained next to nothing of the variance from step 6 on."""
     f, said = figures, []
-    if f["first_ratio"] > 1e-6:
-        said.append(f"the first ratio is off by {f['first_ratio']:.2g}: scoring and update disagree")
+    if f["first_ratio_error"] > 1e-6:
+        said.append(f"the first ratio is off by {f['first_ratio_error']:.2g}: scoring and update disagree")
     if f["truncated"] > 0.2:
         said.append(f"{f['truncated']:.0%} of the answers are cut: raise --max-new-tokens, or the "
                     "policy has lost its way to an end")  # fmt: skip
@@ -618,7 +624,7 @@ def print_plan(args, found: hub.ModelFiles, prompt, problems, held_out) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if not Path(args.init).is_dir() and args.init.startswith("runs/"):
+    if not os.path.isdir(args.init) and args.init.startswith("runs/"):
         sft = "python train_sft.py" + " --tiny" * args.tiny
         raise UserError(f"no {args.init} yet: PPO starts from a fine-tuned model; {sft} makes "
                         "the default one, --init names another (for --dry-run any model)")  # fmt: skip
@@ -638,9 +644,12 @@ def main(argv: list[str] | None = None) -> int:
 
     settings = {k: v for k, v in vars(args).items() if k not in ("dry_run", "overwrite", "out")}
     settings["data_sha256"] = data.digest(problems + held_out)
-    settings |= {"init_sha256": hub.fingerprint(found), "prompt": prompt._asdict()}
+    settings |= {"init_sha256": hub.fingerprint(found), "prompt": prompt._asdict(),
+                 "answers_an_update": args.micro_batch * args.accumulation}  # fmt: skip
     info = console.environment() | {"prompt": prompt._asdict(), "base": str(found.base)}
-    may_differ = ("save_every", "data_dir", "device", "wandb", "checkpointing")
+    # What takes less memory may change on the way: of the two factors of an update their product counts.
+    may_differ = ("save_every", "data_dir", "device", "wandb", "checkpointing", "micro_batch",
+                  "accumulation", "rollout_batch")  # fmt: skip
     with runs.Run(args.out, settings, info, args.overwrite, may_differ) as run:
         if run.finished:
             print(run.already_finished())
@@ -688,12 +697,11 @@ def train(args, run, found, prompt, problems, held_out) -> int:
 
     # As in SFT: float32 weights if they are all trained, a bfloat16 base if it is frozen; but not where
     # products are in float32, or sampling would cast all of it for every token. An adapter to start
-    # from is folded in: what it and its base make together is the reference.
+    # from makes the reference together with its base: it stays below the new one, since folded into a
+    # bfloat16 base what is small of it would be rounded away.
     dtype = torch.bfloat16 if args.lora and bf16 else torch.float32
-    base, tokenizer = load_model(found, dtype, args.device)
-    under = lora.adapters(base)  # what the adapter that is saved must have in it, too
-    lora.merge(base)
-    models = build(base.requires_grad_(True), args)
+    base, tokenizer = load_model(found, dtype, args.device, merge=not args.lora)
+    models = build(base, args)
     policy, critic = models.policy_weights(), models.value_weights()
     bits = 8 if args.optim == "adamw8bit" else 32
     optimizers = AdamW(policy.items(), args.lr, bits=bits), AdamW(critic.items(), args.value_lr, bits=bits)
@@ -707,7 +715,7 @@ def train(args, run, found, prompt, problems, held_out) -> int:
 
     def save_result() -> None:
         if args.lora:
-            lora.save_adapter(models.actor, run.folder / "adapter", found.name, under)
+            lora.save_adapter(models.actor, run.folder / "adapter", found.name)
         else:
             save_model(models.actor, tokenizer, run.folder / "model")
         weights = {n: p.detach() for n, p in critic.items()}
@@ -733,8 +741,10 @@ def train(args, run, found, prompt, problems, held_out) -> int:
 
         def validate() -> dict:
             with autocast():
-                rows = generate.exact_match(models.actor, tokenizer, held_out, prompt, args.max_new_tokens,
-                                            args.rollout_batch, progress=watch)  # fmt: skip
+                rows = generate.answer_and_mark(
+                    models.actor, tokenizer, held_out, prompt, args.max_new_tokens, args.rollout_batch,
+                    progress=watch,
+                )  # fmt: skip
             return {"step": step, "val_exact_match": sum(r["correct"] for r in rows) / len(rows),
                     "val_truncated": sum(r["truncated"] for r in rows) / len(rows)}  # fmt: skip
 

@@ -14,7 +14,6 @@ A variant is optim.py with functions replaced, so the code under test has no fla
 results/adam8bit.md has the output.
 """
 
-import argparse
 import math
 import time
 from unittest.mock import patch
@@ -23,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanogsm import optim
+from nanogsm import console, optim
 from nanogsm.optim import AdamW, cosine_with_min_lr
 
 VOCAB, WIDTH, LENGTH, BATCH = 2048, 80, 32, 16  # width 80: blocks of 256 would straddle rows
@@ -315,7 +314,17 @@ def show_speed(device):
         print(f"  {name:18} {min(seconds) * 1e9 / p.numel():.2f}")
 
 
-def main(args):
+def main(argv: list[str] | None = None) -> None:
+    parser = console.Parser(__doc__.splitlines()[0])
+    parts = ["bytes", "rare", "updates", "curves", "speed"]
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--steps", type=int, default=600, help="of the small transformer")
+    parser.add_argument("--seeds", type=int, default=2, help="of the curves")
+    parser.add_argument("--device", default="cpu", help="for speed")
+    parser.add_argument("--model", help="a Gemma (Hub id or folder) whose gradients to use as well")
+    console.add_data_dir_flag(parser)
+    args = parser.parse_args(argv)
+    console.check_numbers(args, {"steps": 6, "seeds": 1})
     if "bytes" in args.only:
         show_bytes()
     if "rare" in args.only:
@@ -337,12 +346,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ["bytes", "rare", "updates", "curves", "speed"]
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--steps", type=int, default=600, help="of the small transformer")
-    parser.add_argument("--seeds", type=int, default=2, help="of the curves")
-    parser.add_argument("--device", default="cpu", help="for speed")
-    parser.add_argument("--model", help="a Gemma (Hub id or folder) whose gradients to use as well")
-    parser.add_argument("--data-dir", help="with GSM8K's files, for --model")
-    main(parser.parse_args())
+    console.entry(main)

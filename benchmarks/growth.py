@@ -72,7 +72,8 @@ def random_model(size: str, vocab: int, device: str) -> Gemma:
 def measure(args) -> dict:
     """Seconds, peak memory and parameters of one point."""
     point, bf16 = args.point, args.precision == "bf16"
-    autocast = lambda: torch.autocast(args.device, torch.bfloat16, enabled=bf16)  # noqa: E731
+    kind = torch.device(args.device).type
+    autocast = lambda: torch.autocast(kind, torch.bfloat16, enabled=bf16)  # noqa: E731
     model = random_model(point["size"], point["vocab"], args.device)
     total = sum(p.numel() for p in model.parameters())
     B, T = point["batch"], point["length"]

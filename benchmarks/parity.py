@@ -1,6 +1,6 @@
 """Real weights, side by side with transformers: logits, greedy tokens, and what we save.
 
-    python benchmarks/parity.py --model PATH_TO_GEMMA --data-dir GSM8K [--n 20]
+    python -m benchmarks.parity --model PATH_TO_GEMMA --data-dir GSM8K [--n 20]
 
 Needs transformers beside the project's own packages. In float32: the largest difference of logits
 over n GSM8K prompts with 64 greedy tokens each, and over one sequence longer than Gemma 3's window
@@ -9,23 +9,26 @@ token after each prefix of ours: all equal means its own continuation is ours); 
 saved by us gives transformers the same logits again.
 """
 
-import argparse
 import tempfile
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nanogsm import data, generate
+from nanogsm import UserError, console, data, generate
 from nanogsm.model import load_model, save_model
 
 
 def main() -> None:
-    p = argparse.ArgumentParser()
-    p.add_argument("--model", required=True)
-    p.add_argument("--data-dir", required=True)
-    p.add_argument("--n", type=int, default=20)
-    p.add_argument("--new-tokens", type=int, default=64)
+    p = console.Parser("Logits, greedy tokens and saved files of a real Gemma beside transformers.")
+    p.add_argument("--model", required=True, help="folder with a Gemma's weights")
+    console.add_data_dir_flag(p)
+    p.add_argument("--n", type=int, default=20, help="problems")
+    p.add_argument("--new-tokens", type=int, default=64, help="greedy tokens of each")
     args = p.parse_args()
+    console.check_numbers(args, {"n": 1, "new_tokens": 1})
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise UserError("transformers is not installed: there is nothing to compare with") from error
 
     ours, tokenizer = load_model(args.model, torch.float32)
     peer = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
@@ -62,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console.entry(main)

@@ -1,9 +1,9 @@
-"""What each setting of PPO is worth: from --recipe seed to --recipe tuned, knob by knob, both ways.
+"""What each setting of PPO is worth: from --recipe report to --recipe tuned, knob by knob, both ways.
 
     python train_sft.py --tiny
     python -m benchmarks.ppo_ablation --steps 5 --seeds 3 --out results/tiny/ppo-ablation.jsonl
 
-Every row is a short run on the embedded model: "seed" and "tuned" as they are, "seed, but ..." with
+Every row is a short run on the embedded model: "report" and "tuned" as they are, "report, but ..." with
 one setting taken from tuned, "tuned, but ..." with one put back, and what no flag changes, done by
 patching a function here. Judged by the mean reward of all rollouts, which also tells how soon it
 rose, and by exact match on the slice held out of train after the last step. Finished rows are in
@@ -49,7 +49,7 @@ def rows() -> dict[str, tuple[list[str], contextlib.AbstractContextManager]]:
     """{row: (flags, patch)}."""
     nothing = contextlib.nullcontext()
     found = {}
-    for recipe, other in (("seed", "tuned"), ("tuned", "seed")):
+    for recipe, other in (("report", "tuned"), ("tuned", "report")):
         start = ["--recipe", recipe]
         found[recipe] = start, nothing
         for knob, names in KNOBS.items():

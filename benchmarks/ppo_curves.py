@@ -4,7 +4,7 @@
         d=runs/tiny/study-$s
         python train_sft.py --tiny --seed $s --out $d/sft
         python evaluate.py --model $d/sft
-        for r in seed tuned; do
+        for r in report tuned; do
             python train_ppo.py --tiny --seed $s --recipe $r --init $d/sft --out $d/$r
             python evaluate.py --model $d/$r
         done
@@ -77,10 +77,10 @@ def collect(folder: Path, recipe: str) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     p = console.Parser(__doc__.split("\n")[0])
-    p.add_argument("folders", nargs="+", type=Path, help="each with the runs sft, seed and tuned")
+    p.add_argument("folders", nargs="+", type=Path, help="each with the runs sft, report and tuned")
     p.add_argument("--out", default="runs/ppo", help="path of the .json and the .svg, without ending")
     args = p.parse_args(argv)
-    results = [collect(folder, recipe) for recipe in ("seed", "tuned") for folder in args.folders]
+    results = [collect(folder, recipe) for recipe in ("report", "tuned") for folder in args.folders]
     print("| recipe | seed | before | after | points | fixed, broken | McNemar p | time | peak |")
     print("|---|---|---|---|---|---|---|---|---|")
     for r in results:
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     text = "[\n" + ",\n".join(json.dumps(r) for r in results) + "\n]\n"
     files.replace_file(Path(f"{out}.json"), text.encode())
-    files.replace_file(Path(f"{out}.svg"), charts.page(panels, ["tuned", "seed"]).encode())
+    files.replace_file(Path(f"{out}.svg"), charts.page(panels, ["tuned", "report"]).encode())
     return 0
 
 

@@ -8,8 +8,8 @@ generate() and models (and peft's adapters), written as one would who has read t
 
 - rollout: generate() on batches of prompts sorted by length and padded on the left; temperature 1;
 - scoring: micro-batches of prompts padded on the left and answers on the right, so that only the
-  answer's columns are projected onto the vocabulary (logits_to_keep); actor, reference and value
-  head; the reference is a second model, or the actor with its adapters switched off;
+  answer's columns are projected onto the vocabulary, and an update's answers sorted by length; actor,
+  reference and value head; the reference is a second model, or the actor with its adapters switched off;
 - update: the same micro-batches, loss, clipping at 1 and AdamW with 32-bit moments.
 
 The two sample with different random numbers, so each rollout is timed on its own, and for scoring
@@ -80,7 +80,8 @@ def settings(args) -> argparse.Namespace:
 
 def ours(args, turns: Turns) -> None:
     ppo, bf16 = settings(args), args.precision == "bf16"
-    autocast = lambda: torch.autocast(args.device, torch.bfloat16, enabled=bf16)  # noqa: E731
+    kind = torch.device(args.device).type
+    autocast = lambda: torch.autocast(kind, torch.bfloat16, enabled=bf16)  # noqa: E731
     base, tokenizer = load_model(args.model, None if args.lora and bf16 else torch.float32, args.device)
     models = train_ppo.build(base, ppo)
     if args.lora:

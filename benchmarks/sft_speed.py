@@ -19,9 +19,9 @@ logged or saved inside the timing.
 - Ours's phases are timed as it goes (on CUDA it waits for the GPU at their ends, at its own cost):
   forward; vocabulary (log-probs and, under a frozen head, their slopes); backward; optimizer.
 - The peer is used as it comes: a step's examples in the order drawn, padded on the right to the
-  longest of each micro-batch, with an attention mask. --lend gives it two more ideas, so that the
-  rest can be seen alone: a step's examples sorted by length, which saves padding, and no mask
-  (right padding needs none).
+  longest of each micro-batch, with an attention mask. --lend gives it a step's examples sorted by
+  length, which saves it some of the padding that ours leaves out, and no mask (right padding needs
+  none).
 - --base is the dtype of the frozen base. Where the hardware computes in bfloat16, both run a bf16
   base under bf16 autocast. On a CPU that does not, ours casts it to float32 layer by layer and the
   peer computes in bfloat16 all the same, slowly: compare with --base fp32 there. --full keeps float32
@@ -47,7 +47,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Time fine-tuning: nanogsm against transformers + peft.")
+    p = console.Parser("Time fine-tuning: nanogsm against transformers + peft.")
     p.add_argument("--model", default="google/gemma-3-270m", help="Hub id or folder")
     p.add_argument("--data", default="main", help="main, socratic or a .jsonl file of your own")
     console.add_data_dir_flag(p)
@@ -59,7 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--micro-batch", type=int, default=8)
     p.add_argument("--accumulation", type=int, default=2)
     p.add_argument("--peer", choices=("trainer", "trl"), default="trainer", help="transformers' or trl's")
-    p.add_argument("--lend", action="store_true", help="sorted, mask-free batches for the peer too")
+    p.add_argument("--lend", action="store_true", help="sorted, mask-free batches for the peer")
     p.add_argument("--device", default="auto", help="cuda or cpu; auto takes the first there is")
     p.add_argument("--json", help="write all figures there")
     p.add_argument("--worker", choices=("ours", "peer"), help=argparse.SUPPRESS)
@@ -94,7 +94,8 @@ def steps_of(args, tokenizer) -> list[list[data.Example]]:
 def ours(args, turns: Turns) -> None:
     """What train_sft.train does, without its run folder."""
     bf16 = args.precision == "bf16"
-    autocast = lambda: torch.autocast(args.device, torch.bfloat16, enabled=bf16)  # noqa: E731
+    kind = torch.device(args.device).type
+    autocast = lambda: torch.autocast(kind, torch.bfloat16, enabled=bf16)  # noqa: E731
     model, tokenizer = load_model(args.model, args.dtype, args.device)
     if not bf16:
         model.compute_in_float32()
@@ -295,7 +296,7 @@ def show(args, f: dict) -> None:
     print(f"ours, seconds a step: {phases}")
     print(f"ours, matrix products: {f['flops_per_step'] / 1e12:.4g} TFLOP a step, at {f['matrix_share']:.0%} "
           f"of the measured {f['matrix_rate'] / 1e9:,.0f} GFLOP/s; {f['utilisation']:.0%} without "
-          "recomputation and padding (model FLOPs utilisation)")  # fmt: skip
+          "recomputation (model FLOPs utilisation)")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -84,7 +84,8 @@ def filled(page: str) -> str:
     return re.sub(r"<!-- ([a-z-]+) -->\n.*?<!-- end -->", put, page, flags=re.DOTALL)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    console.Parser(f"Write the tables of {', '.join(PAGES)} anew from results/.").parse_args(argv)
     for name in PAGES:
         path = ROOT / name
         files.replace_file(path, filled(path.read_text("utf-8")).encode())

@@ -2,8 +2,9 @@
 
     python -m docs.make_reading
 
-The numbers come from running the shipped functions on the embedded model, a minute at most; a test
-compares the committed page with a fresh one.
+The numbers of its first nine sections come from running the shipped functions on the embedded model, a
+minute at most, and a test compares the committed page with a fresh one. What follows them is prose about
+results/.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import torch
 
 import train_ppo
 import train_sft
-from nanogsm import data, files, generate, lora
+from nanogsm import console, data, files, generate, lora
 from nanogsm.logprob import token_logprobs
 from nanogsm.model import load_model
 from nanogsm.optim import AdamW
@@ -26,10 +27,10 @@ def code(text: str) -> str:
     return "```\n" + text.rstrip() + "\n```\n"
 
 
-def token_table(columns: dict[str, list], every: int = 1) -> str:
+def token_table(columns: dict[str, list]) -> str:
     """Columns of equal length as aligned text; numbers with three decimals."""
     show = lambda x: x if isinstance(x, str) else f"{x:.3f}"  # noqa: E731
-    cells = [[name, *map(show, values[::every])] for name, values in columns.items()]
+    cells = [[name, *map(show, values)] for name, values in columns.items()]
     widths = [max(map(len, column)) for column in cells]
     return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths)) for row in zip(*cells))
 
@@ -45,7 +46,7 @@ def sections() -> list[str]:
     # ---- data
     found.append(f"""## 1. A problem
 
-[data.py](../nanogsm/data.py), `Problem` and `load_problems`. A line of a JSONL file becomes a question, an answer and a number. GSM8K's answers
+[data.py](../nanogsm/data.py), `Problem` and `load_problems`. A line of a JSONL file becomes a question, an answer and an index, its place in the file. GSM8K's answers
 explain, annotate every calculation as `<<expression=result>>`, and end with `####` and the number that counts.
 
 {code(f"question  {problem.question}" + chr(10) + "answer    " + problem.answer.replace(chr(10), chr(10) + "          "))}""")
@@ -71,9 +72,9 @@ would end in a token that training never saw there.
 
 `micro_batches` and `collate`. Rows are padded on the right: problem 0 has {len(examples[0].ids)} ids, problem 1
 has {len(examples[1].ids)}, and together they are `ids` and `mask` of shape ({B}, {T}). Right padding needs no attention mask: the causal mask already hides what
-comes later, and nobody asks what the model thinks at padding. On the left it would break four things: positions that count from 0, attention without a mask, batches
-trimmed at their right end, and a KV cache whose slot is the token's position. Padding costs nothing: with the rows' `lengths`, the model lays them end to end and
-leaves it out.
+comes later, and nobody asks what the model thinks at padding. On the left it would break four things: positions that count from 0, attention without a mask, the `lengths` by
+which the model leaves padding out, and a KV cache whose slot is the token's position. Padding costs nothing: given the `lengths`, the model lays rows end to end,
+without it.
 """)
 
     # ---- the model
@@ -218,11 +219,11 @@ def ppo_section(tokenizer, problem, piece) -> str:
     gain = lambda row: (again.logp[row] - rollout.logp[row])[rollout.mask[row]].sum().item()  # noqa: E731
     return f"""## 9. A better answer: PPO
 
-[train_ppo.py](../train_ppo.py), from top to bottom. Take the model after 40 steps of SFT, and suppose it answered problem 0 twice: once rightly (the answer above) and once with `The answer is 4.` The rewards, 1 and 0, stand
+[train_ppo.py](../train_ppo.py), from top to bottom. Take the model after 40 steps of SFT, and suppose it answered problem 0 twice: once rightly (the answer above) and once with `The answer is 4.` and `#### 4` below it. The rewards, 1 and 0, stand
 on each answer's last action. The critic's head starts at zero, so all values are 0; with gamma and lambda 1 the return is then the answer's score at every token. Whitening subtracts the mean
 over all actions of both answers and divides by their deviation: what was part of the right answer gets a positive advantage, the rest a negative one, the same for each of its tokens, for
 who could say yet which of them mattered? After one update (column `p / p_old`) the former are, on the whole, more probable, the latter less; an update on two answers
-is noisy, and single tokens may go the other way. A real one averages over 128 answers and more.
+is noisy, and single tokens may go the other way. A real one averages over 16 answers (the report's recipe) or 128 (ours).
 
 The right answer's first five actions and its last two:
 
@@ -238,7 +239,7 @@ wrong one's by {gain(1):+.3f}; the policy is {drifted["kl"]:.5f} nats a token (k
 HEAD = """# Reading nanogsm
 
 One problem becomes a prompt, ids, a mask, hidden states, log-probabilities, a loss, a gradient, a better answer. This page follows it through the code in that order; the
-numbers are those of the embedded model on its first training problem, made by `python -m docs.make_reading`. Open the files beside it: each reads from its top.
+numbers of its nine steps are those of the embedded model on its first training problem, made by `python -m docs.make_reading`. Open the files beside it: each reads from its top.
 """
 
 TAIL = """## What the report says, and where it is here
@@ -247,9 +248,9 @@ TAIL = """## What the report says, and where it is here
 
 | the report | here | what we measured |
 |---|---|---|
-| full SFT 31%, LoRA 20%, at one learning rate | `RECIPES` in train_sft.py | on the embedded model LoRA is 11 points behind at full fine-tuning's rate, 5 at ten times that rate: most of the gap is the rate |
+| full SFT 31%, LoRA 20%, at one learning rate | `RECIPES` in train_sft.py | on the embedded model LoRA is 11 points behind at full fine-tuning's rate, 5 at ten times that rate (and a warm-up): a good half of the gap |
 | socratic answers score lower than main ones (23 and 11) | `--data socratic` | not on the embedded model (+1.1 and +0.4 points, within the noise); on real Gemma not run, as the training file was not to be had; [below](#socratic-answers-a-lower-loss-and-what-it-says) |
-| 8-bit AdamW saves memory and costs nothing | optim.py | moments in a quarter of the memory; losses of a whole run differ by 0.002: [results/adam8bit.md](../results/adam8bit.md) |
+| 8-bit AdamW saves memory and costs nothing | optim.py | moments in a quarter of the memory ([results/adam8bit.md](../results/adam8bit.md)); losses of a whole run differ by 0.002 ([results/tiny](../results/tiny/README.md)) |
 | gradient checkpointing, bfloat16 autocast | `Gemma.forward`, `train` | [benchmarks](../benchmarks/README.md) |
 | PPO with gamma 0.99, lambda 0.95, KL 0.05 takes 31% to 28% | `RECIPES` in train_ppo.py | below |
 | what counts is the number after the first `####` | `extract_answer` in data.py | "flexible", the last number wherever it stands, is reported beside it |
@@ -257,11 +258,11 @@ TAIL = """## What the report says, and where it is here
 ## Socratic answers: a lower loss, and what it says
 
 The report's socratic runs have the lower training loss and the lower accuracy. On the embedded model full fine-tuning's held-out loss is lower too, 0.082 nats a token against main's 0.118 (three seeds), but a
-socratic answer has 51.7 tokens and one of main 36.7: an answer costs 4.3 nats either way. The questions between the steps are
+socratic training answer has 51.7 supervised tokens and one of main 36.7 (the `data` line of each run's plan): an answer costs 4.3 nats either way. The questions between the steps are
 nearly given by what stands before them, so they bring the mean per token down and teach nothing about the numbers. Losses of two kinds of answer cannot be compared by the token; exact match can, and there
 the two do not differ (29.2% and 28.1%). With LoRA socratic's loss is the higher one, 0.415 against 0.315: at that rate not even the form is learnt by the end.
 
-Can cut answers explain the report's 23% against 31%? Of GSM8K's own test answers, in Gemma's tokens with `<eos>`, these shares are longer than a limit:
+Can cut answers explain the report's 23% against 31%? Of GSM8K's own test answers, as `data.encode` makes tokens of them with Gemma 3's tokenizer, these shares are longer than a limit:
 
 | tokens | 128 | 192 | 256 | 320 | 512 |
 |---|---|---|---|---|---|
@@ -271,9 +272,9 @@ Can cut answers explain the report's 23% against 31%? Of GSM8K's own test answer
 Up to 256 tokens a model that is right three times in ten would lose two or three points by it, not eight, and long problems are those it gets wrong anyway; with 128 or 192 it could be all of it. The report
 does not say its limit. Here socratic has 512, nothing of it is cut, and the share that was cut stands beside every score.
 
-## Why the report's PPO fell, and what fixed it
+## The report's PPO, and what holds its settings back
 
-First: 28% after 31%, on 256 problems, may not be a fall at all. One standard error of either figure is 2.9 points; the paired test that would have told is not in the report, and is `evaluate.py --compare` here.
+First: 28% after 31%, on 256 problems, may not be a fall at all. The standard errors of the two are 2.9 and 2.8 points; the paired test that would have told is not in the report, and is `evaluate.py --compare` here.
 
 Then: PPO finds what pays, it does not teach. The embedded model's fine-tuning data are half terse, so that it guesses where it could have worked; PPO finds that showing one's working pays, and goes
 from 28% to 68% (tuned) or 49% (the report's settings) on the 1,319 test problems, where training on worked answers only reaches 76%. The 270M model, of whose sampled answers one in a hundred is right,
@@ -283,14 +284,16 @@ Knob by knob, on three seeds ([the table](../results/tiny/README.md#knob-by-knob
 penalty of 0.05 (+10), gamma 0.99 (+8), the critic's own learning rate (+4). Each has one cause. The reward comes once, at the answer's end; with lambda 0.95 a token forty places before it
 sees 13% of it, and the rest has to come from a critic that has not learnt anything yet. gamma 0.99 takes another third off and makes long answers worth less, when long answers are what pays. What
 the report leaves open matters as much: a value head that starts at random instead of zero costs 9 points (31 with our settings), weights kept in bfloat16 cost 6 to 10, because at these rates
-a step is smaller than the rounding of half the weights and more (51% of them at 1.5e-4, 86% at 5e-5).
+a step is smaller than the rounding of half the weights and more (added to the embedded model's matrices rounded to bfloat16, 1.5e-4 leaves 50% of the entries
+what they were, 5e-5 86%).
 """
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    console.Parser("Write docs/reading.md anew.").parse_args(argv)
     files.replace_file(PAGE, "\n".join(sections()).encode())
     print(f"written to {PAGE}")
 
 
 if __name__ == "__main__":
-    main()
+    console.entry(main)

@@ -1,6 +1,6 @@
 """Line charts as SVG text, for curves of runs: no library, one file that any browser shows.
 
-    page = charts.page([charts.Panel("reward", [("tuned", points), ("seed", points)])], ["tuned", "seed"])
+    page = charts.page([charts.Panel("reward", [("tuned", points), ("report", points)])], ["tuned", "report"])
 
 Points are (x, y) pairs; lines of one name share its colour, so three seeds are three thin lines. The
 colours follow the reader's light or dark theme.

@@ -65,7 +65,7 @@ def load_problems(data: str, split: str, data_dir: str | None = None) -> list[Pr
         name = f"{split}.jsonl" if data == "main" else f"{split}_socratic.jsonl"
         return read_jsonl(hub.data_file(name, data_dir))
     if not data.endswith((".jsonl", ".json")):
-        raise UserError(f"--data {data}: give {', '.join(NAMED)} or a file of your own, named ....jsonl")
+        raise UserError(f"--data {data}: give {', '.join(NAMED)} or a file whose name ends in .jsonl")
     return read_jsonl(Path(data))
 
 
@@ -100,7 +100,7 @@ def read_jsonl(path: Path) -> list[Problem]:
 
 
 def _unscorable(answer: str) -> str | None:
-    """Why nothing could ever be right by this answer, or be misread as right; None if it is sound."""
+    """Why no completion could match this answer, or why a wrong one might; None if it is sound."""
     kept = cut(answer)
     if extract_answer(kept) is None:
         there = "" if kept == answer else f' before "{STOP_TEXT}", where completions are cut off'
@@ -142,6 +142,71 @@ def digest(problems: list[Problem]) -> str:
     return hashlib.sha256(json.dumps(problems).encode()).hexdigest()
 
 
+# ------------------------------------------------------------------------------------- answers
+
+# Commas count only where thousands have them: "1,234" is one number, "3, 5" and "1,5" are two. What
+# may come before the digits shares no character with them, so a long run of spaces costs no more
+# than its length. A minus after a digit is a subtraction: the last number of "10-3" is 3.
+_DIGITS = r"([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+_AFTER_MARKER = re.compile(r"([-$\s]*)" + _DIGITS)  # "#### 72", "####$72", "#### -$72"
+_ANYWHERE = re.compile(r"((?:(?<![0-9])-)?\$?)" + _DIGITS)
+_GOES_ON = re.compile(r"\s*[-+*/^:.,]\s*[0-9(]|[eE][-+]?[0-9]")  # as in "1/2", "5 - 10", "1,5", "1e6"
+TOLERANCE = 1e-6
+STOP_TEXT = "Question:"  # a completion that starts a new question has run past its answer
+
+
+def extract_answer(text: str) -> float | None:
+    """The number right after the first "####" (the report's rule); None without either."""
+    _, marker, rest = text.partition("####")
+    found = _AFTER_MARKER.match(rest) if marker else None
+    return _to_number(*found.groups()) if found else None
+
+
+def last_number(text: str) -> float | None:
+    """The last number anywhere: what the model computed, whether or not it kept to the format."""
+    found = None
+    for found in _ANYWHERE.finditer(text):
+        pass
+    return _to_number(*found.groups()) if found else None
+
+
+def _to_number(prefix: str, digits: str) -> float | None:
+    value = float(digits.replace(",", ""))
+    if math.isinf(value):  # a run of several hundred digits
+        return None
+    return -value if "-" in prefix else value
+
+
+def same_number(a: float | None, b: float | None) -> bool:
+    return a is not None and b is not None and abs(a - b) <= TOLERANCE
+
+
+def cut(completion: str) -> str:
+    """What counts of a completion: up to where it starts asking itself a new question."""
+    return completion.split(STOP_TEXT, 1)[0].strip()
+
+
+def starts_new_question(tokenizer: "Tokenizer", ids: list[int]) -> bool:
+    """Whether the newest of ids complete STOP_TEXT, which may be sampled a character at a time."""
+    return STOP_TEXT in tokenizer.decode(ids[-len(STOP_TEXT) :])
+
+
+def answer_limit(data: str) -> int:
+    """How many tokens an answer may take by default: all but a few of the data's own fit."""
+    limits = {"socratic": 512, "tiny": 128, "tiny-worked": 128, "tiny-socratic": 160}
+    return limits.get(data, 320)
+
+
+def is_correct(completion: str, problem: Problem) -> bool:
+    """Exact match, strict: the report's measure and PPO's default reward."""
+    return same_number(extract_answer(cut(completion)), extract_answer(problem.answer))
+
+
+def is_correct_flexible(completion: str, problem: Problem) -> bool:
+    """The last number counts. Reported beside exact match, never instead of it."""
+    return same_number(last_number(cut(completion)), extract_answer(problem.answer))
+
+
 # ------------------------------------------------------------------------------------ tokenizer
 
 
@@ -168,7 +233,7 @@ class Tokenizer:
         self.start_of_turn_id = self._id("<start_of_turn>")
         self.stop_ids = frozenset({self.eos_id, self.end_of_turn_id} | self._configured_stops())
         if self.pad_id in self.stop_ids:
-            raise UserError(f"{folder}: <pad> is also a stop token; padding would train as an answer")
+            raise UserError(f"{folder}: <pad> is also a stop token: not Gemma's settings")
 
     def _id(self, token: str) -> int:
         found = self._tokenizer.token_to_id(token)
@@ -299,68 +364,3 @@ def micro_batches(rows: list, size: int) -> list[list]:
     """A step's rows in the order drawn, `size` at a time. The loss is normalised over the whole step and
     padding costs nothing (model.py), so the cut changes nothing but rounding."""
     return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
-# ------------------------------------------------------------------------------------- answers
-
-# Commas count only where thousands have them: "1,234" is one number, "3, 5" and "1,5" are two. What
-# may come before the digits shares no character with them, so a long run of spaces costs no more
-# than its length. A minus after a digit is a subtraction: the last number of "10-3" is 3.
-_DIGITS = r"([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
-_AFTER_MARKER = re.compile(r"([-$\s]*)" + _DIGITS)  # "#### 72", "####$72", "#### -$72"
-_ANYWHERE = re.compile(r"((?:(?<![0-9])-)?\$?)" + _DIGITS)
-_GOES_ON = re.compile(r"\s*[-+*/^:.,]\s*[0-9(]|[eE][-+]?[0-9]")  # as in "1/2", "5 - 10", "1,5", "1e6"
-TOLERANCE = 1e-6
-STOP_TEXT = "Question:"  # a completion that starts a new question has run past its answer
-
-
-def extract_answer(text: str) -> float | None:
-    """The number right after the first "####" (the report's rule); None without either."""
-    _, marker, rest = text.partition("####")
-    found = _AFTER_MARKER.match(rest) if marker else None
-    return _to_number(*found.groups()) if found else None
-
-
-def last_number(text: str) -> float | None:
-    """The last number anywhere: what the model computed, whether or not it kept to the format."""
-    found = None
-    for found in _ANYWHERE.finditer(text):
-        pass
-    return _to_number(*found.groups()) if found else None
-
-
-def _to_number(prefix: str, digits: str) -> float | None:
-    value = float(digits.replace(",", ""))
-    if math.isinf(value):  # a run of several hundred digits
-        return None
-    return -value if "-" in prefix else value
-
-
-def same_number(a: float | None, b: float | None) -> bool:
-    return a is not None and b is not None and abs(a - b) <= TOLERANCE
-
-
-def cut(completion: str) -> str:
-    """What counts of a completion: up to where it starts asking itself a new question."""
-    return completion.split(STOP_TEXT, 1)[0].strip()
-
-
-def starts_new_question(tokenizer: Tokenizer, ids: list[int]) -> bool:
-    """Whether the newest of ids complete STOP_TEXT, which may be sampled a character at a time."""
-    return STOP_TEXT in tokenizer.decode(ids[-len(STOP_TEXT) :])
-
-
-def answer_limit(data: str) -> int:
-    """How many tokens an answer may take by default: all but a few of the data's own fit."""
-    limits = {"socratic": 512, "tiny": 128, "tiny-worked": 128, "tiny-socratic": 160}
-    return limits.get(data, 320)
-
-
-def is_correct(completion: str, problem: Problem) -> bool:
-    """Exact match, strict: the report's measure and PPO's default reward."""
-    return same_number(extract_answer(cut(completion)), extract_answer(problem.answer))
-
-
-def is_correct_flexible(completion: str, problem: Problem) -> bool:
-    """The last number counts. Reported beside exact match, never instead of it."""
-    return same_number(last_number(cut(completion)), extract_answer(problem.answer))

@@ -58,7 +58,7 @@ def generate(
     """Complete every prompt (a list of ids), temperature 0 being greedy; in the order given.
 
     A row ends at a stop id, at max_new_tokens, or where is_over(its new ids) says so, which is not
-    a truncation. progress is told the finished rows and the tokens made so far.
+    a truncation. progress is told how many requests are finished and how many tokens have been made.
     """
     device, n = model.device, len(prompts)
     batch = min(batch_size, n)
@@ -68,18 +68,19 @@ def generate(
         uniform = torch.rand(n, max_new_tokens, generator=torch.Generator().manual_seed(seed))
         uniform = uniform.to(device)  # row n, column i: of request n's token i
 
-    waiting = deque(sorted(range(n), key=lambda i: -len(prompts[i])))  # alike lengths prefill alike
-    request = [-1] * batch  # which prompt a slot is working on; -1: none
+    # The longest first, so that like lengths are prefilled together.
+    waiting = deque(sorted(range(n), key=lambda i: -len(prompts[i])))
+    request = [-1] * batch  # which prompt a place is working on; -1: none
     token = torch.zeros(batch, dtype=torch.long, device=device)  # the newest, not yet in the cache
     position = torch.zeros(batch, dtype=torch.long, device=device)  # ... and where it will go
     new: list[list[int]] = [[] for _ in prompts]
     done: dict[int, Completion] = {}
 
-    def numbers(slots: list[int], count: int) -> list[Tensor] | list[None]:
-        """The uniform numbers of the next `count` tokens of these slots, (b,) each."""
+    def numbers(places: list[int], count: int) -> list[Tensor] | list[None]:
+        """The uniform numbers of the next `count` tokens of these places, (b,) each."""
         if not temperature:
             return [None] * count
-        rows = torch.tensor([request[s] for s in slots])
+        rows = torch.tensor([request[s] for s in places])  # -1, idle: the last request's, to no purpose
         first = torch.tensor([len(new[r]) for r in rows])
         columns = (first[:, None] + torch.arange(count)).clamp(max=max_new_tokens - 1)
         return list(uniform[rows[:, None].to(device), columns.to(device)].T)
@@ -88,9 +89,9 @@ def generate(
         logits = model.logits(hidden)  # (b, V)
         return logits.max(-1).indices if u is None else inverse_cdf(logits, temperature, u)
 
-    def take_in(slot: int, ids: list[int]) -> None:
-        """A slot's newest ids; it is freed if its request is over."""
-        r = request[slot]
+    def take_in(place: int, ids: list[int]) -> None:
+        """A place's newest ids; it is freed if its request is over."""
+        r = request[place]
         if r < 0:
             return
         for i in ids:
@@ -98,23 +99,23 @@ def generate(
             over = i in stop_ids or is_over(new[r])
             if over or len(new[r]) == max_new_tokens:
                 done[r] = Completion(new[r], truncated=not over)
-                request[slot] = -1
+                request[place] = -1
                 break  # steps since the last look may have run past the end
 
     with model.packed():
         while len(done) < n:
             free = [s for s in range(len(request)) if request[s] < 0]
             if free and waiting:
-                slots = free[: len(waiting)]
-                for s in slots:
+                places = free[: len(waiting)]
+                for s in places:
                     request[s] = waiting.popleft()
-                lengths = [len(prompts[request[s]]) for s in slots]
-                hidden = _prefill(model, cache, slots, [prompts[request[s]] for s in slots])
-                token[slots] = draw(hidden, numbers(slots, 1)[0])
-                position[slots] = torch.tensor(lengths, device=device)
-                for s, i in zip(slots, token[slots].tolist()):
+                lengths = [len(prompts[request[s]]) for s in places]
+                hidden = _prefill(model, cache, places, [prompts[request[s]] for s in places])
+                token[places] = draw(hidden, numbers(places, 1)[0])
+                position[places] = torch.tensor(lengths, device=device)
+                for s, i in zip(places, token[places].tolist()):
                     take_in(s, [i])
-                continue  # an answer of one token has freed its slot already
+                continue  # an answer of one token has freed its place already
             if not waiting and len(free) >= len(request) / 8:  # the tail: the last rows fill the gaps
                 busy = [s for s in range(len(request)) if request[s] >= 0]
                 behind = [s for s in busy if s >= len(busy)]
@@ -128,7 +129,7 @@ def generate(
                 cache.used = min(longest + ahead, room)
                 hidden = model(token[:, None], positions=position[:, None], cache=cache)  # (b, 1, D)
                 token = draw(hidden[:, 0], u)
-                position = (position + 1).clamp(max=room - 1)  # idle slots run on, but not out
+                position = (position + 1).clamp(max=room - 1)  # idle places run on, but not out
                 drawn.append(token)
             for s, ids in enumerate(torch.stack(drawn, dim=1).tolist()):
                 take_in(s, ids)
@@ -144,7 +145,7 @@ def _prefill(model: Gemma, cache: KVCache, slots: list[int], prompts: list[list[
         n = max(1, PREFILL // max(map(len, prompts)))
         group, rows, slots, prompts = prompts[:n], slots[:n], slots[n:], prompts[n:]
         T = max(map(len, group))
-        ids = torch.tensor([p + [0] * (T - len(p)) for p in group], device=model.device)
+        ids = torch.tensor([p + [0] * (T - len(p)) for p in group], device=model.device)  # any id will do
         own = KVCache(model.config, len(group), T, cache.k.dtype, model.device)
         own.used = T
         hidden = model(ids, cache=own)  # (n, T, D)
@@ -193,7 +194,7 @@ def answer(
     return [Answer(ids, *done, tokenizer.decode(done.ids)) for ids, done in zip(prompts, completions)]
 
 
-def exact_match(
+def answer_and_mark(
     model: Gemma,
     tokenizer: Tokenizer,
     problems: list[Problem],

@@ -48,9 +48,9 @@ def find_model(name: str, weights: bool = True) -> ModelFiles:
     if name == "tiny":
         return ModelFiles(EMBEDDED, None, name)
     folder = Path(os.path.expanduser(name))
-    if name and folder.is_dir():
+    if name and os.path.isdir(folder):  # unlike Path's, never raises: on what it may not look at, say
         return _local_model(folder, weights)
-    if name and folder.exists():
+    if name and os.path.exists(folder):
         raise UserError(f"{name} is a file: give the folder it is in")
     if name.startswith("runs/"):
         raise UserError(f"there is no {name}: train it first, or see what is in runs/")

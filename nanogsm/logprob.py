@@ -46,7 +46,7 @@ class Head(NamedTuple):
         return logits if self.cap is None else self.cap * torch.tanh(logits.float() / self.cap)
 
     def bend(self, logits: Tensor) -> Tensor:
-        """The derivative of capped by raw logits, from the capped ones."""
+        """d capped / d raw logits, from the capped ones."""
         return torch.ones_like(logits) if self.cap is None else 1 - (logits / self.cap) ** 2
 
 
@@ -71,7 +71,8 @@ def token_logprobs(
     """
     where = mask.nonzero(as_tuple=True)
     h, t = hidden[where], targets[where]
-    if block is None:  # in round numbers, which are multiplied faster; as wide as h at least, being copied
+    if block is None:  # a multiple of 1,024, which multiplies faster; at few positions it is the block's own
+        # copy, as wide as h, that bounds it
         block = 1024 * max(1, LOGITS[h.device.type] // max(h.shape) // 1024)
     scores = _Scores.apply(h, head.weight, t, head.cap, temperature, entropy, block)
     full = [torch.zeros(mask.shape, device=hidden.device).index_put(where, s) for s in scores]

@@ -36,29 +36,48 @@ class Matrix(nn.Module):
 
 class LoRALinear(nn.Module):
     """A frozen linear layer plus its low-rank change. The adapter is float32 even on a bfloat16
-    base, because updates of a bfloat16 weight at LoRA's learning rates get lost in rounding."""
+    base, because updates of a bfloat16 weight at LoRA's learning rates get lost in rounding. The
+    layer below may have an adapter itself: folded into its bfloat16 weight, that would be rounded."""
 
-    def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, scale: float):
+    def __init__(self, base: "nn.Linear | LoRALinear", a: Tensor, b: Tensor, scale: float):
         """a (r, in) and b (out, r): the start, drawn or loaded."""
         super().__init__()
         self.base, self.scale = base, scale
         self.lora_A, self.lora_B = Matrix(a.to(base.weight.device)), Matrix(b.to(base.weight.device))
 
+    @property
+    def weight(self) -> Tensor:
+        """W, at the bottom of it all."""
+        return self.base.weight
+
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.lora_A.weight, self.lora_B.weight
-        if not torch.is_autocast_enabled(x.device.type):  # which keeps its copies for the next use
+        if not torch.is_autocast_enabled(x.device.type):  # it casts by itself, and keeps its copies
             a, b = a.to(x.dtype), b.to(x.dtype)
         low = F.linear(x, a) * self.scale  # (.., r): scaled where it is cheap
         return self.base(x) + F.linear(low, b)
 
     def delta(self) -> Tensor:
-        """(out, in) float32: what the adapter adds to the weight."""
-        return self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float()
+        """(out, in) float32: what the adapter, and those below it, add to the weight."""
+        own = self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float()
+        return own + self.base.delta() if isinstance(self.base, LoRALinear) else own
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B) of scale 1 that are this adapter and those below it. Side by side two are one of the
+        sum of their ranks:
+
+            s1 B1 A1 + s2 B2 A2  =  (s1 B1 | s2 B2) (A1 over A2)
+        """
+        a, b = self.lora_A.weight, self.scale * self.lora_B.weight
+        if isinstance(self.base, LoRALinear):
+            below = self.base.factors()
+            a, b = torch.cat((below[0], a)), torch.cat((below[1], b), dim=1)
+        return a, b
 
 
 def add_lora(model: nn.Module, r: int, alpha: float, seed: int = 0) -> list[str]:
-    """Freeze model and put a fresh adapter beside every linear layer of every block; returns the
-    adapted layers' names. (gemma-2b at r 16: 126 layers, 19,611,648 parameters.)"""
+    """Freeze model, adapters that it has included, and put a fresh adapter beside every linear layer of
+    every block; returns the adapted layers' names. (gemma-2b at r 16: 126 layers, 19,611,648 parameters.)"""
     generator = torch.Generator().manual_seed(seed)
     names = [n for n, m in model.named_modules() if n.split(".")[-1] in TARGETS]
     most = max(min(model.get_submodule(name).weight.shape) for name in names)
@@ -68,8 +87,9 @@ def add_lora(model: nn.Module, r: int, alpha: float, seed: int = 0) -> list[str]
     for name in names:
         base = model.get_submodule(name)
         # PEFT's start, Kaiming uniform with a = sqrt(5). Drawn on the CPU: the same on every device.
-        a = (torch.rand(r, base.in_features, generator=generator) * 2 - 1) / math.sqrt(base.in_features)
-        _replace(model, name, LoRALinear(base, a, torch.zeros(base.out_features, r), alpha / r))
+        size_out, size_in = base.weight.shape
+        a = (torch.rand(r, size_in, generator=generator) * 2 - 1) / math.sqrt(size_in)
+        _replace(model, name, LoRALinear(base, a, torch.zeros(size_out, r), alpha / r))
     return names
 
 
@@ -79,41 +99,38 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    """The adapted layers by name; of adapters on top of each other the topmost, which has the others."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    return {name: m for name, m in found.items() if name.rpartition(".")[0] not in found}
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Fold every adapter into its base weight: computed in float32, rounded to the base's dtype
+    """Fold all adapters into their base weights: computed in float32, rounded to the base's dtype
     once. In bfloat16 the rounding is of the size of a small adapter's change: keep the adapter
     where exactness matters."""
     for name, layer in adapters(model).items():
-        weight = layer.base.weight
-        weight.copy_(weight.float() + layer.delta())
-        _replace(model, name, layer.base)
+        layer.weight.copy_(layer.weight.float() + layer.delta())
+        while isinstance(layer, LoRALinear):
+            layer = layer.base
+        _replace(model, name, layer)
 
 
-def save_adapter(model: nn.Module, folder: Path, base_model: str, under: dict | None = None) -> None:
+def save_adapter(model: nn.Module, folder: Path, base_model: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors; the folder is whole or absent
-    (files.py). base_model: what `load_model` finds the base under again.
-
-    under: `adapters` that have been merged into the model's base since. That base is on no disk, so
-    they are written, too, and side by side two adapters are one of the sum of their ranks:
-
-        s1 B1 A1 + s2 B2 A2  =  (s1 B1 | s2 B2) (A1 over A2)
-    """
+    (files.py). base_model: what `load_model` finds the base under again. Adapters on top of each other
+    are written as one."""
     layers = adapters(model)
-    scale = next(iter(layers.values())).scale
-    factors = {name: (m.lora_A.weight, m.lora_B.weight) for name, m in layers.items()}
-    if under:
-        rank = next(iter(under.values())).lora_A.weight.shape[0]
-        for name, (a, b) in factors.items():
-            lower = under.get(name)  # None: PEFT's may leave some layers alone
-            a0 = lower.lora_A.weight if lower else a.new_zeros(rank, a.shape[1])
-            b0 = lower.lora_B.weight * lower.scale if lower else b.new_zeros(b.shape[0], rank)
-            factors[name] = torch.cat((a0, a)), torch.cat((b0, b * scale), dim=1)
-        scale = 1.0
-    r = next(iter(factors.values()))[0].shape[0]
+    first = next(iter(layers.values()))
+    if any(isinstance(layer.base, LoRALinear) for layer in layers.values()):
+        factors, scale = {name: layer.factors() for name, layer in layers.items()}, 1.0
+        r = max(len(a) for a, _ in factors.values())
+        for name, (a, b) in factors.items():  # PEFT's may leave some layers alone; ranks must be equal
+            more = r - len(a)
+            factors[name] = F.pad(a, (0, 0, 0, more)), F.pad(b, (0, more))
+    else:
+        factors = {name: (m.lora_A.weight, m.lora_B.weight) for name, m in layers.items()}
+        r, scale = len(first.lora_A.weight), first.scale
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",  # without it PEFT builds no generate()

@@ -2,14 +2,14 @@
 
 The checkpoint's config.json decides which Gemma is built. Module names are the checkpoint's tensor
 names, so loading is a strict `load_state_dict` with no mapping table. What a reader who knows
-Llama should watch for, each with what goes wrong when it is missed:
+Llama should watch for; with one of them missed everything runs, and the logits are another model's:
 
   all      embeddings times sqrt(hidden_size), the factor rounded to the activations' dtype
            RMSNorm multiplies by (1 + weight), in float32, and rounds last (Llama rounds first)
            GELU in its tanh form gates the MLP, whatever older configs call it
            head_dim is free: heads * head_dim need not equal hidden_size
            the output head is the embedding matrix; no bias anywhere
-  Gemma 2  scores are soft-capped before the mask, which rules out fused attention; logits too
+  Gemma 2  scores are soft-capped before the mask (so no fused attention), and so are the final logits
            local (sliding window) and global layers alternate, starting local
   2 and 3  a norm after attention and MLP as well, before the residual addition
            (`post_attention_layernorm` in Gemma 1 is the norm *before* the MLP: same name, other place)
@@ -99,7 +99,7 @@ def _config_from(raw: dict) -> Config:
     for name, limit in sizes.items():  # first of all: what follows counts up to them
         if type(raw[name]) is not int or not 0 < raw[name] <= limit:
             raise ValueError(f"{name} is {raw[name]!r}")
-    layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
+    layers = raw["num_hidden_layers"]
     unsupported = ["attention_bias", "use_bidirectional_attention"]
     if kind != "gemma2":
         unsupported += ["attn_logit_softcapping", "final_logit_softcapping"]
@@ -133,7 +133,7 @@ def _config_from(raw: dict) -> Config:
         hidden_size=raw["hidden_size"],
         intermediate_size=raw["intermediate_size"],
         num_hidden_layers=layers,
-        num_attention_heads=heads,
+        num_attention_heads=raw["num_attention_heads"],
         num_key_value_heads=raw["num_key_value_heads"],
         head_dim=raw["head_dim"],
         rms_norm_eps=raw["rms_norm_eps"],
@@ -146,19 +146,24 @@ def _config_from(raw: dict) -> Config:
         final_logit_softcapping=raw["final_logit_softcapping"] if kind == "gemma2" else None,
         dtype=getattr(torch, dtype),
     )
+    _check(config)
+    return config
+
+
+def _check(config: Config) -> None:
+    """ValueError for numbers with which the model would fail, or be another one."""
     floats = "rms_norm_eps query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping"
     for name in floats.split():
         value = getattr(config, name)
         if not (_positive(value) or (value is None and name.endswith("capping"))):
             raise ValueError(f"{name} is {value!r}")
-    if heads % config.num_key_value_heads or config.head_dim % 2:
+    if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
         raise ValueError("heads must divide by key/value heads, and head_dim by 2")
     window = config.sliding_window
-    if "sliding_attention" in layer_types and not (type(window) is int and 0 < window < 2**31):
+    if "sliding_attention" in config.layer_types and not (type(window) is int and 0 < window < 2**31):
         raise ValueError(f"there are local layers, and sliding_window is {window!r}")
-    if not set(layer_types) <= config.rope.keys():
+    if not set(config.layer_types) <= config.rope.keys():
         raise ValueError("rope_parameters lack a kind of layer that layer_types names")
-    return config
 
 
 def _positive(value) -> bool:
@@ -192,7 +197,7 @@ def _rope_from(raw: dict) -> dict[str, tuple[float, float]]:
 # Gradient checkpointing. Not reentrant: the other kind needs an input that requires grad, which a frozen
 # embedding's output does not, and then trains nothing. No random state: there is no dropout to repeat.
 FULL = {"use_reentrant": False, "preserve_rng_state": False}
-CHEAP = 128  # a product with an inner size below it is made again rather than kept: LoRA's way up, of r
+CHEAP = 128  # a product with a smaller inner size is made again, not kept: LoRA's with B, of size r
 
 
 def _keep(ctx, op, *args, **kwargs) -> CheckpointPolicy:
@@ -288,7 +293,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
         # so keys and values are read once instead of being copied G times.
         out = F.scaled_dot_product_attention(q.view(B, K, H // K, N), k, v, mask, scale=scale)
         return out.view(B, H, T, N)
-    if K != H:  # a view when K is 1 (Gemma 2B, Gemma 3), a copy otherwise
+    if K != H:  # a view when K is 1 (Gemma 1 2B, Gemma 3 270M and 1B), else a copy
         k = k[:, :, None].expand(-1, -1, H // K, -1, -1).reshape(B, H, -1, N)
         v = v[:, :, None].expand(-1, -1, H // K, -1, -1).reshape(B, H, -1, N)
     if cap is None:
@@ -391,7 +396,8 @@ class KVCache:
         return self.k[layer, :, :, : self.used], self.v[layer, :, :, : self.used]
 
     def keep(self, rows: list[int]) -> None:
-        """Row i becomes what rows[i] was, in place, and others are left behind."""
+        """Keep these rows only, in this order: row i becomes what rows[i] was. Only those that change
+        places are copied; no memory is given back."""
         new = [i for i, r in enumerate(rows) if r != i]
         old = [rows[i] for i in new]
         for x in (self.k, self.v):
@@ -418,13 +424,13 @@ class _Lookup(torch.autograd.Function):
 
 
 class Gemma(nn.Module):
-    """`model(ids) -> hidden` (B, T, D), already final-normed; `model.logits(hidden)` (..., V), capped;
-    `model.head` is what `token_logprobs` takes.
+    """`model(ids, lengths) -> hidden` (B, T, D), already final-normed; `model.logits(hidden)` (..., V),
+    capped; `model.head` is what `token_logprobs` takes.
 
-    Rows are padded on the right: the causal mask then already hides padding from real tokens, and
-    what comes out at padding is nobody's business. `activations` (a dtype, None for the weights')
-    and `checkpointing` are set by the caller: "full" recomputes each block in the backward pass, "light"
-    only what is cheap in it, "none" nothing.
+    Rows are padded on the right. With their lengths padding is left out and comes out as 0; without, the
+    causal mask hides it from real tokens, and what comes out there means nothing. `activations` (a dtype,
+    None for the weights') and `checkpointing` are set by the caller: "full" recomputes each block in the
+    backward pass, "light" only what is cheap in it, "none" nothing.
     """
 
     def __init__(self, config: Config):
@@ -458,8 +464,9 @@ class Gemma(nn.Module):
 
     @contextmanager
     def packed(self) -> Iterator[None]:
-        """Within it a CPU has a second copy of all matrices, packed (see pack), and nothing may be trained.
-        Decoding 32 rows of Gemma 3 270M, products take 0.6 (bfloat16) and 0.4 (float32) of their time."""
+        """Within it a CPU has a second copy of all matrices, packed (see pack). Trap: a change of a weight
+        is not seen in there, and none gets a gradient. For 32 rows of Gemma 3 270M a product takes 0.6
+        (bfloat16) or 0.4 (float32) of its time otherwise."""
         layers = [m for m in self.modules() if isinstance(m, Linear)]
         dtype = self.product_dtype
         try:
@@ -475,8 +482,8 @@ class Gemma(nn.Module):
 
     def compute_in_float32(self) -> None:
         """Whatever the weights' dtype, for machines without bfloat16 arithmetic: the embedding, which
-        is needed all the time, is cast once, and other weights as they are used. These are copied out
-        of the checkpoint's mapped file, or all of it would stay in memory beside them."""
+        is needed all the time, is cast once, and other weights as they are used. All are copied out of the
+        checkpoint's mapped file, or all of it would stay in memory beside them."""
         self.activations = torch.float32
         embedding = self.model.embed_tokens.weight
         for p in self.parameters():
@@ -496,8 +503,8 @@ class Gemma(nn.Module):
         c, (B, T), kinds = self.config, ids.shape, set(self.config.layer_types)
         count = torch.arange(T, device=ids.device)[None]  # (1, T)
         if lengths is not None:
-            real = torch.arange(T) < torch.tensor(lengths)[:, None]  # (B, T)
-            real = real.flatten().nonzero()[:, 0].to(ids.device)  # found on the host: no GPU is waited for
+            is_real = torch.arange(T) < torch.tensor(lengths)[:, None]  # (B, T)
+            real = is_real.flatten().nonzero()[:, 0].to(ids.device)  # found on the host: no GPU is waited for
             ids = ids.flatten()[real][None]  # (1, sum of lengths)
             positions = count.expand(B, T).flatten()[real][None]
             rows = [count[:, :n] for n in lengths]

@@ -72,7 +72,8 @@ class Stage(NamedTuple):
 
 def read_stage(folder: str) -> Stage:
     path, rows = scores.read_rows(folder)
-    run, at = run_of(folder), Path(path).parent
+    at = Path(path).parent
+    run = run_of(str(at))  # an untuned model's evaluation has none
     try:
         figures = json.loads(Path(path).with_suffix(".json").read_text("utf-8"))
         lines = (at / "metrics.jsonl").read_text("utf-8").splitlines() if run else []

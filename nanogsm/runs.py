@@ -4,7 +4,7 @@
         run_args.json     {"args": compared on continuation, "info": versions, digests, hardware,
                            "continued": the info of each continuation that differed}
         metrics.jsonl     a row a step
-        samples.jsonl     prompts with completions and rewards
+        samples.jsonl     questions with answers, of PPO with rewards
         checkpoint/step-N/{tensors.safetensors, state.json, checksums.json}   until the run ends
         summary.json      written last: its presence is what "finished" means
         model/ adapter/   the result; the scripts write it before `finish`
@@ -67,7 +67,7 @@ def is_tiny(model: str) -> bool:
     return model == "tiny" or bool(run and run[1]["args"].get("tiny"))
 
 
-def answer_limit(model: str, of_data: str) -> int:
+def answer_limit_of(model: str, of_data: str) -> int:
     """How many tokens an answer to these data may take by default. The length that the run `model`
     validated with, if that is more: a socratic run answers at length whatever it is asked."""
     run = run_of(model)
@@ -103,7 +103,7 @@ class Run:
     def __init__(self, folder: Path | str, args: dict, info: dict, overwrite: bool = False,
                  may_differ: tuple[str, ...] = ()):  # fmt: skip
         self.folder = Path(folder)
-        self._made_folder, self._new = not self.folder.exists(), False
+        self._made_folder, self._new = not os.path.exists(self.folder), False
         self._logs: dict[str, BinaryIO] = {}
         self.wandb = None
         self._lock = _claim(self.folder)
@@ -179,8 +179,11 @@ class Run:
             import wandb
         except ImportError as error:
             raise UserError("--wandb needs the package: pip install wandb, or leave the flag out") from error
-        self.wandb = wandb.init(project=project, name=self.folder.name, dir=str(self.folder.parent),
-                                config=config)  # fmt: skip
+        try:
+            self.wandb = wandb.init(project=project, name=self.folder.name, dir=str(self.folder.parent),
+                                    config=config)  # fmt: skip
+        except Exception as error:  # of its own kinds: not logged in, not reached, no such project
+            raise UserError(f"--wandb: {error}") from error
 
     def sample(self, row: dict) -> None:
         """Append one row to samples.jsonl."""
@@ -224,7 +227,8 @@ class Run:
     def save_checkpoint(self, step: int, tensors: dict[str, Tensor], state: dict) -> None:
         """Write checkpoint/step-<step>, then delete older ones: a kill leaves one that loads.
 
-        tensors: weights, optimizer moments, RNG states, on any device. state: JSON values; NaN and
+        tensors: weights and optimizer moments, on any device (no random state: every draw is made from
+        seed and step). state: JSON values; NaN and
         infinity survive, but tuples return as lists and keys as strings. Needs room on disk for
         two checkpoints and in memory for one more tensor; SHA-256 takes about a second per GB.
         Raises UserError if the disk is full (the older checkpoint stays). Trap: a step that is
@@ -306,10 +310,10 @@ class Run:
 
 def _read_json(path: Path) -> dict:
     try:
-        obj = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is unreadable ({error}); use --overwrite to start anew") from error
-    if path.name == "run_args.json" and not {"args", "info"} <= set(obj):
+        obj = files.read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; use --overwrite to start anew") from error
+    if path.name == "run_args.json" and not all(isinstance(obj.get(k), dict) for k in ("args", "info")):
         raise UserError(f"{path} is not a run's; use another folder or --overwrite to start anew")
     return obj
 

@@ -9,6 +9,7 @@ import collections
 import json
 import math
 import operator
+import os
 import re
 from pathlib import Path
 from statistics import NormalDist, fmean
@@ -87,12 +88,12 @@ def read_rows(where: str) -> tuple[str, list[dict]]:
     """(path, rows) of an evaluation: a .jsonl file, or of those in a run's folder the one that `rank`
     puts last."""
     path = Path(where)
-    if path.is_dir():
+    if os.path.isdir(path):
         found = sorted(path.glob("eval-*.jsonl"), key=rank)
         if not found:
             raise UserError(f"{where} has no evaluation yet: python evaluate.py --model {where}")
         path = found[-1]
-    elif not path.exists():
+    elif not os.path.exists(path):
         raise UserError(f"there is no {where}: give a run's folder or an eval-....jsonl file")
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

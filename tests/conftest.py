@@ -1,5 +1,7 @@
-"""Shared by all tests: the fixtures' place, and one thread (tiny models lose time to a second)."""
+"""Shared by all tests: the fixtures' place, one thread (tiny models lose time to a second), Python's own
+signal handlers."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,3 +17,14 @@ FIXTURES = Path(__file__).parent / "fixtures"
 def gemma():
     """gemma("gemma3", dtype) -> (model, tokenizer) of a random tiny fixture model."""
     return lambda name="gemma3", dtype=torch.float32: load_model(FIXTURES / name, dtype)
+
+
+@pytest.fixture
+def default_signals():
+    """Python's own handlers, also where pytest was started with SIGINT ignored."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -1,6 +1,6 @@
 """Random harm to our own readers: each input ends in a value or a UserError, soon, or it is a find.
 
-    python tests/fuzz.py                          # a million inputs, about half an hour
+    python tests/fuzz.py                          # a million inputs, ten minutes or more
     python tests/fuzz.py --inputs 20000 --seed 7
     python tests/fuzz.py --replay FILE            # a find again, with its traceback
 

@@ -22,7 +22,7 @@ LOGPROB, GENERATE, OPTIM, SFT = (
 TESTS = {
     PPO: "test_ppo", DATA: "test_data", MODEL: "test_model", LORA: "test_lora", LOGPROB: "test_logprob",
     GENERATE: "test_generate", OPTIM: "test_optim", SFT: "test_sft", "nanogsm/scores.py": "test_scores",
-    "nanogsm/runs.py": "test_runs", "nanogsm/files.py": "test_hub", "nanogsm/tiny/problems.py": "test_tiny_problems",
+    "nanogsm/runs.py": "test_runs", "nanogsm/files.py": "test_files", "nanogsm/tiny/problems.py": "test_tiny_problems",
 }  # fmt: skip
 
 # name, file, the text (there once), what stands there instead

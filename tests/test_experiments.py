@@ -22,11 +22,11 @@ def test_pairing_counts_what_was_fixed_and_broken():
 
 def test_every_row_of_the_ablation_is_a_command_that_parses():
     rows = ppo_ablation.rows()
-    assert {"seed", "tuned", "seed, but tuned's gamma", "tuned, but a separate critic"} <= rows.keys()
+    assert {"report", "tuned", "report, but tuned's gamma", "tuned, but a separate critic"} <= rows.keys()
     for row, (flags, _) in rows.items():
         args = train_ppo.parse_args(["--tiny", *flags])
         assert args.recipe == row.split(",")[0]
-    assert train_ppo.parse_args(["--tiny", *rows["seed, but tuned's gamma"][0]]).gamma == 1.0
+    assert train_ppo.parse_args(["--tiny", *rows["report, but tuned's gamma"][0]]).gamma == 1.0
 
 
 def test_the_table_pairs_rows_with_their_recipe_seed_by_seed(capsys):
@@ -35,15 +35,15 @@ def test_the_table_pairs_rows_with_their_recipe_seed_by_seed(capsys):
                 "kl_sequence": 1.0, "response_tokens": 40}  # fmt: skip
 
     ppo_ablation.table([
-        result("seed", 0, 0.40), result("seed", 1, 0.50), result("seed, but x", 0, 0.44),
-        result("seed, but x", 1, 0.56), result("seed, but y", 0, 0.41), result("seed, but y", 1, 0.55),
-        result("seed, but z", 0, 0.40), result("seed, but z", 1, 0.50),
+        result("report", 0, 0.40), result("report", 1, 0.50), result("report, but x", 0, 0.44),
+        result("report, but x", 1, 0.56), result("report, but y", 0, 0.41), result("report, but y", 1, 0.55),
+        result("report, but z", 0, 0.40), result("report, but z", 1, 0.50),
     ])  # fmt: skip
     # Differences of 4 and 6 points, 1 and 5: variances 2 and 8, pooled 5; 1.96 sqrt(5 / 2) = 3.1.
     table = capsys.readouterr().out
-    assert "| seed, but x | 50.0 | +5.0 ± 3.1 |" in table
-    assert "| seed, but y | 48.0 | +3.0 ± 3.1 |" in table
-    assert "| seed, but z | 45.0 | the same |" in table
+    assert "| report, but x | 50.0 | +5.0 ± 3.1 |" in table
+    assert "| report, but y | 48.0 | +3.0 ± 3.1 |" in table
+    assert "| report, but z | 45.0 | the same |" in table
 
 
 def test_finished_rows_of_the_same_setting_are_not_run_again(tmp_path, monkeypatch, capsys):

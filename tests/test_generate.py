@@ -143,7 +143,7 @@ def test_sampling_under_bfloat16_autocast_runs(gemma):
 def test_exact_match_rows_are_in_the_order_of_the_problems(gemma):
     model, tokenizer = gemma("gemma3")
     problems = [Problem(f"{'How ' * i}many?", f"#### {i}", 10 + i) for i in range(4)]
-    rows = g.exact_match(model, tokenizer, problems, Prompt(), 3, 2, 1.0, samples=2)
+    rows = g.answer_and_mark(model, tokenizer, problems, Prompt(), 3, 2, 1.0, samples=2)
     assert [r["index"] for r in rows] == [10, 10, 11, 11, 12, 12, 13, 13]
     assert [r["gold"] for r in rows] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert all(r["tokens"] <= 3 and r["truncated"] == (r["tokens"] == 3) for r in rows)
@@ -156,6 +156,6 @@ def test_exact_match_ends_a_completion_that_starts_a_new_question(gemma, monkeyp
     steps = iter(said)
     one_hot = lambda i: torch.nn.functional.one_hot(torch.tensor([i]), 384).float()  # noqa: E731
     monkeypatch.setattr(model, "logits", lambda hidden: one_hot(next(steps)))
-    row = g.exact_match(model, tokenizer, [Problem("?", "#### 7", 0)], Prompt(), 99)[0]
+    row = g.answer_and_mark(model, tokenizer, [Problem("?", "#### 7", 0)], Prompt(), 99)[0]
     assert row["correct"] and row["flexible"] and not row["truncated"]
     assert row["tokens"] < len(said) and row["completion"].endswith("Question:")

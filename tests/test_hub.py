@@ -20,7 +20,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
-from nanogsm import UserError, files, hub
+from nanogsm import UserError, hub
 
 
 @pytest.fixture(autouse=True)
@@ -607,54 +607,3 @@ def test_full_disk_is_said_and_leaves_nothing(tmp_path, small_file, monkeypatch)
         text = message(hub.data_file, "train.jsonl")
     assert "No space left" in text and "NANOGSM_CACHE" in text
     assert os.listdir(tmp_path / "cache") == []
-
-
-@pytest.mark.parametrize("failing", [1, 2])
-def test_a_folder_that_cannot_be_replaced_is_what_it_was(tmp_path, monkeypatch, failing):
-    """Two renames, the older aside and the newer in: whichever fails, the older stands."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "weights").write_text("old")
-    rename, calls = Path.rename, []
-
-    def fails(self, to):
-        calls.append(self)
-        if len(calls) == failing:
-            raise KeyboardInterrupt
-        return rename(self, to)
-
-    monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(KeyboardInterrupt), files.replaced_folder(tmp_path / "model") as beside:
-        (beside / "weights").write_text("new")
-    assert (tmp_path / "model" / "weights").read_text() == "old" and os.listdir(tmp_path) == ["model"]
-
-
-def test_a_folder_set_aside_by_a_killed_attempt_is_put_back(tmp_path):
-    (tmp_path / "model.old").mkdir()
-    (tmp_path / "model.old" / "weights").write_text("old")
-    with pytest.raises(KeyboardInterrupt), files.replaced_folder(tmp_path / "model"):
-        raise KeyboardInterrupt
-    assert (tmp_path / "model" / "weights").read_text() == "old" and os.listdir(tmp_path) == ["model"]
-    with files.replaced_folder(tmp_path / "model") as beside:
-        (beside / "weights").write_text("new")
-    assert (tmp_path / "model" / "weights").read_text() == "new" and os.listdir(tmp_path) == ["model"]
-
-
-def test_atomic_write_keeps_the_old_file_until_the_new_is_whole(tmp_path, monkeypatch):
-    path, seen, replace = tmp_path / "f", [], os.replace
-    path.write_bytes(b"old")
-
-    def watch(source, target):
-        seen.append((Path(source).parent, Path(source).read_bytes(), path.read_bytes()))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", watch)
-    files.replace_file(path, b"new", shared=True)
-    assert seen == [(tmp_path, b"new", b"old")] and path.read_bytes() == b"new"
-
-    def interrupt(source, target):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        files.replace_file(path, b"newer", shared=True)
-    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["f"]

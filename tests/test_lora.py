@@ -186,24 +186,38 @@ def test_an_adapter_that_lacks_layers_it_names_is_refused(gemma, tmp_path):
 
 
 @pytest.mark.parametrize("left_alone", ["", "self_attn"])
-def test_two_adapters_written_as_one_are_their_sum(gemma, tmp_path, left_alone):
-    """A second adapter on merged weights; the lower one may be on some layers only."""
+def test_an_adapter_on_an_adapter_is_their_sum(gemma, tmp_path, left_alone):
+    """In the forward pass, written as one, merged. The lower one may be on some layers only."""
     model, _ = gemma("gemma3")
     lora.add_lora(model, 3, 5.0, seed=1)
     randomise(model)
     for name, layer in lora.adapters(model).items():
         if left_alone and left_alone in name:
             lora._replace(model, name, layer.base)
-    under = lora.adapters(model)
-    lora.merge(model)
-    lora.add_lora(model, 4, 2.0, seed=2)
+    lower = set(lora.adapters(model))
+    names = lora.add_lora(model, 4, 2.0, seed=2)
     randomise(model)
-    lora.save_adapter(model, tmp_path / "a", "base", under)
+    assert list(lora.adapters(model)) == names  # each once, by the name of the layer
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(
+        4 * sum(layer.weight.shape) for layer in lora.adapters(model).values()
+    )
+    by_hand, _ = gemma("gemma3")
+    for name, layer in lora.adapters(model).items():
+        change = 2.0 / 4 * layer.lora_B.weight @ layer.lora_A.weight
+        if name in lower:
+            change += 5.0 / 3 * layer.base.lora_B.weight @ layer.base.lora_A.weight
+        by_hand.get_submodule(name).weight.data += change
+    expected = logits(by_hand)
+    assert (logits(model) - expected).abs().max() <= 1e-4
+    assert (expected - logits(gemma("gemma3")[0])).abs().max() > 0.05  # they do something
+
+    lora.save_adapter(model, tmp_path / "a", "base")
     loaded, _ = gemma("gemma3")
     lora.load_adapter(loaded, tmp_path / "a")
     assert {layer.lora_A.weight.shape[0] for layer in lora.adapters(loaded).values()} == {7}
-    assert (logits(loaded) - logits(model)).abs().max() <= 1e-4  # one side is merged
-    assert (logits(loaded) - logits(gemma("gemma3")[0])).abs().max() > 0.05  # they do something
+    assert (logits(loaded) - expected).abs().max() <= 1e-4
+    lora.merge(model)
+    assert not lora.adapters(model) and (logits(model) - expected).abs().max() <= 1e-4
 
 
 def test_a_rank_that_no_matrix_has_is_refused(gemma):

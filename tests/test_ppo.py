@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 
 import pytest
 import torch
@@ -322,7 +323,7 @@ def test_the_reference_is_what_the_actor_was_and_stays_so(gemma):
         figures = train_ppo.update(models, rollout, optimizers_of(models), args, PLAIN, step=5)
         after = dict(models.reference.named_parameters())
         assert before.keys() == after.keys() and all(torch.equal(p, after[n]) for n, p in before.items())
-        assert figures["updates"] == 2 * 2 and figures["first_ratio"] == 0
+        assert figures["updates"] == 2 * 2 and figures["first_ratio_error"] == 0
         _, figures = train_ppo.assess(models, answers(), 0, args, PLAIN)
         assert figures["kl"] > 1e-4
 
@@ -693,9 +694,10 @@ def test_the_result_is_a_run_folder_that_evaluates_and_loads(flags, rewarding, t
     varied = next(row for row in rows if row["reward_std"])  # else the variance explained is undefined
     for name in ("reward", "exact_match", "kl", "kl_sequence", "approx_kl", "entropy", "policy_loss",
                  "value_loss", "clipped", "value_clipped", "explained_variance", "grad_norm",
-                 "response_tokens", "truncated", "worked", "moved", "tokens", "first_ratio"):  # fmt: skip
+                 "response_tokens", "truncated", "worked", "moved", "tokens",
+                 "first_ratio_error"):  # fmt: skip
         assert math.isfinite(varied[name]), name
-    assert rows[0]["first_ratio"] == 0 and rows[0]["kl"] == 0 and rows[0]["moved"] > 0.9
+    assert rows[0]["first_ratio_error"] == 0 and rows[0]["kl"] == 0 and rows[0]["moved"] > 0.9
 
 
 def test_lora_from_an_adapter_starts_at_its_merged_weights(flags, rewarding, tmp_path):
@@ -716,6 +718,27 @@ def test_lora_from_an_adapter_starts_at_its_merged_weights(flags, rewarding, tmp
     with torch.no_grad():
         start, end = base.logits(base(ids)), model.logits(model(ids))
     assert 0 < (start - end).abs().max() < 0.5 * start.abs().max()
+
+
+def test_a_small_adapter_to_start_from_is_not_rounded_away(flags, tmp_path, monkeypatch):
+    """Folded into a bfloat16 base a change below half its last bit would be gone, and PPO would start
+    somewhere else than where fine-tuning ended and evaluation measures."""
+    base, _ = load_model(FIXTURES / "gemma3", torch.bfloat16)
+    add_lora(base, 4, 8.0)
+    for i, layer in enumerate(adapters(base).values()):
+        layer.lora_B.weight.data = 0.002 * noise(*layer.lora_B.weight.shape, seed=i)
+    save_adapter(base, tmp_path / "sft" / "adapter", str(FIXTURES / "gemma3"))
+    started = []
+    monkeypatch.setattr(train_ppo, "build", lambda base, args: started.append(base) or sys.exit())
+    argv = [*flags, "--lora", "--init", str(tmp_path / "sft"), "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit):
+        train_ppo.main([*argv, "--precision", "bf16"])
+    ids = torch.randint(7, 300, (2, 9))
+    logits = lambda model: model.logits(model(ids)).float()  # noqa: E731
+    with torch.no_grad():
+        tuned, start = logits(load_model(tmp_path / "sft", torch.bfloat16)[0]), logits(started[0])
+        merged = logits(load_model(tmp_path / "sft", torch.bfloat16, merge=True)[0])
+    assert torch.equal(start, tuned) and not torch.equal(merged, tuned)
 
 
 def test_a_missing_start_says_what_to_do_first(tmp_path, monkeypatch):
@@ -807,12 +830,12 @@ def test_problems_come_in_fresh_permutations_without_a_gap():
 def test_health_is_said_in_words():
     args = argparse.Namespace(critic_warmup=0)
     good = {
-        "first_ratio": 0.0, "truncated": 0.0, "kl_sequence": 1.0, "clipped": 0.01, "step": 9,
+        "first_ratio_error": 0.0, "truncated": 0.0, "kl_sequence": 1.0, "clipped": 0.01, "step": 9,
         "explained_variance": 0.2, "entropy": 0.3, "reward": 0.4, "reward_std": 0.5, "moved": 1.0,
     }  # fmt: skip
     assert train_ppo.health(good, args) == []
     bad = [
-        ("first_ratio", 0.1, "ratio"), ("truncated", 0.5, "cut"), ("clipped", 0.4, "clip"),
+        ("first_ratio_error", 0.1, "ratio"), ("truncated", 0.5, "cut"), ("clipped", 0.4, "clip"),
         ("kl_sequence", 99.0, "nats"), ("explained_variance", -3.0, "critic"),
         ("entropy", 0.0, "explore"), ("reward_std", 0.0, "every reward"), ("moved", 0.01, "moved"),
     ]  # fmt: skip

@@ -28,12 +28,12 @@ def trainer_examples():
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("checkpointing", ["none", "light"])
-def test_twenty_steps_equal_those_of_trainer_and_peft(gemma, method, checkpointing):
+def test_twenty_steps_equal_those_of_trainer_and_peft(gemma, method, checkpointing, tmp_path):
     record = json.loads((FIXTURES / f"trainer/{method}_losses.json").read_text())
     model, tokenizer = gemma("gemma3")
     model.checkpointing = checkpointing
     if method == "lora":
-        lora.load_adapter(model, adapter_folder("lora_init"))
+        lora.load_adapter(model, adapter_folder(tmp_path, "lora_init"))
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = AdamW(trained, lr=1e-3, bits=32)
     examples = trainer_examples()
@@ -52,12 +52,8 @@ def test_twenty_steps_equal_those_of_trainer_and_peft(gemma, method, checkpointi
         assert (model.logits(model(final["ids"])) - final["logits"]).abs().max() <= 1e-4
 
 
-def adapter_folder(name):
-    """One of the trainer fixture's adapters as a folder in peft's layout."""
-    import tempfile
-    from pathlib import Path
-
-    folder = Path(tempfile.mkdtemp())
+def adapter_folder(folder, name):
+    """One of the trainer fixture's adapters, copied into folder in peft's layout."""
     shutil.copy(FIXTURES / "gemma3_peft/adapter_config.json", folder)
     shutil.copy(FIXTURES / f"trainer/{name}.safetensors", folder / "adapter_model.safetensors")
     return folder
@@ -262,7 +258,7 @@ def test_a_stop_during_validation_saves_and_continues_exactly(problems, tmp_path
             stop.append(s)
             yield s
 
-    exact_match = train_sft.generate.exact_match
+    original = train_sft.generate.answer_and_mark
     seen = []
 
     def interrupted(*args, progress, **kw):
@@ -270,12 +266,12 @@ def test_a_stop_during_validation_saves_and_continues_exactly(problems, tmp_path
         if len(seen) == 1 + at // 2:  # validations are at 0, 2, 4, 6
             stop[-1].requested = signal.SIGTERM
             progress(0, 0)
-        return exact_match(*args, progress=progress, **kw)
+        return original(*args, progress=progress, **kw)
 
     monkeypatch.setattr(train_sft.console, "graceful_stop", stoppable)
-    monkeypatch.setattr(train_sft.generate, "exact_match", interrupted)
+    monkeypatch.setattr(train_sft.generate, "answer_and_mark", interrupted)
     assert train_sft.main([*argv, "--out", str(tmp_path / "cut")]) == 143
-    monkeypatch.setattr(train_sft.generate, "exact_match", exact_match)
+    monkeypatch.setattr(train_sft.generate, "answer_and_mark", original)
     assert train_sft.main([*argv, "--out", str(tmp_path / "cut")]) == 0
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
@@ -285,7 +281,7 @@ def test_a_stop_during_validation_saves_and_continues_exactly(problems, tmp_path
 def test_keep_best_keeps_the_weights_of_the_best_validation(problems, tmp_path, monkeypatch):
     scores = iter([0.25, 0.25, 0.75, 0.5])  # at steps 0, 2, 4 and 6; a tie goes by the loss
     rows = lambda *a, **k: [{"correct": next(scores), "truncated": False}]  # noqa: E731
-    monkeypatch.setattr(train_sft.generate, "exact_match", rows)
+    monkeypatch.setattr(train_sft.generate, "answer_and_mark", rows)
     seen = {}
     real = lora.save_adapter
 
@@ -350,7 +346,7 @@ def test_dry_run_needs_no_weights_and_writes_nothing(problems, tmp_path, capsys)
         (["--device", "cuda:x"], "--device cuda:x"),
         (["--seed", str(10**14)], "--seed"),
         (["--model", "no/such/folder"], "no such folder"),
-        (["--data", "grade-school"], "main, socratic, .* or a file of your own"),
+        (["--data", "grade-school"], "main, socratic, .* or a file whose name ends in .jsonl"),
     ],
 )
 def test_bad_flags_are_named(problems, flags, says, tmp_path):

@@ -44,6 +44,21 @@ def test_the_rows_are_the_reports_and_ours():
     assert all(row.against in study.BY_NAME for row in study.ROWS if row.against)
 
 
+def test_an_evaluation_on_another_number_of_problems_is_not_taken_for_the_one_asked_for():
+    """1319 begins as 131 and 13 do; what follows the number after a dash says how, not on how many."""
+    row, folder = study.BY_NAME["untuned"], Path("s/untuned")
+    folder.mkdir(parents=True)
+
+    def found(n: int) -> Path | None:
+        return study.evaluation(row, study.parse_args(["--tiny", "--n", str(n), "--out", "s"]))
+
+    whole, shortened = folder / "eval-test-1319.json", folder / "eval-test-13-max64.json"
+    whole.write_text("{}")
+    assert [found(n) for n in (13, 131, 1319)] == [None, None, whole]
+    shortened.write_text("{}")
+    assert [found(n) for n in (13, 131, 1319)] == [shortened, None, whole]
+
+
 @pytest.fixture
 def faked(monkeypatch):
     """The scripts do what a table by their flags says, in no time: status and whether they write."""

@@ -197,8 +197,8 @@ def test_tiny_sets_model_data_rates_and_folder_and_a_flag_still_wins():
     args = train_sft.parse_args(["--tiny", *flags])
     assert (args.data, args.lr, args.micro_batch) == ("tiny-socratic", 3e-4, 4)
     assert args.out == "runs/tiny/sft-lora-socratic"
-    seed, tuned = train_sft.RECIPES["seed"], train_sft.TINY_RECIPES["seed"]
-    ratio = {method: tuned["lr"][method] / seed["lr"][method] for method in ("full", "lora")}
+    rates, tiny_rates = train_sft.RECIPES["report"]["lr"], train_sft.TINY_RECIPES["report"]["lr"]
+    ratio = {method: tiny_rates[method] / rates[method] for method in ("full", "lora")}
     assert math.isclose(ratio["full"], ratio["lora"])
 
 
@@ -256,3 +256,7 @@ def test_tiny_trains_and_is_evaluated_as_a_newcomer_would(tmp_path, monkeypatch,
     capsys.readouterr()
     evaluate.main(["--model", "runs/tiny/sft-lora-main", "--ask", TRAIN[0].question, "--device", "cpu"])
     assert capsys.readouterr().out.startswith(("The", TRAIN[0].question.split()[0], "Each", "Altogether"))
+    page = (hub.EMBEDDED.parents[2] / "README.md").read_text("utf-8")
+    snippet = re.search(r"```python\n(from nanogsm import.*?)```", page, re.DOTALL)
+    exec(snippet[1], {})
+    assert capsys.readouterr().out.endswith((".0\n", "None\n"))

@@ -1,0 +1,1 @@
+"""What the READMEs' figures are measured with: python -m benchmarks.NAME."""

@@ -1,0 +1,72 @@
+"""What files.py writes is whole or absent, whichever of its steps fails: the older one stands until then."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from nanogsm import files
+
+
+def test_atomic_write_keeps_the_old_file_until_the_new_is_whole(tmp_path, monkeypatch):
+    path, seen, replace = tmp_path / "f", [], os.replace
+    path.write_bytes(b"old")
+
+    def watch(source, target):
+        seen.append((Path(source).parent, Path(source).read_bytes(), path.read_bytes()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watch)
+    files.replace_file(path, b"new", shared=True)
+    assert seen == [(tmp_path, b"new", b"old")] and path.read_bytes() == b"new"
+
+    def interrupt(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        files.replace_file(path, b"newer", shared=True)
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["f"]
+
+
+def test_json_is_atomic_and_valid_without_nan(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    files.write_json(path, {"a": float("nan"), "b": [float("-inf"), 1.5, (True,)], "c": "\ud800é"})
+    assert json.loads(path.read_text()) == {"a": None, "b": [None, 1.5, [True]], "c": "\ud800é"}
+    with pytest.raises(TypeError):
+        files.write_json(path, {"bad": object()})
+    monkeypatch.setattr(os, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        files.write_json(path, {})
+    assert "b" in json.loads(path.read_text()) and os.listdir(tmp_path) == ["x.json"]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_folder_that_cannot_be_replaced_is_what_it_was(tmp_path, monkeypatch, failing):
+    """Two renames, the older aside and the newer in: whichever fails, the older stands."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("old")
+    rename, calls = Path.rename, []
+
+    def fails(self, to):
+        calls.append(self)
+        if len(calls) == failing:
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(KeyboardInterrupt), files.replaced_folder(tmp_path / "model") as beside:
+        (beside / "weights").write_text("new")
+    assert (tmp_path / "model" / "weights").read_text() == "old" and os.listdir(tmp_path) == ["model"]
+
+
+def test_a_folder_set_aside_by_a_killed_attempt_is_put_back(tmp_path):
+    (tmp_path / "model.old").mkdir()
+    (tmp_path / "model.old" / "weights").write_text("old")
+    with pytest.raises(KeyboardInterrupt), files.replaced_folder(tmp_path / "model"):
+        raise KeyboardInterrupt
+    assert (tmp_path / "model" / "weights").read_text() == "old" and os.listdir(tmp_path) == ["model"]
+    with files.replaced_folder(tmp_path / "model") as beside:
+        (beside / "weights").write_text("new")
+    assert (tmp_path / "model" / "weights").read_text() == "new" and os.listdir(tmp_path) == ["model"]
