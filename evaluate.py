@@ -127,6 +127,12 @@ def choose_problems(args: argparse.Namespace) -> list[data.Problem]:
 def refuse_early(args: argparse.Namespace, folder: Path, name: str) -> None:
     """UserError now, not when the work is done, if its result could not be written or would replace
     another's."""
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a name that is too long, say
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
     there = next(f for f in (folder, *folder.absolute().parents) if os.path.exists(f))
     if not os.path.isdir(there) or not os.access(there, os.W_OK):
         raise UserError(f"cannot write to {folder}: {there} is no folder, or a read-only one")

@@ -100,7 +100,8 @@ def test_a_misspelt_flag_is_one_line(script, place):
     "script, argv, says",
     [
         (train_sft, ["--merge"], "--merge goes with --lora"),
-        (train_sft, ["--keep", "best", "--val-examples", "0"], "--keep best needs"),
+        (train_sft, ["--keep", "best", "--val-examples", "2"], "--keep best needs --val-every"),
+        (train_sft, ["--keep", "best", "--val-every", "1", "--val-examples", "0"], "nothing to choose by"),
         (train_sft, ["--min-lr", "1", "--lr", "0.1"], "--min-lr"),
         (train_sft, ["--val-examples", "8"], "--val-examples 8 of 8"),
         (train_sft, ["--max-seq-length", "5"], "every example is longer than --max-seq-length 5"),
@@ -127,7 +128,8 @@ def test_flags_that_contradict_each_other_or_the_data(script, argv, says, place)
     "model, says",
     [
         ("no/such/folder", "no such folder"),
-        ("", "no such folder"),
+        ("", "no such folder: ''"),  # $RUN, never set: not the default model
+        ("x" * 300, "no such folder"),
         ("runs/sft-lora-mine", "train it first|PPO starts from"),
         ("a/model-nobody-has", "HF_HUB_OFFLINE"),
         ("../good.jsonl", "is a file"),

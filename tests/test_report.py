@@ -96,6 +96,11 @@ def test_curves_are_drawn_of_what_there_is(two):
     assert report.curves_section([stages[0]._replace(metrics=[])]) == ""
 
 
+def test_an_evaluation_named_by_its_file_has_its_runs_curves_too(two):
+    by_folder, by_file = report.read_stage(two[1]), report.read_stage(f"{two[1]}/eval-test-4.jsonl")
+    assert by_file == by_folder and by_file.metrics and by_file.args["kl_coef"]
+
+
 def test_what_cannot_be_reported_is_said(two, tmp_path):
     with pytest.raises(UserError, match="no evaluation yet"):
         (tmp_path / "bare").mkdir()

@@ -510,6 +510,13 @@ def test_metrics_go_to_wandb_too_and_its_absence_is_said(tmp_path, monkeypatch):
         run.start_wandb("mine", {"lr": 1.0})
         run.finish({})
     assert said[-1] == 0
+
+    def refuse(**given):
+        raise RuntimeError("not logged in\nrun wandb login")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse))
+    with Run(tmp_path / "other", {"a": 1}, {}) as run, pytest.raises(UserError, match="--wandb: not logged"):
+        run.start_wandb("mine", {})
     monkeypatch.setitem(sys.modules, "wandb", None)
     with Run(tmp_path / "other", {"a": 1}, {}) as run, pytest.raises(UserError, match="pip install wandb"):
         run.start_wandb("mine", {})

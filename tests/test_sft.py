@@ -189,6 +189,31 @@ def test_a_finished_run_is_reported_and_other_arguments_are_refused(problems, tm
     assert metrics(tmp_path / "run") != before
 
 
+def test_the_split_of_a_step_may_change_on_the_way_and_its_size_may_not(problems, tmp_path, monkeypatch):
+    """After running out of memory: half the micro-batch, twice the accumulation, the same result."""
+    argv = [*problems, "--optim", "adamw", "--save-every", "1", "--micro-batch"]
+    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    assert train_sft.main([*argv, "4", "--accumulation", "1", "--out", whole]) == 0
+
+    def dies(step, *rest):
+        if step == 3:
+            raise RuntimeError("killed")
+        return cosine_with_min_lr(step, *rest)
+
+    monkeypatch.setattr(train_sft, "cosine_with_min_lr", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        train_sft.main([*argv, "4", "--accumulation", "1", "--out", cut])
+    monkeypatch.setattr(train_sft, "cosine_with_min_lr", cosine_with_min_lr)
+    with pytest.raises(UserError, match=r"\(examples_a_step was 4, now 8\)"):
+        train_sft.main([*argv, "4", "--accumulation", "2", "--out", cut])
+    assert train_sft.main([*argv, "2", "--accumulation", "2", "--out", cut]) == 0
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    start = dict(load_model(FIXTURES / "gemma3")[0].named_parameters())
+    for name in a:
+        moved = (a[name] - start[name]).abs().max()
+        assert (a[name] - b[name]).abs().max() <= 0.01 * moved and moved > 0
+
+
 def test_changed_data_is_not_continued(problems, tmp_path):
     argv = [*problems, "--lora", "--out", str(tmp_path / "run")]
     train_sft.main(argv)

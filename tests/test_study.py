@@ -128,6 +128,26 @@ def test_what_cannot_be_run_is_said_and_the_rest_goes_on(faked, capsys):
     assert "| LoRA, socratic | 11.0% | not run: the weights are gated |" in Path("s/study.md").read_text()
 
 
+def test_flags_that_no_study_can_use_are_refused_at_once(faked, tmp_path):
+    ran, _ = faked
+    (tmp_path / "file").write_text("")
+    for flags, says in (
+        (["--eval=--samples 4 --temperature 0.7"], "leave out --samples"),
+        (["--sft=--lr '1"], "--sft=.*quotation"),
+    ):
+        with pytest.raises(UserError, match=says):
+            study.main(["--tiny", *flags])
+    assert not ran
+
+
+def test_a_folder_that_cannot_be_is_one_line(faked, tmp_path):
+    _, ends = faked
+    ends[""] = 2  # every row fails by itself
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file cannot be the study's folder"):
+        study.main(["--tiny", "--out", "file"])
+
+
 def test_without_its_start_ppo_is_not_run(faked):
     ran, ends = faked
     ends |= {"full-main": 2}
