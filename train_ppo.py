@@ -94,7 +94,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # data
     p.add_argument("--data", default="main", help="main, socratic or a .jsonl file of your own")
     console.add_data_dir_flag(p)
-    p.add_argument("--max-new-tokens", type=int, help="longest answer (320; socratic 512; tiny's 128)")
+    p.add_argument("--max-new-tokens", type=int, help="longest answer (320; socratic 512; tiny 128, its "
+                   "socratic 160)")  # fmt: skip
     # rollouts
     add("--steps", int, "rollouts with their updates")
     add("--rollouts", int, "answers sampled a step")
@@ -362,7 +363,6 @@ class Rollout(NamedTuple):
     lengths: list[int]  # (N,), without padding
     mask: Tensor  # (N, T - 1), as are all that follow
     logp: Tensor  # by the actor as it was when it sampled
-    ref_logp: Tensor
     values: Tensor
     advantages: Tensor
     returns: Tensor
@@ -461,7 +461,7 @@ def assess(models: Models, rows: list[dict], pad_id: int, args, autocast) -> tup
     }
     indices = [row["example"].index for row in rows]
     whitened = whiten(advantages, mask)
-    return Rollout(ids, lengths, mask, logp, ref_logp, values, whitened, returns, updates, indices), figures
+    return Rollout(ids, lengths, mask, logp, values, whitened, returns, updates, indices), figures
 
 
 # ------------------------------------------------------------------------------------- the update

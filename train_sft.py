@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--keep", choices=("last", "best"), default="last", help="weights to save: the last, "
                    "or those of the best validation")  # fmt: skip
     p.add_argument("--max-new-tokens", type=int, help="of a validation answer (320; socratic 512; "
-                   "tiny's own problems 128)")  # fmt: skip
+                   "tiny 128, its socratic 160)")  # fmt: skip
     # the run
     p.add_argument("--seed", type=int, default=0, help="of the order of examples and the adapters (0)")
     p.add_argument("--out", help="run folder (default runs/sft-{full,lora}-{data}; runs/tiny/sft-...)")

@@ -1,15 +1,15 @@
 """What PPO did on the embedded model: a table of test scores before and after, and the curves.
 
     for s in 0 1 2; do
-        d=runs/tiny/study-$s
+        d=runs/tiny/curves-$s
         python train_sft.py --tiny --seed $s --out $d/sft
         python evaluate.py --model $d/sft
         for r in report tuned; do
-            python train_ppo.py --tiny --seed $s --recipe $r --init $d/sft --out $d/$r
+            python train_ppo.py --tiny --seed $s --recipe $r --init $d/sft --val-every 2 --out $d/$r
             python evaluate.py --model $d/$r
         done
     done
-    python -m benchmarks.ppo_curves runs/tiny/study-{0,1,2} --out results/tiny/ppo
+    python -m benchmarks.ppo_curves runs/tiny/curves-{0,1,2} --out results/tiny/ppo
 
 writes results/tiny/ppo.json (before, after, exact paired test, curves) and results/tiny/ppo.svg.
 """
