@@ -80,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         """A flag whose value comes from the recipe; its help says which."""
         name = flag.strip("-").replace("-", "_")
         values = [str(recipe[name]).strip("{}").replace("'", "") for recipe in shown.values()]
-        said = values[0] if values[0] == values[1] else f"seed {values[0]}; tuned {values[1]}"
+        said = values[0] if values[0] == values[1] else f"report {values[0]}; tuned {values[1]}"
         p.add_argument(flag, type=kind, help=f"{text} ({said})", **kw)
 
     p.add_argument("--recipe", choices=RECIPES, default="report", help="where unset values come from")

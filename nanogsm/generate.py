@@ -137,13 +137,13 @@ def generate(
     return [done[i] for i in range(n)]
 
 
-def _prefill(model: Gemma, cache: KVCache, slots: list[int], prompts: list[list[int]]) -> Tensor:
-    """Run whole prompts, alike lengths side by side, into their slots of the cache, PREFILL tokens at
+def _prefill(model: Gemma, cache: KVCache, places: list[int], prompts: list[list[int]]) -> Tensor:
+    """Run whole prompts, alike lengths side by side, into their places in the cache, PREFILL tokens at
     a time (less padding, and bounded activations); the last tokens' hidden states (b, D)."""
     last = []
-    while slots:
+    while places:
         n = max(1, PREFILL // max(map(len, prompts)))
-        group, rows, slots, prompts = prompts[:n], slots[:n], slots[n:], prompts[n:]
+        group, rows, places, prompts = prompts[:n], places[:n], places[n:], prompts[n:]
         T = max(map(len, group))
         ids = torch.tensor([p + [0] * (T - len(p)) for p in group], device=model.device)  # any id will do
         own = KVCache(model.config, len(group), T, cache.k.dtype, model.device)
