@@ -33,8 +33,9 @@ TINY_RECIPES = {
     "report": {"lr": {"full": 1e-3, "lora": 1e-3}, "min_lr_share": 0.1, "warmup": 0.0},
     "tuned": {"lr": {"full": 2e-3, "lora": 1e-2}, "min_lr_share": 0.1, "warmup": 0.03},
 }
-DEFAULTS = {"model": "google/gemma-2b-it", "micro_batch": 8, "accumulation": 2, "checkpointing": "light"}
-TINY_DEFAULTS = {"model": "tiny", "micro_batch": 16, "accumulation": 1, "checkpointing": "none"}
+DEFAULTS = {"model": "google/gemma-2b-it", "micro_batch": 8, "accumulation": 2, "checkpointing": "light",
+            "lora_r": 16, "lora_alpha": 32.0}  # fmt: skip
+TINY_DEFAULTS = DEFAULTS | {"model": "tiny", "micro_batch": 16, "accumulation": 1, "checkpointing": "none"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,8 +45,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     console.add_tiny_flag(p)
     p.add_argument("--model", help="Hub id, folder or run to start from (google/gemma-2b-it; tiny)")
     p.add_argument("--lora", action="store_true", help="train adapters on a frozen base")
-    p.add_argument("--lora-r", type=int, default=16, help="rank of the adapters")
-    p.add_argument("--lora-alpha", type=float, default=32.0, help="their change is scaled by alpha/r")
+    p.add_argument("--lora-r", type=int, help="rank of the adapters (16)")
+    p.add_argument("--lora-alpha", type=float, help="their change is scaled by alpha/r (32)")
     p.add_argument("--merge", action="store_true", help="also save base and adapters as one model/")
     # data
     p.add_argument("--data", default="main", help="main, socratic or a .jsonl file of your own (--tiny: "
@@ -93,6 +94,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def fill_in(args: argparse.Namespace) -> None:
     """What was not given, from the recipe and the machine."""
+    for name in ("lora_r", "lora_alpha"):
+        if getattr(args, name) is not None and not args.lora:
+            raise UserError(f"--{name.replace('_', '-')} goes with --lora")
     args.tiny = args.tiny or bool(args.model and runs.is_tiny(args.model))
     for name, value in (TINY_DEFAULTS if args.tiny else DEFAULTS).items():
         if getattr(args, name) is None:

@@ -209,8 +209,9 @@ class Run:
             elif was != now:
                 changed.append(f"{name} was {was}, now {now}")
         if changed:
+            more = f"; and {len(changed) - 6} more" if len(changed) > 6 else ""  # another script's run
             raise UserError(
-                f"{self.folder} was started with other arguments ({'; '.join(changed)}): "
+                f"{self.folder} was started with other arguments ({'; '.join(changed[:6])}{more}): "
                 "give the old ones to continue, another run folder, or --overwrite to start anew"
             )
         seen = record.get("continued") or [record["info"]]

@@ -88,7 +88,8 @@ def test_the_numeric_flags_are_found():
 
 @pytest.mark.parametrize("script, flag, value", NUMBERS, ids=lambda v: getattr(v, "__name__", str(v)[:9]))
 def test_absurd_numbers_are_refused_by_name(script, flag, value, place):
-    refused(script, [*usual(script, place), flag, value], flag)
+    adapters = ["--lora"] * (script is train_sft and flag.startswith("--lora"))
+    refused(script, [*usual(script, place), *adapters, flag, value], f"{flag}(:| is)")
 
 
 @SCRIPTS
@@ -100,6 +101,7 @@ def test_a_misspelt_flag_is_one_line(script, place):
     "script, argv, says",
     [
         (train_sft, ["--merge"], "--merge goes with --lora"),
+        (train_sft, ["--lora-r", "8"], "--lora-r goes with --lora"),
         (train_sft, ["--keep", "best", "--val-examples", "2"], "--keep best needs --val-every"),
         (train_sft, ["--keep", "best", "--val-every", "1", "--val-examples", "0"], "nothing to choose by"),
         (train_sft, ["--min-lr", "1", "--lr", "0.1"], "--min-lr"),

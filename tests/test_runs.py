@@ -376,6 +376,8 @@ def test_other_arguments_are_refused_by_name_with_both_values(tmp_path):
     assert json.loads((tmp_path / "r/run_args.json").read_text())["args"]["save_every"] == 5
     with pytest.raises(UserError, match="steps was 8, now true"):
         open_run(tmp_path / "r", ARGS | {"steps": True, "save_every": 5})
+    with pytest.raises(UserError, match=r"f5 was absent, now 5; and 3 more\)"):  # another script's
+        open_run(tmp_path / "r", {**ARGS, **{f"f{i}": i for i in range(9)}, "save_every": 5})
 
 
 def test_true_one_and_one_point_zero_are_different_arguments(tmp_path):
