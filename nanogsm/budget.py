@@ -47,11 +47,11 @@ def activation_bytes(c: Config, tokens: int, frozen: bool, bf16: bool, checkpoin
     return c.num_hidden_layers * each + block
 
 
-def head_bytes(c: Config, tokens: int, device: str) -> int:
-    """Bytes of a block's logits, what becomes of them and a copy of its rows; and of the derivatives by the
-    hidden states."""
-    logits = LOGITS[device.partition(":")[0]]
-    return 14 * min(logits, max(tokens, c.hidden_size) * c.vocab_size) + 12 * tokens * c.hidden_size
+def head_bytes(c: Config, tokens: int, device: str, entropy: bool = False) -> int:
+    """Bytes of a block's logits, what becomes of them (with their entropy more) and a copy of its rows; and
+    of the derivatives by the hidden states."""
+    logits = min(LOGITS[device.partition(":")[0]], max(tokens, c.hidden_size) * c.vocab_size)
+    return (20 if entropy else 14) * logits + (18 if entropy else 12) * tokens * c.hidden_size
 
 
 def moments_bytes(shapes: Iterable[tuple[int, ...]], optim: str) -> int:
