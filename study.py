@@ -1,6 +1,6 @@
 """The report's whole study, and ours beside it, in one command: train, evaluate, compare, tabulate.
 
-    python study.py --tiny                       # the embedded model: half an hour on two cores
+    python study.py --tiny                       # the embedded model: a quarter of an hour on one core
     python study.py                              # google/gemma-2b-it on GSM8K, one GPU
     python study.py --model PATH --data-dir DIR --sft="--max-examples 1024" --rows untuned full-main
 

@@ -1,6 +1,6 @@
 """Supervised fine-tuning of Gemma on GSM8K: full weights, or LoRA adapters with --lora.
 
-    python train_sft.py --tiny --lora                # the embedded model, two minutes anywhere
+    python train_sft.py --tiny --lora                # the embedded model, a minute or two anywhere
     python train_sft.py --lora                       # google/gemma-2b-it, runs/sft-lora-main
     python train_sft.py --data socratic              # full fine-tuning, runs/sft-full-socratic
     python train_sft.py --model PATH --dry-run       # parameters, memory, steps; loads no weights

@@ -248,8 +248,8 @@ TAIL = """## What the report says, and where it is here
 
 | the report | here | what we measured |
 |---|---|---|
-| full SFT 31%, LoRA 20%, at one learning rate | `RECIPES` in train_sft.py | on the embedded model LoRA is 11 points behind at full fine-tuning's rate, 5 at ten times that rate (and a warm-up): a good half of the gap |
-| socratic answers score lower than main ones (23 and 11) | `--data socratic` | not on the embedded model (+1.1 and +0.4 points, within the noise); on real Gemma not run, as the training file was not to be had; [below](#socratic-answers-a-lower-loss-and-what-it-says) |
+| full SFT 31%, LoRA 20%, at one learning rate | `RECIPES` in train_sft.py | on the embedded model LoRA is 11 points behind at full fine-tuning's rate, 4 at ten times that rate (and a warm-up): two thirds of the gap |
+| socratic answers score lower than main ones (23 and 11) | `--data socratic` | not on the embedded model (+1.0 and +0.4 points, within the noise); on real Gemma not run, as the training file was not to be had; [below](#socratic-answers-a-lower-loss-and-what-it-says) |
 | 8-bit AdamW saves memory and costs nothing | optim.py | moments in a quarter of the memory ([results/adam8bit.md](../results/adam8bit.md)); losses of a whole run differ by 0.002 ([results/tiny](../results/tiny/README.md)) |
 | gradient checkpointing, bfloat16 autocast | `Gemma.forward`, `train` | [benchmarks](../benchmarks/README.md) |
 | PPO with gamma 0.99, lambda 0.95, KL 0.05 takes 31% to 28% | `RECIPES` in train_ppo.py | below |
@@ -260,7 +260,7 @@ TAIL = """## What the report says, and where it is here
 The report's socratic runs have the lower training loss and the lower accuracy. On the embedded model full fine-tuning's held-out loss is lower too, 0.082 nats a token against main's 0.118 (three seeds), but a
 socratic training answer has 51.7 supervised tokens and one of main 36.7 (the `data` line of each run's plan): an answer costs 4.3 nats either way. The questions between the steps are
 nearly given by what stands before them, so they bring the mean per token down and teach nothing about the numbers. Losses of two kinds of answer cannot be compared by the token; exact match can, and there
-the two do not differ (29.2% and 28.1%). With LoRA socratic's loss is the higher one, 0.415 against 0.315: at that rate not even the form is learnt by the end.
+the two do not differ (29.0% and 28.0%). With LoRA socratic's loss is the higher one, 0.415 against 0.315: at that rate not even the form is learnt by the end.
 
 Can cut answers explain the report's 23% against 31%? Of GSM8K's own test answers, as `data.encode` makes tokens of them with Gemma 3's tokenizer, these shares are longer than a limit:
 
@@ -277,7 +277,7 @@ does not say its limit. Here socratic has 512, nothing of it is cut, and the sha
 First: 28% after 31%, on 256 problems, may not be a fall at all. The standard errors of the two are 2.9 and 2.8 points; the paired test that would have told is not in the report, and is `evaluate.py --compare` here.
 
 Then: PPO finds what pays, it does not teach. The embedded model's fine-tuning data are half terse, so that it guesses where it could have worked; PPO finds that showing one's working pays, and goes
-from 28% to 68% (tuned) or 49% (the report's settings) on the 1,319 test problems, where training on worked answers only reaches 76%. The 270M model, of whose sampled answers one in a hundred is right,
+from 28% to 67% (tuned) or 52% (the report's settings) on the 1,319 test problems, where training on worked answers only reaches 76%. The 270M model, of whose sampled answers one in a hundred is right,
 gains nothing: where every answer earns the same, whitening blows up the KL penalty's noise to a full step, and nothing is learnt from it.
 
 Knob by knob, on three seeds ([the table](../results/tiny/README.md#knob-by-knob)): the report's settings are held back, in this order, by lambda 0.95 (+13 points in five steps when it is 1), a KL
