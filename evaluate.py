@@ -24,7 +24,7 @@ import torch
 from nanogsm import UserError, console, data, files, generate, hub
 from nanogsm.model import load_model
 from nanogsm.runs import answer_limit_of, held_out_by, is_tiny, run_of
-from nanogsm.scores import paired, read_rows, summarise
+from nanogsm.scores import by_problem, in_common, paired, read_rows, summarise
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -105,8 +105,8 @@ def resolve(args: argparse.Namespace) -> tuple[data.Prompt, Path, str]:
         parts.append(f"{args.samples}x-t{args.temperature:g}-seed{args.seed}")
     if args.max_new_tokens:
         parts.append(f"max{args.max_new_tokens}")
-    runs = "runs/tiny" if args.tiny else "runs"
-    untuned = f"{runs}/eval-{args.model.strip('/').replace('/', '--')}-{tag}"
+    place = "runs/tiny" if args.tiny else "runs"
+    untuned = f"{place}/eval-{args.model.strip('/').replace('/', '--')}-{tag}"
     return prompt, Path(args.out or (run[0] if run else untuned)), "-".join(parts)
 
 
@@ -139,17 +139,18 @@ def refuse_early(args: argparse.Namespace, folder: Path, name: str) -> None:
     if os.path.exists(folder / f"{name}.json"):
         run = run_of(args.model)
         own = run and run[0] == folder  # a run's results stand in it, wherever it has been moved to
-        compared = ("data", "precision") if own else ("model", "data", "precision")
+        compared = ["data", "precision", "data_sha256"] + ["model"] * (not own)
         for what, was in files.read_json(folder / f"{name}.json").items():
             if what in compared and not files.same_place(was, getattr(args, what)):
-                raise UserError(f"{folder / name}.json is of {what} {was}, this is "
-                                f"{getattr(args, what)}: choose another --out")  # fmt: skip
+                change = f"of {what} {was}, this is {getattr(args, what)}"
+                change = f"of what {args.data} was before it changed" if what == "data_sha256" else change
+                raise UserError(f"{folder / name}.json is {change}: choose another --out")
 
 
 def evaluate(args: argparse.Namespace) -> int:
     hub.find_model(args.model, weights=False)  # a misspelt name is said before any data are fetched
     problems = choose_problems(args)
-    args.n = len(problems)
+    args.n, args.data_sha256 = len(problems), data.digest(problems)
     prompt, folder, name = resolve(args)
     refuse_early(args, folder, name)
     limit = args.max_new_tokens or answer_limit_of(args.model, args.data)
@@ -180,6 +181,7 @@ def evaluate(args: argparse.Namespace) -> int:
         "peak_memory": console.peak_memory(args.device),
         "model": args.model,
         "data": args.data,
+        "data_sha256": args.data_sha256,
         "split": args.split,
         "indices": [p.index for p in problems],
         "prompt": prompt._asdict(),
@@ -224,7 +226,7 @@ def print_figures(f: dict) -> None:
 def ask(args: argparse.Namespace) -> int:
     prompt, _, _ = resolve(args)
     model, tokenizer = load_for_inference(args)
-    if args.tiny:
+    if args.tiny and args.data in data.GENERATED:
         words = lambda text: re.findall("[A-Za-z]+", text)  # noqa: E731
         known = {w for p in data.load_problems("tiny", "train") for w in words(p.question)}
         if unknown := dict.fromkeys(w for w in words(args.ask) if w not in known):
@@ -246,15 +248,10 @@ def compare(args: argparse.Namespace) -> int:
     """Paired comparison on the problems both evaluations have: the table, the exact test, and every
     problem that went from right to wrong or back, in full."""
     (path_a, rows_a), (path_b, rows_b) = map(read_rows, args.compare)
-    a, b = ({row["index"]: row for row in rows} for rows in (rows_a, rows_b))
-    if len(a) < len(rows_a) or len(b) < len(rows_b):
-        raise UserError("several samples a problem: compare greedy evaluations")
-    common = sorted(a.keys() & b.keys())
+    a, b = by_problem(path_a, rows_a), by_problem(path_b, rows_b)
+    common = in_common(path_a, a, path_b, b)
     if not common:
         raise UserError(f"{path_a} and {path_b} have no problem in common")
-    differ = [i for i in common if any(a[i][k] != b[i][k] for k in ("question", "gold"))]
-    if differ:
-        raise UserError(f"the two are about different problems: {differ[:5]} are not the same")
     pair = paired(a, b)
     for title, indices in (("fixed: B right where A was wrong", pair["fixed"]),
                            ("regressed: A right where B is wrong", pair["broken"])):  # fmt: skip

@@ -26,7 +26,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from nanogsm import UserError, console, files, report
-from nanogsm.scores import KINDS, kind_of, paired, read_rows
+from nanogsm.scores import KINDS, by_problem, kind_of, paired, read_rows
 
 HERE = Path(__file__).parent
 
@@ -166,7 +166,7 @@ def training_figures(folder: Path) -> dict:
 
 def answers(evaluation: Path) -> dict[int, dict]:
     """Problem -> row, beside the figures in `evaluation`."""
-    return {row["index"]: row for row in read_rows(str(evaluation.with_suffix(".jsonl")))[1]}
+    return by_problem(*read_rows(str(evaluation.with_suffix(".jsonl"))))
 
 
 def figures(args: argparse.Namespace, failed: dict[str, str]) -> list[dict]:

@@ -648,14 +648,16 @@ def main(argv: list[str] | None = None) -> int:
                  "answers_an_update": args.micro_batch * args.accumulation}  # fmt: skip
     info = console.environment() | {"prompt": prompt._asdict(), "base": str(found.base)}
     # What takes less memory may change on the way: of the two factors of an update their product counts.
+    # And a file may move: what is in it counts.
     may_differ = ("save_every", "data_dir", "device", "wandb", "checkpointing", "micro_batch",
-                  "accumulation", "rollout_batch")  # fmt: skip
+                  "accumulation", "rollout_batch", "data")  # fmt: skip
     with runs.Run(args.out, settings, info, args.overwrite, may_differ) as run:
         if run.finished:
             print(run.already_finished())
         elif status := train(args, run, found, prompt, problems, held_out):
             return status
-    print(f"the result is in {args.out}; next: python evaluate.py --model {args.out}")
+    own = " --split validation" * (args.data not in data.NAMED and bool(held_out))
+    print(f"the result is in {args.out}; next: python evaluate.py --model {args.out}{own}")
     return 0
 
 
@@ -789,9 +791,9 @@ def train(args, run, found, prompt, problems, held_out) -> int:
 
 
 def preview(row: dict) -> str:
-    """One answer for the console, indented."""
+    """One of a step's sampled answers for the console, indented."""
     text = f"{row['question']}\n{row['completion'].strip()}\n-> reward {row['score']:g}"
-    return "\n".join("    " + line for line in text.split("\n"))
+    return "\n".join(["a sampled answer:", *("    " + line for line in text.split("\n"))])
 
 
 if __name__ == "__main__":

@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.max_examples:
         problems = data.subset(problems, args.max_examples)
     examples = encode_all(tokenizer, problems, prompt, args.max_seq_length)
-    validation = encode_all(tokenizer, held_out, prompt, args.max_seq_length)
+    held_out_examples = encode_all(tokenizer, held_out, prompt, args.max_seq_length)
     size = args.micro_batch * args.accumulation
     steps = math.ceil(len(examples) / size) * args.epochs
     print_plan(args, config, examples, held_out, steps)
@@ -260,25 +260,27 @@ def main(argv: list[str] | None = None) -> int:
     settings["data_sha256"] = data.digest(problems + held_out)
     settings |= {"model_sha256": hub.fingerprint(found), "examples_a_step": size}
     info = console.environment() | {"prompt": prompt._asdict(), "base": str(found.base)}
-    # What takes less memory may change on the way: of the two factors of a step their product counts.
+    # What takes less memory may change on the way: of the two factors of a step their product counts. And
+    # a file may move: what is in it counts.
     may_differ = ("save_every", "data_dir", "device", "merge", "wandb", "checkpointing", "micro_batch",
-                  "accumulation")  # fmt: skip
+                  "accumulation", "data")  # fmt: skip
     with runs.Run(args.out, settings, info, args.overwrite, may_differ) as run:
         if run.finished:
             print(run.already_finished())
         else:
-            status = train(args, run, found, prompt, examples, size, steps, validation, held_out)
+            status = train(args, run, found, prompt, examples, size, steps, held_out_examples, held_out)
             if status:
                 return status
         if args.merge and not (run.folder / "model").exists():
             merged, tokenizer = load_model(found._replace(adapter=run.folder / "adapter"), merge=True)
             save_model(merged, tokenizer, run.folder / "model")
             print(f"merged into {run.folder / 'model'}")
-    print(f"the result is in {args.out}; next: python evaluate.py --model {args.out}")
+    own = " --split validation" * (args.data not in data.NAMED and bool(held_out))
+    print(f"the result is in {args.out}; next: python evaluate.py --model {args.out}{own}")
     return 0
 
 
-def train(args, run, found, prompt, examples, size, steps, validation, held_out) -> int:
+def train(args, run, found, prompt, examples, size, steps, held_out_examples, held_out) -> int:
     """Train from scratch or from the last checkpoint to the end; 0, or the status of a stop."""
     bf16 = args.precision == "bf16"
     kind = torch.device(args.device).type  # "cuda:1" is a place, "cuda" a kind
@@ -330,7 +332,7 @@ def train(args, run, found, prompt, examples, size, steps, validation, held_out)
             run.sample({"step": step} | row)
         return {
             "step": step,
-            "val_loss": mean_loss(model, validation, args.micro_batch, tokenizer.pad_id, autocast),
+            "val_loss": mean_loss(model, held_out_examples, args.micro_batch, tokenizer.pad_id, autocast),
             "val_exact_match": sum(r["correct"] for r in rows) / len(rows),
             "val_truncated": sum(r["truncated"] for r in rows) / len(rows),
         }

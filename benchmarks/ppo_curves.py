@@ -40,7 +40,7 @@ def answers(run: Path) -> dict[int, dict]:
     found = sorted(run.glob("eval-test-*.jsonl"))
     if len(found) != 1:
         raise UserError(f"{run} has {len(found)} evaluations, not 1: python evaluate.py --model {run}")
-    return {row["index"]: row for row in scores.read_rows(str(found[0]))[1]}
+    return scores.by_problem(*scores.read_rows(str(found[0])))
 
 
 def before_and_after(before: dict[int, dict], after: dict[int, dict]) -> dict:

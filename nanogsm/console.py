@@ -216,7 +216,7 @@ class Help(argparse.HelpFormatter):
     """--help with the defaults that say something."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        says_nothing = action.default in (None, False, 0, "auto", argparse.SUPPRESS)
+        says_nothing = action.default in (None, False, 0, "", "auto", argparse.SUPPRESS)
         return (action.help or "") + ("" if says_nothing else " (%(default)s)")
 
 

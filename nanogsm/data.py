@@ -86,9 +86,9 @@ def read_jsonl(path: Path) -> list[Problem]:
             question, answer = row["question"].strip(), row["answer"].strip()
             (question + answer).encode()  # half a surrogate pair is JSON, but not text
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise UserError(
-                f'{path} line {number}: not a JSON object with "question" and "answer" texts (one a line)'
-            ) from e
+            missing = f"; {e} is missing" if isinstance(e, KeyError) else ""
+            wanted = 'a JSON object with "question" and "answer" texts, one a line'
+            raise UserError(f"{path} line {number}: not {wanted}{missing}") from e
         if not question:
             raise UserError(f"{path} line {number}: the question is empty")
         if fault := _unscorable(answer):

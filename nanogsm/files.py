@@ -112,12 +112,17 @@ def same_place(a: str | None, b: str | None) -> bool:
     return os.path.abspath(str(a)) == os.path.abspath(str(b))
 
 
+def one_line(error: BaseException) -> str:
+    """What an error of somebody else's says, on one line and not without end."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def read_json(path: Path) -> dict:
     """The JSON object in a file; UserError if there is none."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object")
     return value

@@ -191,10 +191,6 @@ def _offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def _snapshot(repo: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -226,7 +222,7 @@ def _hub_problem(repo: str, error: BaseException) -> str | None:
     """
     from huggingface_hub import errors
 
-    chain, one_line = [error], _one_line(error)
+    chain, one_line = [error], files.one_line(error)
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
 
@@ -351,7 +347,7 @@ def _download(name: str, want: DataFile, tried: list[str]) -> bytes | None:
             data = _fetch(url + name, want.bytes)
             problem = _problem(data, want)
         except (OSError, HTTPException) as error:
-            problem = _one_line(error)
+            problem = files.one_line(error)
         if problem is None:
             return data
         tried.append(f"{url.split('/')[2]}: {problem}")

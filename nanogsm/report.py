@@ -82,11 +82,9 @@ def read_stage(folder: str) -> Stage:
         scores.kind_of(rows[0])
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"cannot report on {folder}: {error!r}; evaluate it again") from error
-    if len({row["index"] for row in rows}) < len(rows):
-        raise UserError(f"{path} has several samples a problem: report on greedy evaluations")
     probes = sorted(at.glob("eval-probes*.jsonl"))
     probes = scores.read_rows(str(probes[-1]))[1] if probes else []
-    by_problem = {row["index"]: row for row in rows}
+    by_problem = scores.by_problem(path, rows)
     return Stage(at.name, path, figures, by_problem, probes, metrics, run[1]["args"] if run else {})
 
 
@@ -240,6 +238,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--out", help="the page (default: report.html beside the last of them)")
     args = p.parse_args(argv)
     stages = [read_stage(folder) for folder in args.runs]
+    for before, stage in [*zip(stages, stages[1:]), *((stages[0], stage) for stage in stages[2:])]:
+        scores.in_common(before.path, before.rows, stage.path, stage.rows)  # not of different problems
     out = Path(args.out) if args.out else Path(args.runs[-1]).resolve().parent / "report.html"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -279,6 +279,8 @@ class Run:
         """
         steps = self._steps()
         if self.finished or not steps:
+            if not (self._new or self.finished):
+                print(f"{self.folder} has no checkpoint yet: from the start once more")
             return None
         folder = self.folder / "checkpoint" / f"step-{steps[-1]}"
         older = f"delete {folder} to continue from step {steps[-2]}, or " if steps[1:] else ""

@@ -1,6 +1,6 @@
 """What evaluations say: figures with intervals, paired differences, kinds of mistakes.
 
-An evaluation is the rows that `generate.exact_match` makes, one a completion, as evaluate.py writes
+An evaluation is the rows that `generate.answer_and_mark` makes, one a completion, as evaluate.py writes
 them to eval-*.jsonl beside their figures in eval-*.json.
 """
 
@@ -32,6 +32,25 @@ def mcnemar(only_a: int, only_b: int) -> float:
     under that hypothesis each is a fair coin's toss (McNemar 1947, binomial form)."""
     n, k = only_a + only_b, min(only_a, only_b)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+
+
+def by_problem(path: str, rows: list[dict]) -> dict[int, dict]:
+    """{index of the problem: row}. UserError if one was answered several times."""
+    found = {row["index"]: row for row in rows}
+    if len(found) < len(rows):
+        raise UserError(f"{path} has several samples a problem: compare greedy evaluations")
+    return found
+
+
+def in_common(path_a: str, a: dict[int, dict], path_b: str, b: dict[int, dict]) -> list[int]:
+    """The problems that both evaluations have, in order. UserError if there are any that only share their
+    index, as those of two data files do."""
+    common = sorted(a.keys() & b.keys())
+    differ = [i for i in common if any(a[i][k] != b[i][k] for k in ("question", "gold"))]
+    if differ:
+        raise UserError(f"{path_a} and {path_b} are about different problems (number {differ[0]}, to begin "
+                        "with): give two eval-....jsonl files about the same ones")  # fmt: skip
+    return common
 
 
 def paired(a: dict[int, dict], b: dict[int, dict]) -> dict:
@@ -88,6 +107,8 @@ def read_rows(where: str) -> tuple[str, list[dict]]:
     """(path, rows) of an evaluation: a .jsonl file, or of those in a run's folder the one that `rank`
     puts last."""
     path = Path(where)
+    if path.suffix == ".json":  # the figures, beside which the rows are
+        path = path.with_suffix(".jsonl")
     if os.path.isdir(path):
         found = sorted(path.glob("eval-*.jsonl"), key=rank)
         if not found:
@@ -102,7 +123,8 @@ def read_rows(where: str) -> tuple[str, list[dict]]:
             if wrong := [k for k, kind in kinds.items() if not isinstance(row[k], kind)]:
                 raise ValueError(f"a row's {wrong[0]} is {row[wrong[0]]!r}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UserError(f"cannot read an evaluation from {path}: {e}") from e
+        problem = f"a row has no {e}" if isinstance(e, KeyError) else str(e)
+        raise UserError(f"cannot read an evaluation from {path}: {problem}") from e
     return str(path), rows
 
 

@@ -584,6 +584,12 @@ def test_a_line_that_is_no_problem_is_named_by_number(tmp_path, bad):
         read_jsonl(path)
 
 
+def test_a_misspelt_field_is_named(tmp_path):
+    path = write(tmp_path, '{"question": "1?", "answr": "#### 1"}\n')
+    with pytest.raises(UserError, match="one a line; 'answer' is missing"):
+        read_jsonl(path)
+
+
 def test_a_whole_surrogate_pair_is_a_character(tmp_path):
     path = write(tmp_path, r'{"question": "\ud83c\udf4e?", "answer": "#### 1"}')
     assert read_jsonl(path)[0].question == "\U0001f34e?"

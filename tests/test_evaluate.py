@@ -410,6 +410,16 @@ def test_a_result_of_another_model_data_or_precision_is_not_overwritten(mine, tm
     assert json.loads(path.read_text())[what] == was
 
 
+def test_a_result_of_a_file_that_has_changed_is_not_overwritten(mine, tmp_path):
+    assert evaluate.main(flags(mine, out=tmp_path / "out")) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    lines = Path(mine).read_text().splitlines()
+    Path(mine).write_text("\n".join([lines[0].replace("?", "??", 1), *lines[1:]]))
+    with pytest.raises(UserError, match="is of what .* was before it changed: choose another --out"):
+        evaluate.main(flags(mine, out=tmp_path / "out"))
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
 @pytest.mark.parametrize("damaged", ['{"mo', "[1]"])
 def test_a_damaged_earlier_result_is_one_line(mine, tmp_path, damaged):
     (tmp_path / "out").mkdir()
@@ -556,13 +566,14 @@ def test_a_line_separator_inside_a_completion_ends_no_row(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
     assert read_rows(str(path)) == (str(path), [row])
+    assert read_rows(str(path.with_suffix(".json"))) == (str(path), [row])  # the figures' file, named instead
 
 
 def test_compare_refuses_what_cannot_be_paired(tmp_path):
     good = write_rows(tmp_path / "good.jsonl", [result(1, True), result(2, True)])
     asked = result(2, True) | {"question": "What else?"}
     other = write_rows(tmp_path / "other.jsonl", [result(1, True), asked])
-    with pytest.raises(UserError, match=r"different problems: \[2\] are not"):
+    with pytest.raises(UserError, match=r"good\.jsonl and .*other\.jsonl are about different problems"):
         main(["--compare", good, other])
     apart = write_rows(tmp_path / "apart.jsonl", [result(7, True)])
     with pytest.raises(UserError, match="no problem in common"):
@@ -593,7 +604,7 @@ def test_compare_names_a_field_that_is_missing(tmp_path, key):
     del row[key]
     bad = write_rows(tmp_path / "bad.jsonl", [result(1, True), row])
     for pair in ([good, bad], [bad, good]):
-        with pytest.raises(UserError, match=f"cannot read an evaluation from .*bad.jsonl: '{key}'"):
+        with pytest.raises(UserError, match=f"an evaluation from .*bad.jsonl: a row has no '{key}'"):
             main(["--compare", *pair])
 
 

@@ -69,7 +69,7 @@ def test_whitening_by_update_gives_each_update_mean_0_and_variance_1(monkeypatch
     mask = torch.rand(6, 7) < 0.7
     advantages = torch.where(mask, 3 + 2 * torch.randn(6, 7), 0.0)
     updates = [[slice(0, 2), slice(2, 3)], [slice(3, 6)]]
-    rollout = train_ppo.Rollout(None, [], mask, None, None, None, advantages, None, updates, [])
+    rollout = train_ppo.Rollout(None, [], mask, None, None, advantages, None, updates, [])
     seen = []
     monkeypatch.setattr(ppo_ablation, "real_update", lambda models, rollout, *_: seen.append(rollout))
     ppo_ablation.whitened_by_update(None, rollout)

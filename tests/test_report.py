@@ -101,6 +101,15 @@ def test_an_evaluation_named_by_its_file_has_its_runs_curves_too(two):
     assert by_file == by_folder and by_file.metrics and by_file.args["kl_coef"]
 
 
+def test_stages_about_different_problems_are_refused(two, tmp_path):
+    """By their questions: the indices of two data files are the same."""
+    rows = Path(two[1], "eval-test-4.jsonl")
+    rows.write_text(rows.read_text().replace('"question": "', '"question": "Another: '))
+    with pytest.raises(UserError, match="eval-test-4.jsonl are about different problems"):
+        report.main(two)
+    assert not list(tmp_path.glob("report*"))
+
+
 def test_what_cannot_be_reported_is_said(two, tmp_path):
     with pytest.raises(UserError, match="no evaluation yet"):
         (tmp_path / "bare").mkdir()

@@ -214,6 +214,24 @@ def test_the_split_of_a_step_may_change_on_the_way_and_its_size_may_not(problems
         assert (a[name] - b[name]).abs().max() <= 0.01 * moved and moved > 0
 
 
+def test_a_killed_run_without_a_checkpoint_says_that_it_begins_anew(problems, tmp_path, monkeypatch, capsys):
+    """From the same data, which have moved meanwhile."""
+
+    def dies(step, *rest):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(train_sft, "cosine_with_min_lr", dies)
+        train_sft.main([*problems, "--val-every", "1", "--out", str(tmp_path / "run")])
+    at = problems.index("--data") + 1
+    moved = [*problems[:at], str(shutil.move(problems[at], tmp_path / "moved.jsonl")), *problems[at + 1 :]]
+    assert "from the start once more" not in capsys.readouterr().out
+    assert train_sft.main([*moved, "--val-every", "1", "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "run has no checkpoint yet: from the start once more" in said
+    assert "next: python evaluate.py --model" in said and "run --split validation" in said
+
+
 def test_changed_data_is_not_continued(problems, tmp_path):
     argv = [*problems, "--lora", "--out", str(tmp_path / "run")]
     train_sft.main(argv)

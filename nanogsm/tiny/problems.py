@@ -28,13 +28,13 @@ learns these habits, and RL can discover that showing the work pays everywhere.
 `problems(..., worked_only=True)` has the working everywhere: the ceiling for supervised training.
 """
 
-import argparse
 import functools
 import operator
 import random
 import re
 from typing import NamedTuple
 
+from nanogsm import console
 from nanogsm.data import Problem
 
 SEED = 8
@@ -370,12 +370,11 @@ def problems(split: str, style: str = "main", worked_only: bool = False) -> list
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Print problems to read, and how many words they use.")
+    parser = console.Parser("Print problems to read, and how many words they use.")
     parser.add_argument("--show", type=int, default=30, help="how many problems")
     parser.add_argument("--style", choices=("main", "socratic"), default="main")
     args = parser.parse_args(argv)
-    if args.show < 1:
-        parser.error(f"--show is {args.show}: give at least 1")
+    console.check_numbers(args, {"show": 1})
     everything = [p for split in SIZES for p in problems(split, args.style)]
     for p in everything[: args.show]:
         print(f"{p.question}\n{p.answer}\n")
@@ -384,4 +383,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console.entry(main)
