@@ -139,12 +139,14 @@ def refuse_early(args: argparse.Namespace, folder: Path, name: str) -> None:
     if os.path.exists(folder / f"{name}.json"):
         run = run_of(args.model)
         own = run and run[0] == folder  # a run's results stand in it, wherever it has been moved to
-        compared = ["data", "precision", "data_sha256"] + ["model"] * (not own)
-        for what, was in files.read_json(folder / f"{name}.json").items():
-            if what in compared and not files.same_place(was, getattr(args, what)):
-                change = f"of {what} {was}, this is {getattr(args, what)}"
-                change = f"of what {args.data} was before it changed" if what == "data_sha256" else change
-                raise UserError(f"{folder / name}.json is {change}: choose another --out")
+        was = files.read_json(folder / f"{name}.json")
+        data_by = "data_sha256" if "data_sha256" in was else "data"
+        for what in (data_by, "precision", *["model"] * (not own)):
+            if what in was and not files.same_place(was[what], getattr(args, what)):
+                change = f"{what} {was[what]}, this is {getattr(args, what)}"
+                if what == "data_sha256":
+                    change = f"other problems than those of {args.data}"
+                raise UserError(f"{folder / name}.json is of {change}: choose another --out")
 
 
 def evaluate(args: argparse.Namespace) -> int:

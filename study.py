@@ -68,6 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0, help="of all training")
     p.add_argument("--rows", nargs="+", choices=BY_NAME, metavar="ROW", help=f"only {', '.join(BY_NAME)}")
     p.add_argument("--sft", default="", metavar="FLAGS", help='more flags for train_sft.py, as --sft="..."')
+    p.add_argument("--sft-lora", default="", metavar="FLAGS", help="... in its LoRA rows alone")
     p.add_argument("--ppo", default="", metavar="FLAGS", help="... for train_ppo.py")
     p.add_argument("--eval", default="", metavar="FLAGS", help="... for evaluate.py, where a row has "
                    "not been evaluated yet")  # fmt: skip
@@ -76,13 +77,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     console.add_compute_flags(p)
     args = p.parse_args(argv)
     console.check_numbers(args, {"n": 1, "seed": 0})
-    for name in ("sft", "ppo", "eval"):
+    for name in ("sft", "sft_lora", "ppo", "eval"):
         try:
             setattr(args, name, shlex.split(getattr(args, name)))
         except ValueError as error:
-            raise UserError(f"--{name}={getattr(args, name)!r}: {error}") from error
-    if any(flag.startswith("--sam") for flag in args.eval):
-        raise UserError("--eval: a study compares greedy answers, one a problem: leave out --samples")
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag}={getattr(args, name)!r}: {error}") from error
+    if any(flag.startswith("--sa") for flag in args.eval):
+        raise UserError("--eval: a study compares single answers: leave out --samples")
     args.n = args.n or (1319 if args.tiny else 256)
     args.out = Path(args.out or f"runs/{'tiny/' * args.tiny}study-{args.seed}")
     return args
@@ -102,7 +104,7 @@ def commands(row: Row, args: argparse.Namespace) -> list[list[str]]:
         asked = ["evaluate.py", *tiny, *model, *flags]
         return [[*asked, *these, *judge, "--out", folder] for these in tested]
     if row.script == "train_sft.py":
-        start, more = model, args.sft
+        start, more = model, args.sft + args.sft_lora * ("--lora" in flags)
     else:
         start, more = ["--init", str(args.out / START)], args.ppo
     flags += ["--seed", str(args.seed), *machine, *more]
@@ -118,7 +120,7 @@ def evaluation(row: Row, args: argparse.Namespace, kind: str = "test") -> Path |
     is none."""
     name = f"eval-test-{args.n}" if kind == "test" else "eval-probes"
     there = (args.out / row.name).glob("eval-*.json")
-    found = [file for file in there if f"{file.stem}-".startswith(f"{name}-")]  # not of 1319 where n is 131
+    found = [file for file in there if f"{file.stem}-".startswith(f"{name}-")]  # eval-test-1319 is not of 131
     return max(found, key=lambda file: file.stat().st_mtime, default=None)
 
 
@@ -230,6 +232,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     chosen = [row for row in ROWS if args.rows is None or row.name in args.rows]
     failed: dict[str, str] = {}
+    try:
+        args.dry_run or args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{args.out} cannot be the study's folder: {error.strerror}") from error
     for row in chosen:
         needs_start = row.script == "train_ppo.py" and not args.dry_run
         if needs_start and not (args.out / START / "summary.json").exists():
@@ -253,10 +259,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         return 0
     rows = figures(args, failed)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{args.out} cannot be the study's folder: {error.strerror}") from error
     files.write_json(args.out / "study.json", {"environment": console.environment(), "rows": rows})
     files.replace_file(args.out / "study.md", table(rows).encode())
     print(f"\n{table(rows)}\nwritten to {args.out / 'study.md'}, study.json")

@@ -257,11 +257,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     settings = {k: v for k, v in vars(args).items() if k not in ("dry_run", "overwrite", "out")}
-    settings["data_sha256"] = data.digest(problems + held_out)
+    settings["data_sha256"] = data.digest(sorted(problems + held_out, key=lambda p: p.index))
     settings |= {"model_sha256": hub.fingerprint(found), "examples_a_step": size}
     info = console.environment() | {"prompt": prompt._asdict(), "base": str(found.base)}
-    # What takes less memory may change on the way: of the two factors of a step their product counts. And
-    # a file may move: what is in it counts.
+    # What takes less memory may change on the way: of the two factors of a step their product counts. A
+    # file may move: its content is compared, as data_sha256.
     may_differ = ("save_every", "data_dir", "device", "merge", "wandb", "checkpointing", "micro_batch",
                   "accumulation", "data")  # fmt: skip
     with runs.Run(args.out, settings, info, args.overwrite, may_differ) as run:
@@ -275,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
             merged, tokenizer = load_model(found._replace(adapter=run.folder / "adapter"), merge=True)
             save_model(merged, tokenizer, run.folder / "model")
             print(f"merged into {run.folder / 'model'}")
-    own = " --split validation" * (args.data not in data.NAMED and bool(held_out))
+    own = f" --split validation --data {args.data}" if args.data not in data.NAMED and held_out else ""
     print(f"the result is in {args.out}; next: python evaluate.py --model {args.out}{own}")
     return 0
 

@@ -248,7 +248,7 @@ TAIL = """## What the report says, and where it is here
 
 | the report | here | what we measured |
 |---|---|---|
-| full SFT 31%, LoRA 20%, at one learning rate | `RECIPES` in train_sft.py | on the embedded model LoRA is 11 points behind at full fine-tuning's rate, 4 at ten times that rate (and a warm-up): two thirds of the gap |
+| full SFT 31%, LoRA 20%, at one learning rate | `RECIPES` in train_sft.py | on the embedded model LoRA is 11 points behind at full fine-tuning's rate, 4 at ten times that rate (and a warm-up), which closes two thirds of the gap |
 | socratic answers score lower than main ones (23 and 11) | `--data socratic` | not on the embedded model (+1.0 and +0.4 points, within the noise); on real Gemma not run, as the training file was not to be had; [below](#socratic-answers-a-lower-loss-and-what-it-says) |
 | 8-bit AdamW saves memory and costs nothing | optim.py | moments in a quarter of the memory ([results/adam8bit.md](../results/adam8bit.md)); losses of a whole run differ by 0.002 ([results/tiny](../results/tiny/README.md)) |
 | gradient checkpointing, bfloat16 autocast | `Gemma.forward`, `train` | [benchmarks](../benchmarks/README.md) |
@@ -260,7 +260,7 @@ TAIL = """## What the report says, and where it is here
 The report's socratic runs have the lower training loss and the lower accuracy. On the embedded model full fine-tuning's held-out loss is lower too, 0.082 nats a token against main's 0.118 (three seeds), but a
 socratic training answer has 51.7 supervised tokens and one of main 36.7 (the `data` line of each run's plan): an answer costs 4.3 nats either way. The questions between the steps are
 nearly given by what stands before them, so they bring the mean per token down and teach nothing about the numbers. Losses of two kinds of answer cannot be compared by the token; exact match can, and there
-the two do not differ (29.0% and 28.0%). With LoRA socratic's loss is the higher one, 0.415 against 0.315: at that rate not even the form is learnt by the end.
+the two do not differ (29.0% and 28.0%). With LoRA socratic's loss is the higher one, 0.415 against 0.315: at that rate the form of the questions is not learnt by the end.
 
 Can cut answers explain the report's 23% against 31%? Of GSM8K's own test answers, as `data.encode` makes tokens of them with Gemma 3's tokenizer, these shares are longer than a limit:
 

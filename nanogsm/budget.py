@@ -48,8 +48,8 @@ def activation_bytes(c: Config, tokens: int, frozen: bool, bf16: bool, checkpoin
 
 
 def head_bytes(c: Config, tokens: int, device: str, entropy: bool = False) -> int:
-    """Bytes of a block's logits, what becomes of them (with their entropy more) and a copy of its rows; and
-    of the derivatives by the hidden states."""
+    """Bytes of a block's logits, of what is made of them (more with their entropy) and of the copied rows;
+    and of the derivatives by the hidden states."""
     logits = min(LOGITS[device.partition(":")[0]], max(tokens, c.hidden_size) * c.vocab_size)
     return (20 if entropy else 14) * logits + (18 if entropy else 12) * tokens * c.hidden_size
 

@@ -113,7 +113,7 @@ def same_place(a: str | None, b: str | None) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of somebody else's says, on one line and not without end."""
+    """Somebody else's error message, on one line, cut at 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

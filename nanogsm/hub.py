@@ -48,7 +48,7 @@ def find_model(name: str, weights: bool = True) -> ModelFiles:
     if name == "tiny":
         return ModelFiles(EMBEDDED, None, name)
     folder = Path(os.path.expanduser(name))
-    if name and os.path.isdir(folder):  # unlike Path's, never raises: on what it may not look at, say
+    if name and os.path.isdir(folder):  # unlike Path.is_dir, never raises
         return _local_model(folder, weights)
     if name and os.path.exists(folder):
         raise UserError(f"{name} is a file: give the folder it is in")

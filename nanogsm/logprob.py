@@ -71,8 +71,9 @@ def token_logprobs(
     """
     where = mask.nonzero(as_tuple=True)
     h, t = hidden[where], targets[where]
-    if block is None:  # a multiple of 1,024, which multiplies faster; at few positions it is the block's own
-        # copy, as wide as h, that bounds it
+    # A multiple of 1,024 multiplies faster. With fewer positions than h is wide, the copy of the block's rows
+    # is the larger one and bounds it.
+    if block is None:
         block = 1024 * max(1, LOGITS[h.device.type] // max(h.shape) // 1024)
     scores = _Scores.apply(h, head.weight, t, head.cap, temperature, entropy, block)
     full = [torch.zeros(mask.shape, device=hidden.device).index_put(where, s) for s in scores]

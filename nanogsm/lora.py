@@ -37,7 +37,7 @@ class Matrix(nn.Module):
 class LoRALinear(nn.Module):
     """A frozen linear layer plus its low-rank change. The adapter is float32 even on a bfloat16
     base, because updates of a bfloat16 weight at LoRA's learning rates get lost in rounding. The
-    layer below may have an adapter itself: folded into its bfloat16 weight, that would be rounded."""
+    layer below may have an adapter itself: folding that one into a bfloat16 weight would round it."""
 
     def __init__(self, base: "nn.Linear | LoRALinear", a: Tensor, b: Tensor, scale: float):
         """a (r, in) and b (out, r): the start, drawn or loaded."""
@@ -47,12 +47,12 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W, at the bottom of it all."""
+        """W, below all adapters."""
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.lora_A.weight, self.lora_B.weight
-        if not torch.is_autocast_enabled(x.device.type):  # it casts by itself, and keeps its copies
+        if not torch.is_autocast_enabled(x.device.type):  # it keeps copies of what is trained
             a, b = a.to(x.dtype), b.to(x.dtype)
         low = F.linear(x, a) * self.scale  # (.., r): scaled where it is cheap
         return self.base(x) + F.linear(low, b)
@@ -76,8 +76,8 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model: nn.Module, r: int, alpha: float, seed: int = 0) -> list[str]:
-    """Freeze model, adapters that it has included, and put a fresh adapter beside every linear layer of
-    every block; returns the adapted layers' names. (gemma-2b at r 16: 126 layers, 19,611,648 parameters.)"""
+    """Freeze the model, with any adapters it has, and put a fresh one beside every linear layer of every
+    block; returns the adapted layers' names. (gemma-2b at r 16: 126 layers, 19,611,648 parameters.)"""
     generator = torch.Generator().manual_seed(seed)
     names = [n for n, m in model.named_modules() if n.split(".")[-1] in TARGETS]
     most = max(min(model.get_submodule(name).weight.shape) for name in names)
@@ -99,7 +99,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
-    """The adapted layers by name; of adapters on top of each other the topmost, which has the others."""
+    """The adapted layers by name; of adapters on top of each other the topmost, which holds the others."""
     found = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     return {name: m for name, m in found.items() if name.rpartition(".")[0] not in found}
 

@@ -466,7 +466,7 @@ class Gemma(nn.Module):
     def packed(self) -> Iterator[None]:
         """Within it a CPU has a second copy of all matrices, packed (see pack). Trap: a change of a weight
         is not seen in there, and none gets a gradient. For 32 rows of Gemma 3 270M a product takes 0.6
-        (bfloat16) or 0.4 (float32) of its time otherwise."""
+        (bfloat16) or 0.4 (float32) of the time it takes unpacked."""
         layers = [m for m in self.modules() if isinstance(m, Linear)]
         dtype = self.product_dtype
         try:

@@ -72,7 +72,7 @@ class Stage(NamedTuple):
 
 def read_stage(folder: str) -> Stage:
     path, rows = scores.read_rows(folder)
-    at = Path(path).parent
+    at = Path(path).absolute().parent
     run = run_of(str(at))  # an untuned model's evaluation has none
     try:
         figures = json.loads(Path(path).with_suffix(".json").read_text("utf-8"))
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     stages = [read_stage(folder) for folder in args.runs]
     for before, stage in [*zip(stages, stages[1:]), *((stages[0], stage) for stage in stages[2:])]:
-        scores.in_common(before.path, before.rows, stage.path, stage.rows)  # not of different problems
+        scores.in_common(before.path, before.rows, stage.path, stage.rows)  # refuses different ones
     out = Path(args.out) if args.out else Path(args.runs[-1]).resolve().parent / "report.html"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -183,7 +183,7 @@ class Run:
             self.wandb = wandb.init(project=project, name=self.folder.name, dir=str(self.folder.parent),
                                     config=config)  # fmt: skip
         except Exception as error:  # of its own kinds: not logged in, not reached, no such project
-            raise UserError(f"--wandb: {error}") from error
+            raise UserError(f"--wandb: {files.one_line(error)}") from error
 
     def sample(self, row: dict) -> None:
         """Append one row to samples.jsonl."""
@@ -229,9 +229,9 @@ class Run:
         """Write checkpoint/step-<step>, then delete older ones: a kill leaves one that loads.
 
         tensors: weights and optimizer moments, on any device (no random state: every draw is made from
-        seed and step). state: JSON values; NaN and
-        infinity survive, but tuples return as lists and keys as strings. Needs room on disk for
-        two checkpoints and in memory for one more tensor; SHA-256 takes about a second per GB.
+        seed and step). state: JSON values; NaN and infinity survive, but tuples return as lists and
+        keys as strings. Needs room on disk for two checkpoints and in memory for one more tensor;
+        SHA-256 takes about a second per GB.
         Raises UserError if the disk is full (the older checkpoint stays). Trap: a step that is
         already saved is not written again, so save only at step boundaries.
         """

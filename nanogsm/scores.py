@@ -49,7 +49,7 @@ def in_common(path_a: str, a: dict[int, dict], path_b: str, b: dict[int, dict]) 
     differ = [i for i in common if any(a[i][k] != b[i][k] for k in ("question", "gold"))]
     if differ:
         raise UserError(f"{path_a} and {path_b} are about different problems (number {differ[0]}, to begin "
-                        "with): give two eval-....jsonl files about the same ones")  # fmt: skip
+                        "with): give evaluations, eval-....jsonl, of the same ones")  # fmt: skip
     return common
 
 
@@ -107,7 +107,7 @@ def read_rows(where: str) -> tuple[str, list[dict]]:
     """(path, rows) of an evaluation: a .jsonl file, or of those in a run's folder the one that `rank`
     puts last."""
     path = Path(where)
-    if path.suffix == ".json":  # the figures, beside which the rows are
+    if path.suffix == ".json" and not os.path.isdir(path):  # the figures, beside which the rows are
         path = path.with_suffix(".jsonl")
     if os.path.isdir(path):
         found = sorted(path.glob("eval-*.jsonl"), key=rank)
@@ -115,7 +115,7 @@ def read_rows(where: str) -> tuple[str, list[dict]]:
             raise UserError(f"{where} has no evaluation yet: python evaluate.py --model {where}")
         path = found[-1]
     elif not os.path.exists(path):
-        raise UserError(f"there is no {where}: give a run's folder or an eval-....jsonl file")
+        raise UserError(f"there is no {path}: give a run's folder or an eval-....jsonl file")
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         kinds = {"index": int, "correct": bool, "gold": (int, float), "question": str, "completion": str}

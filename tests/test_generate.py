@@ -32,7 +32,7 @@ def test_greedy_tokens_equal_those_of_transformers(gemma, name):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_completions_do_not_depend_on_the_batch_size(gemma, name, temperature):
-    """Some rows stop early, so slots are refilled and the tail is compacted on the way."""
+    """Some rows stop early, so places are refilled and the tail is compacted on the way."""
     model, _ = gemma(name)
     stops = frozenset(range(7, 60))
     alone = g.generate(model, prompts(), stops, 11, 1, temperature, seed=5)

@@ -629,6 +629,37 @@ def test_a_stopped_run_continues_bit_for_bit(flags, rewarding, kind, tmp_path, m
     assert steps == [1, 2, 3, 4]
 
 
+def test_how_an_update_is_cut_and_where_the_data_lie_may_change_on_the_way(
+    flags, rewarding, tmp_path, monkeypatch
+):
+    """And the size of an update may not. Answers and rewards stay the same, weights but for rounding."""
+    flags = [*flags, "--optim", "adamw"]
+    assert train_ppo.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    real = train_ppo.update
+
+    def interrupted(*args, **kw):
+        if args[-1] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kw)
+
+    monkeypatch.setattr(train_ppo, "update", interrupted)
+    assert train_ppo.main([*flags, "--out", str(tmp_path / "cut")]) == 143
+    monkeypatch.setattr(train_ppo, "update", real)
+    at = flags.index("--data") + 1
+    flags[at] = str(shutil.move(flags[at], tmp_path / "moved.jsonl"))
+    flags += ["--out", str(tmp_path / "cut"), "--rollout-batch", "3"]
+    with pytest.raises(UserError, match=r"\(answers_an_update was 4, now 2\)"):
+        train_ppo.main([*flags, "--micro-batch", "1"])
+    assert train_ppo.main([*flags, "--micro-batch", "1", "--accumulation", "4"]) == 0
+    whole, cut = ([r["reward"] for r in metrics(tmp_path / k) if "reward" in r] for k in ("whole", "cut"))
+    assert whole == cut and len(cut) == 4
+    want, got = result(tmp_path / "whole"), result(tmp_path / "cut")
+    start = load_file(FIXTURES / "gemma3" / "model.safetensors")
+    for key in want:
+        moved = (want[key] - start.get(key[1], 0)).abs().max()
+        assert 0 < moved and (want[key] - got[key]).abs().max() <= 0.02 * moved, key
+
+
 def test_a_stop_while_answers_are_sampled_saves_and_continues(flags, rewarding, tmp_path, monkeypatch):
     assert train_ppo.main([*flags, "--out", str(tmp_path / "whole")]) == 0
     real, calls = train_ppo.generate.generate, []
@@ -700,7 +731,7 @@ def test_the_result_is_a_run_folder_that_evaluates_and_loads(flags, rewarding, t
     assert rows[0]["first_ratio_error"] == 0 and rows[0]["kl"] == 0 and rows[0]["moved"] > 0.9
 
 
-def test_lora_from_an_adapter_starts_at_its_merged_weights(flags, rewarding, tmp_path):
+def test_lora_from_an_adapter_starts_there_and_ends_as_one_adapter(flags, rewarding, tmp_path):
     """The reference is base and adapter together; the result is one adapter of both changes."""
     base, _ = load_model(FIXTURES / "gemma3", torch.float32)
     add_lora(base, 4, 8.0)

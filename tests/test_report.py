@@ -108,6 +108,10 @@ def test_stages_about_different_problems_are_refused(two, tmp_path):
     with pytest.raises(UserError, match="eval-test-4.jsonl are about different problems"):
         report.main(two)
     assert not list(tmp_path.glob("report*"))
+    # Nothing in common with the one before it, but with the first.
+    between = stage(tmp_path / "between", {8: ("#### 6", 6.0)})
+    with pytest.raises(UserError, match="sft.*ppo.* are about different problems"):
+        report.main([two[0], between, two[1]])
 
 
 def test_what_cannot_be_reported_is_said(two, tmp_path):

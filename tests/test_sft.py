@@ -214,9 +214,7 @@ def test_the_split_of_a_step_may_change_on_the_way_and_its_size_may_not(problems
         assert (a[name] - b[name]).abs().max() <= 0.01 * moved and moved > 0
 
 
-def test_a_killed_run_without_a_checkpoint_says_that_it_begins_anew(problems, tmp_path, monkeypatch, capsys):
-    """From the same data, which have moved meanwhile."""
-
+def test_a_run_killed_early_begins_anew_though_its_data_moved(problems, tmp_path, monkeypatch, capsys):
     def dies(step, *rest):
         raise RuntimeError("killed")
 

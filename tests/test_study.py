@@ -128,9 +128,17 @@ def test_what_cannot_be_run_is_said_and_the_rest_goes_on(faked, capsys):
     assert "| LoRA, socratic | 11.0% | not run: the weights are gated |" in Path("s/study.md").read_text()
 
 
-def test_flags_that_no_study_can_use_are_refused_at_once(faked, tmp_path):
+def test_flags_of_adapters_go_to_the_rows_that_have_some():
+    commands = said(["--tiny", "--sft=--epochs 2", "--sft-lora=--lora-r 8"])
+    trained = [command for command in commands if command[0] == "train_sft.py"]
+    assert len(trained) == 6
+    for command in trained:
+        assert "--epochs" in command and ("--lora-r" in command) == ("--lora" in command)
+        train_sft.parse_args([*command[1:], "--device", "cpu"])
+
+
+def test_flags_that_no_study_can_use_are_refused_at_once(faked):
     ran, _ = faked
-    (tmp_path / "file").write_text("")
     for flags, says in (
         (["--eval=--samples 4 --temperature 0.7"], "leave out --samples"),
         (["--sft=--lr '1"], "--sft=.*quotation"),
@@ -141,11 +149,11 @@ def test_flags_that_no_study_can_use_are_refused_at_once(faked, tmp_path):
 
 
 def test_a_folder_that_cannot_be_is_one_line(faked, tmp_path):
-    _, ends = faked
-    ends[""] = 2  # every row fails by itself
+    ran, _ = faked
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file cannot be the study's folder"):
         study.main(["--tiny", "--out", "file"])
+    assert not ran
 
 
 def test_without_its_start_ppo_is_not_run(faked):
