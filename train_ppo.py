@@ -730,6 +730,7 @@ def train(args, run, found, prompt, problems, held_out) -> int:
             mine = {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)}
             optimizer.load_state_tensors(mine)
         validated, figures = state["validated"], state["figures"]
+        del checkpoint, tensors, mine  # mapped from the file, and memory of it while they live
         print(f"continuing {run.folder} from step {first}")
 
     if args.wandb:

@@ -342,6 +342,7 @@ def train(args, run, found, prompt, examples, size, steps, held_out_examples, he
         first, tensors, state = checkpoint
         optimizer.load_state_tensors(tensors)
         loss, validated, best = state["loss"], state["validated"], state["best"]
+        del checkpoint, tensors  # mapped from the file: memory, and disk space once it is deleted
         print(f"continuing {run.folder} from step {first}")
 
     if args.wandb:

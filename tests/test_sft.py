@@ -2,14 +2,17 @@
 
 import contextlib
 import json
+import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import FIXTURES
 from safetensors.torch import load_file
 
+import train_ppo
 import train_sft
 from nanogsm import UserError, data, lora
 from nanogsm.model import load_model
@@ -228,6 +231,31 @@ def test_a_run_killed_early_begins_anew_though_its_data_moved(problems, tmp_path
     said = capsys.readouterr().out
     assert "run has no checkpoint yet: from the start once more" in said
     assert "next: python evaluate.py --model" in said and "run --split validation" in said
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="only Linux has this file")
+@pytest.mark.parametrize("script", ["sft", "ppo"])
+def test_a_continued_run_lets_go_of_the_checkpoint_it_came_from(problems, script, tmp_path, monkeypatch):
+    """It is mapped, not read: held on to, Gemma 3 270M's took 1.6 GiB of memory to the end."""
+    module, step = {"sft": (train_sft, "backward_step"), "ppo": (train_ppo, "update")}[script]
+    argv = [*problems, "--save-every", "1", "--out", str(tmp_path / "run")]
+    if script == "ppo":
+        at = problems.index("--epochs")
+        argv[at : at + 2] = ["--rollouts", "4", "--steps", "3"]
+        argv[argv.index("--model")] = "--init"
+    real, seen = getattr(module, step), []
+
+    def watched(*args):
+        seen.append("/checkpoint/step-" in Path("/proc/self/maps").read_text())
+        if len(seen) == 2:
+            raise RuntimeError("killed")
+        return real(*args)
+
+    monkeypatch.setattr(module, step, watched)
+    with pytest.raises(RuntimeError, match="killed"):
+        module.main(argv)
+    assert module.main(argv) == 0
+    assert len(seen) > 3 and not any(seen)
 
 
 def test_changed_data_is_not_continued(problems, tmp_path):
