@@ -294,6 +294,25 @@ def test_the_first_ratio_is_exactly_one_and_kl_exactly_zero(gemma, autocast, lor
     assert largest == figures["clipped"] == figures["approx_kl"] == 0
 
 
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_the_first_value_loss_is_that_of_the_rollouts_own_guesses(gemma, critic):
+    """An action's value is read at the token before it, in the rollout and in the update alike."""
+    args = settings(critic=critic)
+    args.precision = "fp32"
+    models = build(gemma("gemma3")[0], args)
+    shake(models)
+    rollout, _ = train_ppo.assess(models, answers(), 0, args, PLAIN)
+    with torch.no_grad():
+        hidden = models.critic(rollout.ids)
+    by_hand = hidden @ models.head.weight[0] + models.head.bias  # (N, T); of action t the value stands at t
+    assert torch.allclose(rollout.values, by_hand[:, :-1] * rollout.mask, atol=1e-5)
+    late = by_hand[:, 1:][rollout.mask]
+    assert (late - rollout.values[rollout.mask]).abs().max() > 0.01  # one token on it is another
+    figures, *_ = gradients(models, rollout, args)
+    want = (0.5 * (rollout.values - rollout.returns) ** 2)[rollout.mask].mean().item()
+    assert figures["value_loss"] == pytest.approx(want, rel=1e-4) and figures["value_clipped"] == 0
+
+
 @pytest.mark.parametrize("autocast, lora", MODES)
 def test_the_first_gradient_is_that_of_reinforce(gemma, autocast, lora):
     args, models, rollout, _ = models_and_rollout(
