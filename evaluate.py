@@ -75,11 +75,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--samples above 1 needs --temperature above 0: greedy answers are all alike")
     if args.ask is not None and not args.ask.strip():
         raise UserError("--ask needs a question")
-    if args.ask is not None and not args.ask.isascii():
-        try:
-            args.ask.encode()
-        except UnicodeEncodeError as error:  # bytes that the terminal's encoding does not have
-            raise UserError("--ask: the question is not UTF-8 text") from error
+    try:
+        (args.ask or "").encode()
+    except UnicodeEncodeError as error:  # bytes that the terminal's encoding does not have
+        raise UserError("--ask: the question is not UTF-8 text") from error
     return args
 
 

@@ -232,10 +232,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     chosen = [row for row in ROWS if args.rows is None or row.name in args.rows]
     failed: dict[str, str] = {}
-    try:
-        args.dry_run or args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{args.out} cannot be the study's folder: {error.strerror}") from error
+    if not args.dry_run:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{args.out} cannot be the study's folder: {error.strerror}") from error
     for row in chosen:
         needs_start = row.script == "train_ppo.py" and not args.dry_run
         if needs_start and not (args.out / START / "summary.json").exists():

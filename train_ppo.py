@@ -643,7 +643,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     settings = {k: v for k, v in vars(args).items() if k not in ("dry_run", "overwrite", "out")}
-    settings["data_sha256"] = data.digest(sorted(problems + held_out, key=lambda p: p.index))
+    settings["data_sha256"] = data.digest(problems + held_out)
     settings |= {"init_sha256": hub.fingerprint(found), "prompt": prompt._asdict(),
                  "answers_an_update": args.micro_batch * args.accumulation}  # fmt: skip
     info = console.environment() | {"prompt": prompt._asdict(), "base": str(found.base)}
@@ -656,8 +656,7 @@ def main(argv: list[str] | None = None) -> int:
             print(run.already_finished())
         elif status := train(args, run, found, prompt, problems, held_out):
             return status
-    own = f" --split validation --data {args.data}" if args.data not in data.NAMED and held_out else ""
-    print(f"the result is in {args.out}; next: python evaluate.py --model {args.out}{own}")
+    print(runs.what_next(args.out, args.data, len(held_out)))
     return 0
 
 

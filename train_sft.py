@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     settings = {k: v for k, v in vars(args).items() if k not in ("dry_run", "overwrite", "out")}
-    settings["data_sha256"] = data.digest(sorted(problems + held_out, key=lambda p: p.index))
+    settings["data_sha256"] = data.digest(problems + held_out)
     settings |= {"model_sha256": hub.fingerprint(found), "examples_a_step": size}
     info = console.environment() | {"prompt": prompt._asdict(), "base": str(found.base)}
     # What takes less memory may change on the way: of the two factors of a step their product counts. A
@@ -275,8 +275,7 @@ def main(argv: list[str] | None = None) -> int:
             merged, tokenizer = load_model(found._replace(adapter=run.folder / "adapter"), merge=True)
             save_model(merged, tokenizer, run.folder / "model")
             print(f"merged into {run.folder / 'model'}")
-    own = f" --split validation --data {args.data}" if args.data not in data.NAMED and held_out else ""
-    print(f"the result is in {args.out}; next: python evaluate.py --model {args.out}{own}")
+    print(runs.what_next(args.out, args.data, len(held_out)))
     return 0
 
 

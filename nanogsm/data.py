@@ -138,8 +138,9 @@ def subset(problems: list[Problem], n: int) -> list[Problem]:
 
 
 def digest(problems: list[Problem]) -> str:
-    """SHA-256 of what the problems say: a run refuses to go on with other data."""
-    return hashlib.sha256(json.dumps(problems).encode()).hexdigest()
+    """SHA-256 of what the problems say, in the file's order: a run refuses to go on with other data."""
+    in_order = sorted(problems, key=lambda problem: problem.index)
+    return hashlib.sha256(json.dumps(in_order).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------- answers

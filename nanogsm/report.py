@@ -8,6 +8,7 @@ opens anywhere and loads nothing; all text in it that a model or a data file wro
 """
 
 import html
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -238,8 +239,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--out", help="the page (default: report.html beside the last of them)")
     args = p.parse_args(argv)
     stages = [read_stage(folder) for folder in args.runs]
-    for before, stage in [*zip(stages, stages[1:]), *((stages[0], stage) for stage in stages[2:])]:
-        scores.in_common(before.path, before.rows, stage.path, stage.rows)  # refuses different ones
+    for a, b in itertools.combinations(stages, 2):
+        scores.in_common(a.path, a.rows, b.path, b.rows)  # refuses stages about different problems
     out = Path(args.out) if args.out else Path(args.runs[-1]).resolve().parent / "report.html"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -74,6 +74,12 @@ def answer_limit_of(model: str, of_data: str) -> int:
     return max(data.answer_limit(of_data), run[1]["args"].get("max_new_tokens", 0) if run else 0)
 
 
+def what_next(out: str, of_data: str, held_out: int) -> str:
+    """What to say when the run in `out` is done. Who trains on a file of their own asks what was held out."""
+    own = f" --split validation --data {of_data}" if of_data not in data.NAMED and held_out else ""
+    return f"the result is in {out}; next: python evaluate.py --model {out}{own}"
+
+
 def held_out_by(model: str, of_data: str) -> int | None:
     """How many of these problems the run `model` held out; None if it is no run, or of other problems.
     (main and socratic have the same questions in the same places.)"""

@@ -743,12 +743,13 @@ def test_digest_changes_with_a_character_and_with_the_order():
     changed = [
         [original[0]._replace(question="question 0."), *original[1:]],
         [*original[:2], original[2]._replace(answer="#### 3")],
-        original[::-1],
+        [p._replace(index=i) for i, p in enumerate(original[::-1])],  # another order in the file
         original[:2],
         # the same characters, divided otherwise
         [Problem("question 0#", "### 0", 0), *original[1:]],
     ]
     assert len({digest(p) for p in [original, *changed]}) == 1 + len(changed)
+    assert digest(original[::-1]) == digest(original)  # however they were split since
 
 
 # Real data, where there is some
