@@ -28,7 +28,9 @@ from torch.autograd.function import once_differentiable
 
 # Logits held at a time. On a CPU what becomes of them should stay in its cache: with 16 MB of them the
 # head takes three quarters of the time that it takes with 256 MB. A GPU wants few and large kernels.
-LOGITS = {"cpu": 2**22, "cuda": 2**26, "mps": 2**26}
+LOGITS = {"cpu": 2**21, "cuda": 2**26, "mps": 2**26}
+# Numbers kept for a trained head's gradient, two bytes each in bfloat16.
+KEPT = {"cpu": 2**27, "cuda": 2**29, "mps": 2**27}
 
 
 class Head(NamedTuple):
@@ -89,19 +91,31 @@ def grad_of(weight: Tensor) -> Tensor:
     return weight.grad
 
 
+def add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
+    """total[ids[i]] += rows[i] for each i, in an order that is the same every time: each kind of device has
+    one of the two ways that promises it."""
+    if total.is_cpu:
+        total.index_add_(0, ids, rows)
+    else:
+        total.index_put_((ids,), rows, accumulate=True)
+
+
 class _Scores(torch.autograd.Function):
     """h (n, D), weight (V, D), t (n,) -> log p of t and, if asked for, the entropy H, (n,) each.
 
-    With z the logits over the temperature, top the largest of them and u = z - top, four sums over
-    the vocabulary say it all; w is the head's row, times the cap's derivative if there is one:
+    With z the logits over the temperature, top the largest of them and u = z - top, two sums over the
+    vocabulary give the scores, and two more their derivatives by h; w is the head's row, times the cap's
+    derivative if there is one:
 
-        total  = sum e^u            log p_t = u_t - log total
-        moment = sum e^u u          H       = -sum p log p = log total - moment / total
-        pull   = sum e^u w          d log p_t / dh = ((total - e^u_t) w_t - rest of pull) / total
-        tilt   = sum e^u u w        d H / dh       = (moment / total pull - tilt) / total
+        total  = sum e^u        log p_t = u_t - log total        d log p_t / dz_v = (v is t) - p_v
+        moment = sum e^u u      H = log total - mean             d H / dz_v       = p_v (mean - u_v)
+        pull   = sum e^u w          with mean = moment / total
+        tilt   = sum e^u u w
 
-    Gradients are over the temperature, as z is. Trap: where p_t is nearly 1, w_t - pull / total would
-    be what rounding leaves of two equal numbers. So while the blocks go by, the sums are without t.
+    The head's gradient has h in w's place and factors that only backward knows: it goes through the blocks
+    once more. Of the first ones it finds e^u and e^u u kept. Gradients are over the temperature, as z is.
+    Trap: where p_t is nearly 1, 1 - p_t would be what rounding leaves of two equal numbers. So all sums are
+    without t, and t is added last.
     """
 
     @staticmethod
@@ -113,51 +127,105 @@ class _Scores(torch.autograd.Function):
         top, chosen = zeros(n) + torch.finfo(torch.float32).min, zeros(n)
         sums = zeros(1 + entropy, n)  # total and moment
         pulls = zeros(1 + entropy, n, D) if wants_h else None  # pull and tilt
+        tops, kept, room = [], [], KEPT[kind] * wants_weight  # of the first blocks
         with torch.autocast(kind, enabled=False):
-            for rows, w, z in _blocks(head, low, block):
-                inside, at = _place(t, rows)
+            for start in range(0, len(weight), block):
+                w, z, bend, inside, at = _logits(head, low, t, start, block, temperature)
                 chosen = torch.where(inside, z.gather(0, at)[0], chosen)
-                bend = head.bend(z) if cap and wants_h else None
-                if temperature != 1:
-                    z /= temperature
                 higher = torch.maximum(top, z.amax(0))
                 _grow(sums, pulls, top - higher)
                 top = higher
-                u = z.sub_(top)
-                e = u.exp() if entropy else u.exp_()
-                e.scatter_(0, at, e.gather(0, at).masked_fill(inside, 0))
-                for k, x in enumerate((e, u.mul_(e)) if entropy else (e,)):
+                terms = _terms(z, top, inside, at, entropy)
+                for k, x in enumerate(terms):
                     sums[k] += x.sum(0)
-                    if wants_h:
-                        x = x if bend is None else x.mul_(bend)
-                        pulls[k] += x.to(w.dtype).T @ w
+                terms = _bent(terms, bend, low.dtype)
+                if wants_h:
+                    for k, x in enumerate(terms):
+                        pulls[k] += x.T @ w
+                room -= sum(x.numel() for x in terms)
+                if room >= 0:
+                    tops.append(top)
+                    kept += terms
 
-        u = chosen / temperature - top
-        e = u.exp()
-        total = sums[0] + e
-        scores, slopes = [u - total.log()], []
+        u, bend = chosen - top, head.bend(chosen * temperature)
+        total, mean = sums[0] + u.exp(), None
+        p = u.exp() / total
+        scores, by_t = [u - total.log()], [sums[0] / total * bend]  # by_t: derivatives by t's logit
         if entropy:
-            mean = (sums[1] + e * u) / total
+            mean = sums[1] / total + p * u
             scores.append(total.log() - mean)
+            by_t.append(p * (mean - u) * bend)
+        slopes = []
         if wants_h:
-            w = head.bend(chosen)[:, None] * weight[t]
-            slopes.append((sums[0][:, None] * w - pulls[0]) / total[:, None])
+            w, pulls = weight[t], pulls / total[:, None]
+            slopes.append(by_t[0][:, None] * w - pulls[0])
             if entropy:
-                pull, tilt = pulls[0] + e[:, None] * w, pulls[1] + (e * u)[:, None] * w
-                slopes.append((mean[:, None] * pull - tilt) / total[:, None])
-        again = [low, t, top + total.log(), *scores[1:]] if wants_weight else []
-        ctx.save_for_backward(*again, *(slope.div_(temperature) for slope in slopes))
-        ctx.head, ctx.temperature, ctx.block, ctx.n_again = head, temperature, block, len(again)
+                slopes.append(by_t[1][:, None] * w + mean[:, None] * pulls[0] - pulls[1])
+        ctx.for_head = bool(wants_weight), len(by_t), len(tops)
+        for_head = [low, t, top, total, mean, *by_t, *tops, *kept] if wants_weight else []
+        ctx.save_for_backward(*(slope.div_(temperature) for slope in slopes), *for_head)
+        ctx.head, ctx.temperature, ctx.block, ctx.n_slopes = head, temperature, block, len(slopes)
         return tuple(scores)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_logp: Tensor, g_entropy: Tensor | None = None):
-        again, slopes = ctx.saved_tensors[: ctx.n_again], ctx.saved_tensors[ctx.n_again :]
-        if again:
-            _add_heads_gradient(ctx.head, ctx.temperature, ctx.block, g_logp, g_entropy, *again)
-        grad = sum(g[:, None] * slope for g, slope in zip((g_logp, g_entropy), slopes)) if slopes else None
-        return grad, None, None, None, None, None, None
+    def backward(ctx, *grads: Tensor):
+        slopes, for_head = ctx.saved_tensors[: ctx.n_slopes], ctx.saved_tensors[ctx.n_slopes :]
+        if for_head:
+            _add_heads_gradient(ctx.head, ctx.temperature, ctx.block, grads, *for_head)
+        by_h = sum(g[:, None] * slope for g, slope in zip(grads, slopes)) if slopes else None
+        return by_h, None, None, None, None, None, None
+
+
+def _add_heads_gradient(head, temperature, block, grads, low, t, top, total, mean, *rest) -> None:
+    """Adds the gradient by the head's rows to head.weight.grad: see _Scores. What is kept of a block was
+    made with the top of its time."""
+    k = len(grads)
+    by_t, rest = rest[:k], rest[k:]
+    n_kept = len(rest) // (1 + k)
+    tops, kept = rest[:n_kept], rest[n_kept:]
+    grad = grad_of(head.weight)
+    with torch.autocast(low.device.type, enabled=False):
+        for i, start in enumerate(range(0, len(grad), block)):
+            if i < n_kept:
+                then, terms = tops[i], kept[i * k : (i + 1) * k]
+            else:
+                _, z, bend, inside, at = _logits(head, low, t, start, block, temperature)
+                then, terms = top, _bent(_terms(z, top, inside, at, k == 2), bend, low.dtype)
+            p = (then - top).exp() / total  # times e^(z - then): the probability
+            factors = [-grads[0] * p]
+            if k == 2:
+                factors = [(grads[1] * (mean - (then - top)) - grads[0]) * p, -grads[1] * p]
+            for x, factor in zip(terms, factors):
+                grad[start : start + block] += x @ (factor[:, None] / temperature * low).to(low.dtype)
+        factor = sum(g * by for g, by in zip(grads, by_t)) / temperature
+        add_rows(grad, t, factor[:, None] * low)
+
+
+def _logits(head, low, t, start, block, temperature) -> tuple[Tensor, ...]:
+    """Of the vocabulary's rows from start on: their weights w (block, D); their logits z over the
+    temperature in float32 (block, n), and the cap's derivative at them; whether each target is one of
+    these rows (n,), and which (1, n): an arbitrary one if it is none. The vocabulary comes first:
+    a CPU multiplies into (block, n) a third faster than into (n, block)."""
+    w = head.weight[start : start + block].to(low.dtype)
+    z = head.capped(w @ low.T).float()
+    bend = head.bend(z) if head.cap else None
+    if temperature != 1:
+        z /= temperature
+    at = t - start
+    return w, z, bend, (at >= 0) & (at < len(w)), at.clamp(0, len(w) - 1)[None]
+
+
+def _terms(z, top, inside, at, entropy: bool) -> list[Tensor]:
+    """[e^u] or [e^u, e^u u], u = z - top, without the targets' own: in z's memory, which is gone."""
+    u = z.sub_(top)
+    e = u.exp() if entropy else u.exp_()
+    e.scatter_(0, at, e.gather(0, at).masked_fill(inside, 0))
+    return [e, u.mul_(e)] if entropy else [e]
+
+
+def _bent(terms: list[Tensor], bend: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+    return [(x if bend is None else x.mul_(bend)).to(dtype) for x in terms]
 
 
 def _grow(sums: Tensor, pulls: Tensor | None, d: Tensor) -> None:
@@ -168,38 +236,3 @@ def _grow(sums: Tensor, pulls: Tensor | None, d: Tensor) -> None:
             if len(x) == 2:
                 x[1] += by * x[0]
             x *= by.exp()
-
-
-def _blocks(head: Head, low: Tensor, block: int) -> Iterator[tuple[range, Tensor, Tensor]]:
-    """(rows of the vocabulary, their weights, their logits in float32), block by block. The vocabulary
-    comes first, (block, n): a CPU multiplies into it a third faster than into (n, block)."""
-    for start in range(0, len(head.weight), block):
-        w = head.weight[start : start + block].to(low.dtype)
-        yield range(start, start + len(w)), w, head.capped(w @ low.T).float()
-
-
-def _place(t: Tensor, rows: range) -> tuple[Tensor, Tensor]:
-    """Whether each target is one of these rows, (n,), and which, (1, n): an arbitrary one if it is none."""
-    at = t - rows.start
-    return (at >= 0) & (at < len(rows)), at.clamp(0, len(rows) - 1)[None]
-
-
-def _add_heads_gradient(head, temperature, block, g_logp, g_entropy, low, t, log_sum, H=None) -> None:
-    """Adds, with z the logits over the temperature and log_sum the log of their e^z's sum,
-
-        d log p_t / dz_v = (v is t) - p_v          d H / dz_v = -p_v (log p_v + H)
-
-    times z's derivative by the head's rows, to head.weight.grad."""
-    grad = grad_of(head.weight)
-    with torch.autocast(low.device.type, enabled=False):
-        for rows, _, z in _blocks(head, low, block):
-            inside, at = _place(t, rows)
-            bend = head.bend(z) if head.cap else None
-            logp = z.div_(temperature).sub_(log_sum)
-            if H is None:
-                slope = logp.exp_().mul_(-g_logp)
-            else:
-                slope = logp.exp() * (logp + H).mul_(-g_entropy).sub_(g_logp)
-            slope.scatter_add_(0, at, torch.where(inside, g_logp, 0.0)[None]).div_(temperature)
-            slope = slope if bend is None else slope.mul_(bend)
-            grad[rows.start : rows.stop] += slope.to(low.dtype) @ low

@@ -41,7 +41,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from nanogsm import UserError, files, hub, lora
 from nanogsm.data import Tokenizer
-from nanogsm.logprob import Head, grad_of
+from nanogsm.logprob import Head, add_rows, grad_of
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -415,11 +415,7 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        total, ids, grad = grad_of(ctx.weight), ctx.ids.flatten(), grad.flatten(0, 1)
-        if total.is_cpu:  # each device has one of the two that adds in the same order every time
-            total.index_add_(0, ids, grad)
-        else:
-            total.index_put_((ids,), grad, accumulate=True)
+        add_rows(grad_of(ctx.weight), ctx.ids.flatten(), grad.flatten(0, 1))
         return None, None
 
 
