@@ -226,6 +226,9 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), gain.shape, gain, self.eps).to(x.dtype)
 
 
+HEAD_BLOCK = 2**13  # rows of the vocabulary whose logits a CPU makes at a time while answering
+
+
 def pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """weight (out, in) as a CPU's matrix kernels (oneDNN) read it: in blocks, an opaque tensor. They bring
     every weight into this order anyway, at every product; with few rows that takes longer than
@@ -444,7 +447,7 @@ class Gemma(nn.Module):
         )
         self.activations: torch.dtype | None = None
         self.checkpointing = "none"
-        self.packed_head: Tensor | None = None
+        self.packed_head: list[Tensor] = []  # blocks of HEAD_BLOCK rows
 
     @property
     def device(self) -> torch.device:
@@ -469,10 +472,11 @@ class Gemma(nn.Module):
             if can_pack(self.device, dtype):
                 for layer in layers:
                     layer.packed = pack(layer.weight, dtype)
-                self.packed_head = pack(self.model.embed_tokens.weight, dtype)
+                blocks = self.model.embed_tokens.weight.split(HEAD_BLOCK)
+                self.packed_head = [pack(block, dtype) for block in blocks]
             yield
         finally:
-            self.packed_head = None
+            self.packed_head = []
             for layer in layers:
                 layer.packed = None
 
@@ -548,11 +552,17 @@ class Gemma(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V), all of them. Training asks for fewer: logprob.py."""
-        weight, cap = self.head
-        if self.packed_head is not None:
-            return self.head.capped(multiply_packed(hidden, self.packed_head))
-        automatic = torch.is_autocast_enabled(hidden.device.type)
-        return Head(weight if automatic else weight.to(hidden.dtype), cap)(hidden)  # as in Linear
+        return torch.cat(list(self.logit_blocks(hidden)), dim=-1)
+
+    def logit_blocks(self, hidden: Tensor) -> Iterator[Tensor]:
+        """The logits, side by side in blocks of the vocabulary, as wide as the first but for the last. Where
+        weights are packed a block is small enough for the processor's cache; else there is one."""
+        for block in self.packed_head:
+            yield self.head.capped(multiply_packed(hidden, block))
+        if not self.packed_head:
+            weight, cap = self.head
+            automatic = torch.is_autocast_enabled(hidden.device.type)
+            yield Head(weight if automatic else weight.to(hidden.dtype), cap)(hidden)  # as in Linear
 
 
 # --------------------------------------------------------------------------------------- weights

@@ -124,13 +124,35 @@ def test_sampled_answers_are_as_probable_as_training_says(gemma):
     assert surprise(1.5).abs().max() < 4 < surprise(1.0).abs().min()
 
 
-def test_inverse_cdf_by_hand():
+@pytest.mark.parametrize("width", [1, 3, 4])  # of the blocks the logits come in
+def test_inverse_cdf_by_hand(width):
     """p = 0.2, 0, 0.5, 0.3: uniform numbers up to 0.2, 0.7 and 1 fall on tokens 0, 2 and 3."""
-    logits = torch.tensor([[0.2, 0.0, 0.5, 0.3]]).log().expand(7, 4)
+    logits = torch.tensor([[0.2, 1e-30, 0.5, 0.3]]).log().expand(7, 4)
     uniform = torch.tensor([0.0, 0.199, 0.201, 0.699, 0.701, 0.999, 1.0])
-    assert g.inverse_cdf(logits, 1.0, uniform).tolist() == [0, 0, 2, 2, 3, 3, 3]
+    for temperature in (1.0, 0.5):
+        blocks = (logits * temperature).split(width, -1)
+        assert g.inverse_cdf(blocks, temperature, uniform).tolist() == [0, 0, 2, 2, 3, 3, 3]
     impossible_first = torch.tensor([[0.0, 1.0]]).log()
-    assert g.inverse_cdf(impossible_first, 1.0, torch.zeros(1)).tolist() == [1]
+    assert g.inverse_cdf([impossible_first], 1.0, torch.zeros(1)).tolist() == [1]
+
+
+@pytest.mark.parametrize("width", [1, 7, 64, 1000])
+def test_a_token_does_not_depend_on_the_blocks(width):
+    """Against a cumulative sum over the whole vocabulary, in float64."""
+    torch.manual_seed(0)
+    logits, uniform = 5 * torch.randn(500, 100), torch.rand(500)
+    probabilities = (logits.double() / 0.7).softmax(-1)
+    token = g.inverse_cdf(logits.split(width, -1), 0.7, uniform)
+    upto = probabilities.cumsum(-1).gather(-1, token[:, None])[:, 0]
+    its_own = probabilities.gather(-1, token[:, None])[:, 0]
+    assert (uniform <= upto + 1e-6).all() and (uniform >= upto - its_own - 1e-6).all()
+    assert torch.equal(g.most_likely(logits.split(width, -1)), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_the_first_of_equal_tokens_is_the_most_likely(width):
+    logits = torch.tensor([[1.0, 3.0, 2.0, 3.0, 3.0], [2.0, 2.0, 2.0, 2.0, 2.0]])
+    assert g.most_likely(logits.split(width, -1)).tolist() == [1, 0]
 
 
 def test_sampling_under_bfloat16_autocast_runs(gemma):

@@ -331,7 +331,7 @@ def test_packed_weights_compute_the_same(gemma, name, weights, autocast):
             raise KeyError
     for a, b in zip(plain, packed):
         assert a.dtype == b.dtype and (a - b).abs().max() <= (0.03 if half else TIGHT)
-    assert layer.packed is None and model.packed_head is None
+    assert layer.packed is None and not model.packed_head
 
 
 def _generator(seed):
