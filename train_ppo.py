@@ -616,7 +616,7 @@ def print_plan(args, found: hub.ModelFiles, prompt, problems, held_out) -> None:
             "gradients": 4 * (policy_size + critic_size),
             "optimizer": budget.moments_bytes(policy + critic, args.optim),
             "activations": forwards * activations,
-            "vocabulary": budget.head_bytes(config, tokens, args.device, entropy=True),
+            "vocabulary": budget.head_bytes(config, tokens, args.device, not args.lora, bf16, entropy=True),
             "cache": budget.cache_bytes(config, at_once, longest, bf16),
             "sampling": budget.sampling_bytes(config, total, at_once, bf16, args.device),
         })  # fmt: skip

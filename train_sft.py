@@ -223,7 +223,7 @@ def print_plan(args, config: Config, examples, held_out, steps: int) -> None:
             "gradients": 4 * trained,
             "optimizer": budget.moments_bytes(shapes, args.optim),
             "activations": budget.activation_bytes(config, tokens, args.lora, bf16, args.checkpointing),
-            "vocabulary": budget.head_bytes(config, tokens, args.device),
+            "vocabulary": budget.head_bytes(config, tokens, args.device, not args.lora, bf16),
         })  # fmt: skip
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 import torch
 
-from nanogsm.logprob import LOGITS
-from nanogsm.model import Config
+from nanogsm.logprob import KEPT, LOGITS
+from nanogsm.model import HEAD_BLOCK, Config
 from nanogsm.optim import block_size
 
 
@@ -47,11 +47,13 @@ def activation_bytes(c: Config, tokens: int, frozen: bool, bf16: bool, checkpoin
     return c.num_hidden_layers * each + block
 
 
-def head_bytes(c: Config, tokens: int, device: str, entropy: bool = False) -> int:
+def head_bytes(c: Config, tokens: int, device: str, trained: bool, bf16: bool, entropy: bool = False) -> int:
     """Bytes of a block's logits, of what is made of them (more with their entropy) and of the copied rows;
-    and of the derivatives by the hidden states."""
-    logits = min(LOGITS[device.partition(":")[0]], max(tokens, c.hidden_size) * c.vocab_size)
-    return (20 if entropy else 14) * logits + (18 if entropy else 12) * tokens * c.hidden_size
+    of the derivatives by the hidden states; and of what is kept for a trained head's."""
+    kind = device.partition(":")[0]
+    logits = min(LOGITS[kind], max(tokens, c.hidden_size) * c.vocab_size)
+    kept = min(KEPT[kind], (1 + entropy) * tokens * c.vocab_size) * (2 if bf16 else 4) * trained
+    return kept + (20 if entropy else 16) * logits + (18 if entropy else 12) * tokens * c.hidden_size
 
 
 def moments_bytes(shapes: Iterable[tuple[int, ...]], optim: str) -> int:
@@ -70,10 +72,13 @@ def cache_bytes(c: Config, rows: int, length: int, bf16: bool) -> int:
 
 
 def sampling_bytes(c: Config, total: int, rows: int, bf16: bool, device: str) -> int:
-    """Bytes that drawing a token for each row takes: logits, probabilities and sums of them; and a CPU's
-    packed copy of the weights."""
-    packed = total * (2 if bf16 else 4) if device == "cpu" else 0
-    return rows * c.vocab_size * (4 + 4 + 8 + 8) + packed
+    """Bytes that drawing a token for each row takes: logits, and probabilities and sums of them, on a CPU
+    of a block of the vocabulary at a time; and a CPU's packed copy of the weights."""
+    product = 2 if bf16 else 4
+    if device != "cpu":
+        return rows * c.vocab_size * (4 + 4 + 8 + 8)
+    block = min(HEAD_BLOCK, c.vocab_size)
+    return rows * (c.vocab_size * product + block * (4 + 4 + 8 + 8)) + total * product
 
 
 def print_budget(budget: dict[str, float]) -> None:

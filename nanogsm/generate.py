@@ -38,6 +38,8 @@ from nanogsm.model import Gemma, KVCache
 # Decode steps between two looks at the new tokens: looking makes the host wait for a GPU.
 LOOK_EVERY = {"cpu": 1, "cuda": 8, "mps": 8}
 PREFILL = 2048  # tokens of prompts, padding included, that go through the model at once
+# Rows that attend together, over the slots that the longest of them has used. A GPU wants one large kernel.
+TOGETHER = {"cpu": 32, "cuda": 2**20, "mps": 2**20}
 
 
 class Completion(NamedTuple):
@@ -126,9 +128,12 @@ def generate(
                 token, position, request = token[keep], position[keep], [request[s] for s in keep]
 
             drawn = []
-            longest = max(len(prompts[r]) + len(new[r]) for r in request if r >= 0)
+            groups = -(-len(request) // TOGETHER[device.type])
+            size = -(-len(request) // groups)
+            used = [len(prompts[r]) + len(new[r]) if r >= 0 else 1 for r in request]
+            used = [max(used[i : i + size]) for i in range(0, len(used), size)]
             for ahead, u in enumerate(numbers(list(range(len(request))), LOOK_EVERY[device.type])):
-                cache.used = min(longest + ahead, room)
+                cache.used = [min(n + ahead, room) for n in used]
                 hidden = model(token[:, None], positions=position[:, None], cache=cache)  # (b, 1, D)
                 token = draw(hidden[:, 0], u)
                 position = (position + 1).clamp(max=room - 1)  # idle places run on, but not out
@@ -149,7 +154,7 @@ def _prefill(model: Gemma, cache: KVCache, places: list[int], prompts: list[list
         T = max(map(len, group))
         ids = torch.tensor([p + [0] * (T - len(p)) for p in group], device=model.device)  # any id will do
         own = KVCache(model.config, len(group), T, cache.k.dtype, model.device)
-        own.used = T
+        own.used = [T]
         hidden = model(ids, cache=own)  # (n, T, D)
         cache.k[:, rows, :, :T], cache.v[:, rows, :, :T] = own.k, own.v
         ends = torch.tensor([len(p) - 1 for p in group], device=model.device)

@@ -13,12 +13,12 @@ for by nobody. So:
         d log p_t / dh = w_t - sum over v of p_v w_v            w_v: the head's row for token v
 
     which is a vector as long as h: it is made in the forward pass with the rest, and backward only
-    scales it. A trained head (full fine-tuning) wants its gradient as well: the blocks go by again.
+    scales it. A trained head (full fine-tuning) wants its gradient as well: the blocks go by again, the
+    first of them as they were kept.
 
 SFT's loss, PPO's old, new and reference log-probs and its entropy bonus are all this function.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -29,7 +29,9 @@ from torch.autograd.function import once_differentiable
 # Logits held at a time. On a CPU what becomes of them should stay in its cache: with 16 MB of them the
 # head takes three quarters of the time that it takes with 256 MB. A GPU wants few and large kernels.
 LOGITS = {"cpu": 2**21, "cuda": 2**26, "mps": 2**26}
-# Numbers kept for a trained head's gradient, two bytes each in bfloat16.
+# Numbers kept, in the dtype of products, until a trained head's gradient is made: what is kept need not be
+# made again, a quarter of the head's products. 2**27 are enough for 512 positions, or half the answers of 8
+# problems; all of a full step's would buy another 4% of it for 0.3 GiB.
 KEPT = {"cpu": 2**27, "cuda": 2**29, "mps": 2**27}
 
 
@@ -66,9 +68,9 @@ def token_logprobs(
     hidden (B, T, D) predicts targets (B, T), already shifted against each other by the caller:
     `token_logprobs(model.head, hidden[:, :-1], ids[:, 1:], mask[:, 1:])`. Returns (B, T) float32 in
     nats, 0 where mask is 0. Logits are divided by temperature, as they are when sampling: a PPO
-    ratio compares like with like only then. Memory: a few times LOGITS numbers, and a few vectors as
-    long as a hidden state for each position; `block`, the rows of the vocabulary at a time, defaults to
-    what makes that many logits, though 1,024 at least. Trap: a trained head's gradient is there after
+    ratio compares like with like only then. Memory: a few times LOGITS numbers, a few vectors as long as a
+    hidden state for each position and, if the head is trained, up to KEPT numbers until backward; `block`,
+    the rows of the vocabulary at a time, defaults to what makes LOGITS logits, though 1,024 at least. Trap: a trained head's gradient is there after
     backward(), in head.weight.grad; torch.autograd.grad does not see it.
     """
     where = mask.nonzero(as_tuple=True)
@@ -112,8 +114,8 @@ class _Scores(torch.autograd.Function):
         pull   = sum e^u w          with mean = moment / total
         tilt   = sum e^u u w
 
-    The head's gradient has h in w's place and factors that only backward knows: it goes through the blocks
-    once more. Of the first ones it finds e^u and e^u u kept. Gradients are over the temperature, as z is.
+    The head's gradient has h in w's place and factors that only backward knows, so it goes through the
+    blocks once more; of the first ones e^u and e^u u are kept. Gradients are over the temperature, as z is.
     Trap: where p_t is nearly 1, 1 - p_t would be what rounding leaves of two equal numbers. So all sums are
     without t, and t is added last.
     """
@@ -127,7 +129,7 @@ class _Scores(torch.autograd.Function):
         top, chosen = zeros(n) + torch.finfo(torch.float32).min, zeros(n)
         sums = zeros(1 + entropy, n)  # total and moment
         pulls = zeros(1 + entropy, n, D) if wants_h else None  # pull and tilt
-        tops, kept, room = [], [], KEPT[kind] * wants_weight  # of the first blocks
+        tops, kept, room = [], [], KEPT[kind]  # of the first blocks
         with torch.autocast(kind, enabled=False):
             for start in range(0, len(weight), block):
                 w, z, bend, inside, at = _logits(head, low, t, start, block, temperature)
@@ -135,33 +137,31 @@ class _Scores(torch.autograd.Function):
                 higher = torch.maximum(top, z.amax(0))
                 _grow(sums, pulls, top - higher)
                 top = higher
-                terms = _terms(z, top, inside, at, entropy)
-                for k, x in enumerate(terms):
+                for k, x in enumerate(terms := _terms(z, top, inside, at, entropy)):
                     sums[k] += x.sum(0)
                 terms = _bent(terms, bend, low.dtype)
                 if wants_h:
                     for k, x in enumerate(terms):
                         pulls[k] += x.T @ w
                 room -= sum(x.numel() for x in terms)
-                if room >= 0:
+                if wants_weight and room >= 0:
                     tops.append(top)
                     kept += terms
 
-        u, bend = chosen - top, head.bend(chosen * temperature)
+        u, bend = chosen - top, head.bend(chosen * temperature)  # of t
         total, mean = sums[0] + u.exp(), None
-        p = u.exp() / total
         scores, by_t = [u - total.log()], [sums[0] / total * bend]  # by_t: derivatives by t's logit
         if entropy:
+            p = u.exp() / total
             mean = sums[1] / total + p * u
             scores.append(total.log() - mean)
             by_t.append(p * (mean - u) * bend)
-        slopes = []
+        slopes = []  # derivatives by h
         if wants_h:
             w, pulls = weight[t], pulls / total[:, None]
             slopes.append(by_t[0][:, None] * w - pulls[0])
             if entropy:
                 slopes.append(by_t[1][:, None] * w + mean[:, None] * pulls[0] - pulls[1])
-        ctx.for_head = bool(wants_weight), len(by_t), len(tops)
         for_head = [low, t, top, total, mean, *by_t, *tops, *kept] if wants_weight else []
         ctx.save_for_backward(*(slope.div_(temperature) for slope in slopes), *for_head)
         ctx.head, ctx.temperature, ctx.block, ctx.n_slopes = head, temperature, block, len(slopes)
@@ -178,28 +178,34 @@ class _Scores(torch.autograd.Function):
 
 
 def _add_heads_gradient(head, temperature, block, grads, low, t, top, total, mean, *rest) -> None:
-    """Adds the gradient by the head's rows to head.weight.grad: see _Scores. What is kept of a block was
-    made with the top of its time."""
-    k = len(grads)
-    by_t, rest = rest[:k], rest[k:]
-    n_kept = len(rest) // (1 + k)
+    """Adds the gradient by the head's rows to head.weight.grad: sums over the positions of h times
+
+        (v is t) - p_v    for the log-prob        p_v (mean - u_v)    for the entropy
+
+    and what backward brings for either. What is kept of a block was made with the top of its time, which
+    is d below the last one: e^u is e^d times it, and u is d more."""
+    n, grad = len(grads), grad_of(head.weight)  # n terms a block
+    by_t, rest = rest[:n], rest[n:]
+    n_kept = len(rest) // (1 + n)
     tops, kept = rest[:n_kept], rest[n_kept:]
-    grad = grad_of(head.weight)
+
+    def h_times(factor: Tensor) -> Tensor:
+        return factor[:, None] / temperature * low
+
     with torch.autocast(low.device.type, enabled=False):
         for i, start in enumerate(range(0, len(grad), block)):
             if i < n_kept:
-                then, terms = tops[i], kept[i * k : (i + 1) * k]
+                d, terms = tops[i] - top, kept[n * i : n * (i + 1)]
             else:
                 _, z, bend, inside, at = _logits(head, low, t, start, block, temperature)
-                then, terms = top, _bent(_terms(z, top, inside, at, k == 2), bend, low.dtype)
-            p = (then - top).exp() / total  # times e^(z - then): the probability
-            factors = [-grads[0] * p]
-            if k == 2:
-                factors = [(grads[1] * (mean - (then - top)) - grads[0]) * p, -grads[1] * p]
+                d, terms = torch.zeros_like(top), _bent(_terms(z, top, inside, at, n == 2), bend, low.dtype)
+            scale = d.exp() / total  # of e^u to p
+            factors = [-grads[0] * scale]
+            if n == 2:
+                factors = [(grads[1] * (mean - d) - grads[0]) * scale, -grads[1] * scale]
             for x, factor in zip(terms, factors):
-                grad[start : start + block] += x @ (factor[:, None] / temperature * low).to(low.dtype)
-        factor = sum(g * by for g, by in zip(grads, by_t)) / temperature
-        add_rows(grad, t, factor[:, None] * low)
+                grad[start : start + block] += x @ h_times(factor).to(low.dtype)
+        add_rows(grad, t, h_times(sum(g * by for g, by in zip(grads, by_t))))
 
 
 def _logits(head, low, t, start, block, temperature) -> tuple[Tensor, ...]:

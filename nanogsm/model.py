@@ -312,6 +312,18 @@ def attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], masks: list
     return torch.cat([attend(*row, scale, cap) for row in rows], 2)
 
 
+def attend_cached(q: Tensor, k: Tensor, v: Tensor, used: list[int], mask: Tensor | None, scale, cap):
+    """`attend` for queries (B, H, T, N) of rows whose keys and values lie in a cache, (B, K, S, N). used: how
+    many of the S slots any row can have filled, for each of some equal groups of rows."""
+    if len(used) == 1:
+        return attend(q, k[:, :, : used[0]], v[:, :, : used[0]], mask, scale, cap)
+    size = -(-len(q) // len(used))
+    groups = zip(used, q.split(size), k.split(size), v.split(size), mask.split(size), strict=True)
+    return torch.cat(
+        [attend(q, k[:, :, :n], v[:, :, :n], mask[..., :n], scale, cap) for n, q, k, v, mask in groups]
+    )
+
+
 class Attention(nn.Module):
     """x (B, T, D) -> (B, T, D). cos, sin (B or 1, 1, T, N) turn queries and keys by their positions
     (B or 1, T); mask as in `attend`; with a cache, keys and values of earlier tokens come from it. With
@@ -337,11 +349,12 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        scale, cap = c.query_pre_attn_scalar**-0.5, c.attn_logit_softcapping
         if cache is not None:
             k, v = cache.append(self.layer, k, v, positions)  # (B, K, S, N)
-        scale, cap = c.query_pre_attn_scalar**-0.5, c.attn_logit_softcapping
-        if lengths is None:
-            out = attend(q, k, v, mask, scale, cap)  # (B, H, T, N)
+            out = attend_cached(q, k, v, cache.used, mask, scale, cap)  # (B, H, T, N)
+        elif lengths is None:
+            out = attend(q, k, v, mask, scale, cap)
         else:
             out = attend_each(q, k, v, lengths, mask, scale, cap)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
@@ -383,20 +396,21 @@ class Block(nn.Module):
 class KVCache:
     """Keys and values of all layers, (L, B, K, S, N). Row b's token at position p lies in slot p,
     so rows of different lengths share a batch without padding between their tokens. The caller sets
-    `used`, the number of slots any row can have filled: attention looks no further."""
+    `used`, the number of slots any row can have filled, or several, one for each of as many equal groups of
+    rows: attention looks no further."""
 
     def __init__(self, config: Config, batch: int, length: int, dtype, device):
         K, N = config.num_key_value_heads, config.head_dim
         self.k = torch.zeros(config.num_hidden_layers, batch, K, length, N, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
-        self.used = 0
+        self.used = [0]
 
     def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, K, T, N) at positions (B or 1, T); return all slots in use."""
+        """Write k, v (B, K, T, N) at positions (B or 1, T); return all slots."""
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
         self.k[layer][rows, :, positions] = k.transpose(1, 2).to(self.k.dtype)
         self.v[layer][rows, :, positions] = v.transpose(1, 2).to(self.v.dtype)
-        return self.k[layer, :, :, : self.used], self.v[layer, :, :, : self.used]
+        return self.k[layer], self.v[layer]
 
     def keep(self, rows: list[int]) -> None:
         """Keep these rows only, in this order: row i becomes what rows[i] was. Only those that change
@@ -497,7 +511,7 @@ class Gemma(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """ids (B, T) -> hidden (B, T, D). Without positions the rows start at 0. With a cache, set
-        `cache.used` to the highest position + 1 first; positions are (B, T) when decoding. lengths, of
+        `cache.used` to the highest positions + 1 first; positions are (B, T) when decoding. lengths, of
         the rows without their padding: what comes out at padding is 0, and none of it is computed.
         They go without positions and cache."""
         c, (B, T), kinds = self.config, ids.shape, set(self.config.layer_types)
@@ -512,7 +526,7 @@ class Gemma(nn.Module):
         else:
             from_start = positions is None  # then queries and keys stand at the same positions
             positions = count if from_start else positions
-            keys_at = count if from_start else torch.arange(cache.used, device=ids.device)[None]
+            keys_at = count if from_start else torch.arange(max(cache.used), device=ids.device)[None]
             masks = {kind: self._mask(kind, positions, keys_at, from_start) for kind in kinds}
         angles = {kind: rotary(positions, c.head_dim, *c.rope[kind]) for kind in kinds}
 
@@ -552,7 +566,8 @@ class Gemma(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V), all of them. Training asks for fewer: logprob.py."""
-        return torch.cat(list(self.logit_blocks(hidden)), dim=-1)
+        blocks = list(self.logit_blocks(hidden))
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
 
     def logit_blocks(self, hidden: Tensor) -> Iterator[Tensor]:
         """The logits, side by side in blocks of the vocabulary, as wide as the first but for the last. Where

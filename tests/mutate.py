@@ -73,7 +73,7 @@ MUTATIONS = [
     ("model: window one too wide", MODEL, "(distance < window)", "(distance <= window)"),
     ("model: attention scale", MODEL, "c.query_pre_attn_scalar**-0.5", "c.hidden_size**-0.5"),
     ("model: exact GELU", MODEL, 'approximate="tanh"', 'approximate="none"'),
-    ("model: cache one short", MODEL, "self.k[layer, :, :, : self.used], ", "self.k[layer, :, :, : self.used - 1], "),
+    ("model: cache one short", MODEL, "k[:, :, :n], v", "k[:, :, : n - 1], v"),
     ("LoRA: scale", LORA, "LoRALinear(base, a, torch.zeros(size_out, r), alpha / r)", "LoRALinear(base, a, torch.zeros(size_out, r), alpha)"),
     ("LoRA: merge forgets the scale", LORA, "own = self.scale * self.lora_B", "own = self.lora_B"),
     ("LoRA: merge forgets the adapter below", LORA, "return own + self.base.delta() if isinstance(self.base, LoRALinear) else own", "return own"),

@@ -52,6 +52,21 @@ def test_looking_at_the_tokens_less_often_changes_nothing(gemma, monkeypatch, te
     assert g.generate(model, prompts(), stops, 11, 4, temperature, seed=5) == every_step
 
 
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_rows_that_attend_in_groups_say_the_same(gemma, monkeypatch, together):
+    """Even groups and uneven ones, with idle places in them, and fewer as rows come to their end."""
+    model, _ = gemma("gemma3")
+    stops, used = frozenset(range(7, 60)), set()
+    at_once = g.generate(model, prompts(), stops, 11, 7, 1.0, seed=5)
+    monkeypatch.setitem(g.TOGETHER, "cpu", together)
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda *a, cache, **kw: used.add(len(cache.used)) or forward(*a, cache=cache, **kw)
+    )
+    assert g.generate(model, prompts(), stops, 11, 7, 1.0, seed=5) == at_once
+    assert max(used) == -(-7 // together)
+
+
 def test_prompts_taken_in_by_groups_give_the_same(gemma, monkeypatch):
     """Groups of one to three prompts, ones shorter than the limit and ones beyond it."""
     model, _ = gemma("gemma3")
@@ -177,7 +192,7 @@ def test_exact_match_ends_a_completion_that_starts_a_new_question(gemma, monkeyp
     said = tokenizer.encode(" 7\n#### 7\n\nQuestion: What? #### 8")
     steps = iter(said)
     one_hot = lambda i: torch.nn.functional.one_hot(torch.tensor([i]), 384).float()  # noqa: E731
-    monkeypatch.setattr(model, "logits", lambda hidden: one_hot(next(steps)))
+    monkeypatch.setattr(model, "logit_blocks", lambda hidden: [one_hot(next(steps))])
     row = g.answer_and_mark(model, tokenizer, [Problem("?", "#### 7", 0)], Prompt(), 99)[0]
     assert row["correct"] and row["flexible"] and not row["truncated"]
     assert row["tokens"] < len(said) and row["completion"].endswith("Question:")

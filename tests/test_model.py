@@ -196,13 +196,14 @@ def test_decoding_token_by_token_equals_one_forward_pass(gemma, name):
     model, _ = gemma(name)
     ids, full = expected(name)["ids"], expected(name)["logits"]
     cache = KVCache(model.config, 2, 24, torch.float32, "cpu")
-    cache.used = 13
+    cache.used = [13]
     out = logits(model, ids[:, :13], cache=cache)
     assert (out[0] - full[0, :13]).abs().max() <= TIGHT
     assert (out[1, :9] - full[1, :9]).abs().max() <= TIGHT
     positions = torch.tensor([13, 9])
-    for _ in range(11):
-        cache.used = int(positions.max()) + 1
+    for i in range(11):
+        each = [int(n) + 1 for n in positions]
+        cache.used = each if i % 2 else [max(each)]  # attention row by row, or all rows at once
         token = ids[torch.arange(2), positions][:, None]
         out = logits(model, token, positions=positions[:, None], cache=cache)
         want = full[torch.arange(2), positions]
@@ -226,9 +227,9 @@ def test_prefill_in_two_pieces_equals_one(gemma, name):
     model, _ = gemma(name)
     ids, full = expected(name)["ids"], expected(name)["logits"]
     cache = KVCache(model.config, 2, 24, torch.float32, "cpu")
-    cache.used = 10
+    cache.used = [10]
     logits(model, ids[:, :10], cache=cache)
-    cache.used = 24
+    cache.used = [24]
     rest = logits(model, ids[:, 10:], positions=torch.arange(10, 24)[None], cache=cache)
     assert (rest - full[:, 10:]).abs().max() <= TIGHT
 
