@@ -39,6 +39,7 @@ import torch
 import train_sft
 from benchmarks.sides import Side, Turns, compete, matrix_rate
 from nanogsm import UserError, console, data, files, hub, lora
+from nanogsm.logprob import KEPT
 from nanogsm.model import CHECKPOINTS, Linear, load_model
 from nanogsm.optim import AdamW
 
@@ -136,15 +137,19 @@ def flops_of(args, model, trained: dict, examples: list, needed: bool = False) -
     """Additions and multiplications in the matrix products of one step of ours: 2 a weight and
     token for each pass. Passes are forward, the gradient of the input, where a weight is trained its
     own, and under a full checkpoint forward once more (what a light one recomputes is left out); a
-    trained head's logits are computed twice, a frozen one's once. Attention's scores are left out.
+    trained head's logits, where they are not kept, are made twice. Attention's scores are left out.
     needed: without recomputation, what model FLOPs utilisation counts."""
     blocks = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
     adapters = 0 if args.full else sum(p.numel() for p in trained.values())
     head = model.config.vocab_size * model.config.hidden_size
-    tokens = sum(len(e.ids) for e in examples)
-    supervised, again = sum(sum(e.mask) for e in examples), args.checkpointing == "full" and not needed
+    tokens, again = sum(len(e.ids) for e in examples), args.checkpointing == "full" and not needed
+    supervised = [sum(sum(e.mask) for e in rows) for rows in data.micro_batches(examples, args.micro_batch)]
+    kept = KEPT[torch.device(args.device).type] // model.config.vocab_size  # positions of a micro-batch
+    passes = (3 if args.full else 2) * sum(supervised)
+    if args.full and not needed:
+        passes += sum(max(0, n - kept) for n in supervised)
     in_blocks = 2 * tokens * ((2 + args.full + again) * blocks + (3 + again) * adapters)
-    return in_blocks + 2 * supervised * ((3 if needed else 4) if args.full else 2) * head
+    return in_blocks + 2 * passes * head
 
 
 def peer(args, turns: Turns) -> None:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanogsm.data import (
@@ -166,12 +165,13 @@ def most_likely(blocks: Iterable[Tensor]) -> Tensor:
     """The token (b,) with the largest logit, the first of several."""
     first = 0
     for z in blocks:
-        largest, at = z.max(-1)  # on a CPU four times as fast as argmax, for bfloat16
         if first == 0:
-            top, token = largest, at
+            top, token = z.max(-1)  # on a CPU four times as fast as argmax, for bfloat16
         else:
-            token = torch.where(largest > top, at + first, token)
-            top = torch.maximum(top, largest)
+            largest = z.amax(-1)  # and this five times as fast as that: where it lies is asked only of
+            better = (largest > top).nonzero()[:, 0]  # the rows that have not had a larger one
+            token[better] = z[better].max(-1).indices + first
+            top[better] = largest[better]
         first += z.shape[-1]
     return token
 
@@ -187,10 +187,12 @@ def inverse_cdf(blocks: list[Tensor], temperature: float, uniform: Tensor) -> Te
     tops = torch.stack([z.amax(-1).float() / temperature for z in blocks])  # (number of blocks, b)
     sums = torch.stack([exponentials(z, top).sum(-1) for z, top in zip(blocks, tops)])
     block, rest = _passes((sums * (tops - tops.amax(0)).exp()).T.contiguous(), uniform)
-    z, width = blocks[0], blocks[0].shape[-1]
-    for k, other in enumerate(blocks[1:], 1):
-        other = F.pad(other, (0, width - other.shape[-1]), value=-math.inf)
-        z = torch.where((block == k)[:, None], other, z)
+    width, z = blocks[0].shape[-1], blocks[0]
+    if len(blocks) > 1:
+        z = torch.full_like(z, -math.inf)  # the last block may be narrower
+        for k, other in enumerate(blocks):
+            rows = (block == k).nonzero()[:, 0]
+            z[rows, : other.shape[-1]] = other[rows]
     token, _ = _passes(exponentials(z, tops.gather(0, block[None])[0]), rest)
     return block * width + token
 

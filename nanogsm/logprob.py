@@ -70,8 +70,9 @@ def token_logprobs(
     nats, 0 where mask is 0. Logits are divided by temperature, as they are when sampling: a PPO
     ratio compares like with like only then. Memory: a few times LOGITS numbers, a few vectors as long as a
     hidden state for each position and, if the head is trained, up to KEPT numbers until backward; `block`,
-    the rows of the vocabulary at a time, defaults to what makes LOGITS logits, though 1,024 at least. Trap: a trained head's gradient is there after
-    backward(), in head.weight.grad; torch.autograd.grad does not see it.
+    the rows of the vocabulary at a time, defaults to what makes LOGITS logits, though 1,024 at least.
+    Trap: a trained head's gradient is there after backward(), in head.weight.grad; torch.autograd.grad
+    does not see it.
     """
     where = mask.nonzero(as_tuple=True)
     h, t = hidden[where], targets[where]
@@ -189,9 +190,6 @@ def _add_heads_gradient(head, temperature, block, grads, low, t, top, total, mea
     n_kept = len(rest) // (1 + n)
     tops, kept = rest[:n_kept], rest[n_kept:]
 
-    def h_times(factor: Tensor) -> Tensor:
-        return factor[:, None] / temperature * low
-
     with torch.autocast(low.device.type, enabled=False):
         for i, start in enumerate(range(0, len(grad), block)):
             if i < n_kept:
@@ -199,13 +197,15 @@ def _add_heads_gradient(head, temperature, block, grads, low, t, top, total, mea
             else:
                 _, z, bend, inside, at = _logits(head, low, t, start, block, temperature)
                 d, terms = torch.zeros_like(top), _bent(_terms(z, top, inside, at, n == 2), bend, low.dtype)
-            scale = d.exp() / total  # of e^u to p
-            factors = [-grads[0] * scale]
-            if n == 2:
-                factors = [(grads[1] * (mean - d) - grads[0]) * scale, -grads[1] * scale]
-            for x, factor in zip(terms, factors):
-                grad[start : start + block] += x @ h_times(factor).to(low.dtype)
-        add_rows(grad, t, h_times(sum(g * by for g, by in zip(grads, by_t))))
+            scale = d.exp() / total / temperature  # of e^u to p, and of z to a logit
+            if n == 1:  # on h, the smaller of the two
+                slopes, h = terms[0], ((-grads[0] * scale)[:, None] * low).to(low.dtype)
+            else:  # on the other, where it makes one of the terms
+                slopes = (grads[1] * (mean - d) - grads[0]) * scale * terms[0] - grads[1] * scale * terms[1]
+                slopes, h = slopes.to(low.dtype), low
+            grad[start : start + block] += slopes @ h
+        by_t = sum(g * by for g, by in zip(grads, by_t)) / temperature
+        add_rows(grad, t, by_t[:, None] * low)
 
 
 def _logits(head, low, t, start, block, temperature) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
 """Does the suite notice a wrong line? Applies named one-line mutations to a copy of the code, one at
 a time, and runs the tests that should see red.
 
-    python tests/mutate.py                # all 82
+    python tests/mutate.py                # all of them
     python tests/mutate.py gae KL         # those whose name contains one of these
 
 Exit status 1 if one goes unnoticed. Not collected by pytest.
@@ -86,17 +86,24 @@ MUTATIONS = [
     ("model: packed weights stay", MODEL, "                layer.packed = None", "                pass"),
     ("model: the tail's rows lose their keys", MODEL, "            x[:, new] = x[:, old]", "            pass"),
     ("logprob: entropy sign", LOGPROB, "scores.append(total.log() - mean)", "scores.append(total.log() + mean)"),
-    ("logprob: the head's gradient without the target's", LOGPROB, "torch.where(inside, g_logp, 0.0)[None]", "torch.zeros_like(at) * g_logp"),
+    ("logprob: the head's gradient without the target's", LOGPROB, "        add_rows(grad, t, by_t[:, None] * low)\n", ""),
+    ("logprob: kept terms taken for the last top's", LOGPROB, "d, terms = tops[i] - top,", "d, terms = 0 * top,"),
+    ("logprob: the entropy's mean moved the wrong way", LOGPROB, "(mean - d) - grads[0]", "(mean + d) - grads[0]"),
+    ("logprob: the head's gradient without the entropy's own term", LOGPROB, " - grads[1] * scale * terms[1]\n", "\n"),
     ("logprob: temperature multiplies", LOGPROB, "z /= temperature", "z *= temperature"),
-    ("logprob: slope without the cap's", LOGPROB, "x = x if bend is None else x.mul_(bend)", "pass"),
+    ("logprob: slope without the cap's", LOGPROB, "(x if bend is None else x.mul_(bend)).to(dtype)", "x.to(dtype)"),
     ("logprob: earlier blocks' sums not put right", LOGPROB, "            x *= by.exp()", "            pass"),
     ("logprob: ... nor the second of them", LOGPROB, "x[1] += by * x[0]", "pass"),
     ("logprob: the largest logit so far is 0", LOGPROB, "zeros(n) + torch.finfo(torch.float32).min", "zeros(n)"),
-    ("logprob: the head's gradient of one micro-batch", LOGPROB, "+= slope.to(low.dtype) @ low", "= slope.to(low.dtype) @ low"),
+    ("logprob: the head's gradient of one micro-batch", LOGPROB, "+= slopes @ h", "= slopes @ h"),
     ("logprob: the target stays in the sums", LOGPROB, "e.scatter_(0, at, e.gather(0, at).masked_fill(inside, 0))", "pass"),
-    ("logprob: outputs kept on the node", LOGPROB, "ctx.head, ctx.temperature, ctx.block, ctx.n_again = head,", "ctx.scores, ctx.head, ctx.temperature, ctx.block, ctx.n_again = scores, head,"),
+    ("logprob: outputs kept on the node", LOGPROB, "ctx.head, ctx.temperature, ctx.block, ctx.n_slopes = head,", "ctx.scores, ctx.head, ctx.temperature, ctx.block, ctx.n_slopes = scores, head,"),
     ("model: a light checkpoint keeps nothing", MODEL, "CheckpointPolicy.MUST_SAVE if", "CheckpointPolicy.PREFER_RECOMPUTE if"),
     ("model: a token's other places get no gradient", MODEL, "grad, accumulate=True", "grad, accumulate=False"),
+    ("generate: a token's place in its block", GENERATE, "return block * width + token", "return token"),
+    ("generate: blocks' sums with tops of their own", GENERATE, "(sums * (tops - tops.amax(0)).exp())", "sums"),
+    ("generate: the last of equal tokens", GENERATE, "(largest > top).nonzero()", "(largest >= top).nonzero()"),
+    ("generate: a group looks as far as another", GENERATE, "used = [max(used[i : i + size]) for i in", "used = [min(used[i : i + size]) for i in"),
     ("generate: prefill off by one", GENERATE, "[len(p) - 1 for", "[len(p) - 2 for"),
     ("generate: uniform numbers by place", GENERATE, "request[s] for s in places])  # -1", "s for s in places])  # -1"),
     ("generate: stop token ignored", GENERATE, "over = i in stop_ids or is_over", "over = is_over"),

@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 
+from nanogsm import logprob
 from nanogsm.logprob import Head, token_logprobs
 
 B, T, D, V = 3, 7, 8, 50
@@ -33,8 +34,13 @@ def by_hand(head, hidden, targets, mask, temperature, cap=3.0):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("block", [4, 1000])
 @pytest.mark.parametrize("cap", [None, 3.0])
-def test_values_and_gradients_equal_those_of_the_full_logits(head_is_trained, temperature, block, cap):
+@pytest.mark.parametrize("kept", ["nothing", "some", "all"])
+def test_values_and_gradients_equal_those_of_the_full_logits(
+    monkeypatch, head_is_trained, temperature, block, cap, kept
+):
     head, hidden, targets, mask = setting(head_is_trained)
+    some = int(mask.sum()) * 4 * 2 * 3  # three blocks of 4, two terms each
+    monkeypatch.setitem(logprob.KEPT, "cpu", {"nothing": 0, "some": some, "all": 2**20}[kept])
     weight = torch.randn(2, B, T)  # any upstream gradient, different for every position
     leaves = (hidden, head) if head_is_trained else (hidden,)
 
