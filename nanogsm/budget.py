@@ -51,7 +51,8 @@ def head_bytes(c: Config, tokens: int, device: str, trained: bool, bf16: bool, e
     """Bytes of a block's logits, of what is made of them (more with their entropy) and of the copied rows;
     of the derivatives by the hidden states; and of what is kept for a trained head's."""
     kind = device.partition(":")[0]
-    logits = min(LOGITS[kind], max(tokens, c.hidden_size) * c.vocab_size)
+    widest = max(tokens, c.hidden_size)
+    logits = min(max(LOGITS[kind], 1024 * widest), widest * c.vocab_size)
     kept = min(KEPT[kind], (1 + entropy) * tokens * c.vocab_size) * (2 if bf16 else 4) * trained
     return kept + (20 if entropy else 16) * logits + (18 if entropy else 12) * tokens * c.hidden_size
 
@@ -73,12 +74,13 @@ def cache_bytes(c: Config, rows: int, length: int, bf16: bool) -> int:
 
 def sampling_bytes(c: Config, total: int, rows: int, bf16: bool, device: str) -> int:
     """Bytes that drawing a token for each row takes: logits, and probabilities and sums of them, on a CPU
-    of a block of the vocabulary at a time; and a CPU's packed copy of the weights."""
+    (that can pack) of a block of the vocabulary at a time; and a CPU's packed copy of the weights."""
     product = 2 if bf16 else 4
+    logit = 4 if c.final_logit_softcapping else product
     if device != "cpu":
         return rows * c.vocab_size * (4 + 4 + 8 + 8)
     block = min(HEAD_BLOCK, c.vocab_size)
-    return rows * (c.vocab_size * product + block * (4 + 4 + 8 + 8)) + total * product
+    return rows * (c.vocab_size * logit + block * (4 + 4 + 8 + 8)) + total * product
 
 
 def print_budget(budget: dict[str, float]) -> None:

@@ -127,12 +127,12 @@ def generate(
                 token, position, request = token[keep], position[keep], [request[s] for s in keep]
 
             drawn = []
-            groups = -(-len(request) // TOGETHER[device.type])
-            size = -(-len(request) // groups)
-            used = [len(prompts[r]) + len(new[r]) if r >= 0 else 1 for r in request]
+            # Groups as equal as can be, of at most TOGETHER rows: attend_cached divides in the same way.
+            size = -(-len(request) // -(-len(request) // TOGETHER[device.type]))
+            used = [len(prompts[r]) + len(new[r]) if r >= 0 else 1 for r in request]  # 1: idle, not looked at
             used = [max(used[i : i + size]) for i in range(0, len(used), size)]
             for ahead, u in enumerate(numbers(list(range(len(request))), LOOK_EVERY[device.type])):
-                cache.used = [min(n + ahead, room) for n in used]
+                cache.used = [min(slots + ahead, room) for slots in used]
                 hidden = model(token[:, None], positions=position[:, None], cache=cache)  # (b, 1, D)
                 token = draw(hidden[:, 0], u)
                 position = (position + 1).clamp(max=room - 1)  # idle places run on, but not out
@@ -163,41 +163,42 @@ def _prefill(model: Gemma, cache: KVCache, places: list[int], prompts: list[list
 
 def most_likely(blocks: Iterable[Tensor]) -> Tensor:
     """The token (b,) with the largest logit, the first of several."""
-    first = 0
+    start = 0  # of the block, in the vocabulary
     for z in blocks:
-        if first == 0:
+        if start == 0:
             top, token = z.max(-1)  # on a CPU four times as fast as argmax, for bfloat16
         else:
             largest = z.amax(-1)  # and this five times as fast as that: where it lies is asked only of
             better = (largest > top).nonzero()[:, 0]  # the rows that have not had a larger one
-            token[better] = z[better].max(-1).indices + first
+            token[better] = z[better].max(-1).indices + start
             top[better] = largest[better]
-        first += z.shape[-1]
+        start += z.shape[-1]
     return token
 
 
 def inverse_cdf(blocks: list[Tensor], temperature: float, uniform: Tensor) -> Tensor:
     """The token (b,) at which the cumulative probability passes uniform (b,). The logits come in blocks of
-    the vocabulary (b, width): first the block is looked for, by the blocks' sums, and then the token in it,
-    so that nothing but the logits is ever held for all of the vocabulary."""
+    the vocabulary (b, width): first the block is looked for, by the blocks' sums, and then the token in it.
+    If there are several, nothing but the logits is ever held for all of the vocabulary."""
 
     def exponentials(z: Tensor, top: Tensor) -> Tensor:
         return (z.float() / temperature).sub_(top[:, None]).exp_()
 
     tops = torch.stack([z.amax(-1).float() / temperature for z in blocks])  # (number of blocks, b)
+    tops = tops.clamp(min=torch.finfo(torch.float32).min)  # a block may be impossible, all -inf
     sums = torch.stack([exponentials(z, top).sum(-1) for z, top in zip(blocks, tops)])
-    block, rest = _passes((sums * (tops - tops.amax(0)).exp()).T.contiguous(), uniform)
+    block, rest = _where_it_passes((sums * (tops - tops.amax(0)).exp()).T.contiguous(), uniform)
     width, z = blocks[0].shape[-1], blocks[0]
     if len(blocks) > 1:
         z = torch.full_like(z, -math.inf)  # the last block may be narrower
         for k, other in enumerate(blocks):
             rows = (block == k).nonzero()[:, 0]
             z[rows, : other.shape[-1]] = other[rows]
-    token, _ = _passes(exponentials(z, tops.gather(0, block[None])[0]), rest)
-    return block * width + token
+    token, _ = _where_it_passes(exponentials(z, tops.gather(0, block[None])[0]), rest)
+    return (block * width + token).clamp(max=sum(z.shape[-1] for z in blocks) - 1)  # even if all are NaN
 
 
-def _passes(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def _where_it_passes(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Where the sum of weights (b, n) from the left passes uniform (b,) of the whole, and how far into
     that entry it does, in [0, 1)."""
     if weights.device.type != "mps":  # MPS has no float64. Summed in float32, the tail of 256,000

@@ -26,12 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits held at a time. On a CPU what becomes of them should stay in its cache: with 16 MB of them the
-# head takes three quarters of the time that it takes with 256 MB. A GPU wants few and large kernels.
+# Logits held at a time. On a CPU what becomes of them should stay in its cache: with 8 or 16 MB of them
+# the head takes three quarters of the time that it takes with 256 MB. A GPU wants few and large kernels.
 LOGITS = {"cpu": 2**21, "cuda": 2**26, "mps": 2**26}
-# Numbers kept, in the dtype of products, until a trained head's gradient is made: what is kept need not be
-# made again, a quarter of the head's products. 2**27 are enough for 512 positions, or half the answers of 8
-# problems; all of a full step's would buy another 4% of it for 0.3 GiB.
+# Exponentials kept from forward to backward, in the dtype of products, for a trained head's gradient: where
+# they are kept, a quarter of the head's products need not be made again. 2**27 are those of 512 positions,
+# half the answers of 8 problems; to keep all of them would buy another 4% of a full fine-tuning step for
+# 0.3 GiB.
 KEPT = {"cpu": 2**27, "cuda": 2**29, "mps": 2**27}
 
 
@@ -80,7 +81,8 @@ def token_logprobs(
     # is the larger one and bounds it.
     if block is None:
         block = 1024 * max(1, LOGITS[h.device.type] // max(h.shape) // 1024)
-    scores = _Scores.apply(h, head.weight, t, head.cap, temperature, entropy, block)
+    weight = head.weight if torch.is_grad_enabled() else head.weight.detach()  # _Scores cannot see which
+    scores = _Scores.apply(h, weight, t, head.cap, temperature, entropy, block)
     full = [torch.zeros(mask.shape, device=hidden.device).index_put(where, s) for s in scores]
     return full[0], full[1] if entropy else None
 
@@ -95,8 +97,9 @@ def grad_of(weight: Tensor) -> Tensor:
 
 
 def add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
-    """total[ids[i]] += rows[i] for each i, in an order that is the same every time: each kind of device has
-    one of the two ways that promises it."""
+    """total[ids[i]] += rows[i] for each i, on a CPU and on CUDA in an order that is the same every time:
+    each has one of the two ways that promises it."""
+    rows = rows.to(total.dtype)
     if total.is_cpu:
         total.index_add_(0, ids, rows)
     else:
@@ -140,6 +143,8 @@ class _Scores(torch.autograd.Function):
                 top = higher
                 for k, x in enumerate(terms := _terms(z, top, inside, at, entropy)):
                     sums[k] += x.sum(0)
+                if not (wants_h or wants_weight):
+                    continue
                 terms = _bent(terms, bend, low.dtype)
                 if wants_h:
                     for k, x in enumerate(terms):
@@ -183,9 +188,9 @@ def _add_heads_gradient(head, temperature, block, grads, low, t, top, total, mea
 
         (v is t) - p_v    for the log-prob        p_v (mean - u_v)    for the entropy
 
-    and what backward brings for either. What is kept of a block was made with the top of its time, which
-    is d below the last one: e^u is e^d times it, and u is d more."""
-    n, grad = len(grads), grad_of(head.weight)  # n terms a block
+    times what backward brings for either. What is kept of a block was made with the top of its time,
+    top + d with d <= 0: the u of now is the kept one plus d, and e^u is e^d times the kept one."""
+    n, grad = len(grads), grad_of(head.weight)  # 1, or 2 with the entropy: so many terms a block has
     by_t, rest = rest[:n], rest[n:]
     n_kept = len(rest) // (1 + n)
     tops, kept = rest[:n_kept], rest[n_kept:]
@@ -197,13 +202,13 @@ def _add_heads_gradient(head, temperature, block, grads, low, t, top, total, mea
             else:
                 _, z, bend, inside, at = _logits(head, low, t, start, block, temperature)
                 d, terms = torch.zeros_like(top), _bent(_terms(z, top, inside, at, n == 2), bend, low.dtype)
-            scale = d.exp() / total / temperature  # of e^u to p, and of z to a logit
-            if n == 1:  # on h, the smaller of the two
-                slopes, h = terms[0], ((-grads[0] * scale)[:, None] * low).to(low.dtype)
-            else:  # on the other, where it makes one of the terms
-                slopes = (grads[1] * (mean - d) - grads[0]) * scale * terms[0] - grads[1] * scale * terms[1]
-                slopes, h = slopes.to(low.dtype), low
-            grad[start : start + block] += slopes @ h
+            scale = d.exp() / total / temperature  # the kept e^u times e^d / total is p
+            if n == 1:  # each position's factor goes onto h: the terms stay as they are
+                left, right = terms[0], ((-grads[0] * scale)[:, None] * low).to(low.dtype)
+            else:  # two terms have to be added, so the factors go onto them
+                left = (grads[1] * (mean - d) - grads[0]) * scale * terms[0] - grads[1] * scale * terms[1]
+                left, right = left.to(low.dtype), low
+            grad[start : start + block] += left @ right
         by_t = sum(g * by for g, by in zip(grads, by_t)) / temperature
         add_rows(grad, t, by_t[:, None] * low)
 

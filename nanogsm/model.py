@@ -314,7 +314,8 @@ def attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], masks: list
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, used: list[int], mask: Tensor | None, scale, cap):
     """`attend` for queries (B, H, T, N) of rows whose keys and values lie in a cache, (B, K, S, N). used: how
-    many of the S slots any row can have filled, for each of some equal groups of rows."""
+    many of the S slots any row can have filled, for each of some equal groups of rows (the last may be
+    smaller)."""
     if len(used) == 1:
         return attend(q, k[:, :, : used[0]], v[:, :, : used[0]], mask, scale, cap)
     size = -(-len(q) // len(used))
@@ -571,7 +572,7 @@ class Gemma(nn.Module):
 
     def logit_blocks(self, hidden: Tensor) -> Iterator[Tensor]:
         """The logits, side by side in blocks of the vocabulary, as wide as the first but for the last. Where
-        weights are packed a block is small enough for the processor's cache; else there is one."""
+        weights are packed a block's logits are few enough for the processor's cache; else there is one."""
         for block in self.packed_head:
             yield self.head.capped(multiply_packed(hidden, block))
         if not self.packed_head:

@@ -195,16 +195,19 @@ def test_the_head(tiny, monkeypatch, tokens, width, vocabulary, logits, least, b
     assert budget.head_bytes(config, tokens, "cuda:1", trained, bf16, entropy) == estimate
 
 
-def test_drawing_a_token_for_each_row(tiny):
-    """Against the most there is while it is done: logits, then probabilities and their sums in float64."""
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_drawing_a_token_for_each_row(tiny, monkeypatch, device):
+    """Against the most there is while it is done: logits, then probabilities and their sums in float64; of
+    all the vocabulary or, as a CPU does it, of a block at a time."""
     model, _ = tiny(torch.float32)
-    rows = 64
+    rows, vocabulary = 64, model.config.vocab_size
+    monkeypatch.setattr(budget, "HEAD_BLOCK", width := 100)
     hidden, u = torch.randn(rows, model.config.hidden_size), torch.rand(rows)
     with Alive() as alive, torch.no_grad():
-        inverse_cdf([model.logits(hidden)], 0.7, u)
-    total = sum(p.numel() for p in parameters(model))
-    estimate = budget.sampling_bytes(model.config, total, rows, False, "cuda")
-    assert 0.8 * estimate < alive.most < estimate
+        logits = model.logits(hidden).split(width if device == "cpu" else vocabulary, -1)
+        inverse_cdf(logits, 0.7, u)
+    estimate = budget.sampling_bytes(model.config, 0, rows, False, device)
+    assert 0.8 * estimate < alive.most < 1.05 * estimate
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -142,13 +142,20 @@ def test_sampled_answers_are_as_probable_as_training_says(gemma):
 @pytest.mark.parametrize("width", [1, 3, 4])  # of the blocks the logits come in
 def test_inverse_cdf_by_hand(width):
     """p = 0.2, 0, 0.5, 0.3: uniform numbers up to 0.2, 0.7 and 1 fall on tokens 0, 2 and 3."""
-    logits = torch.tensor([[0.2, 1e-30, 0.5, 0.3]]).log().expand(7, 4)
+    logits = torch.tensor([[0.2, 0.0, 0.5, 0.3]]).log().expand(7, 4)
     uniform = torch.tensor([0.0, 0.199, 0.201, 0.699, 0.701, 0.999, 1.0])
     for temperature in (1.0, 0.5):
         blocks = (logits * temperature).split(width, -1)
         assert g.inverse_cdf(blocks, temperature, uniform).tolist() == [0, 0, 2, 2, 3, 3, 3]
     impossible_first = torch.tensor([[0.0, 1.0]]).log()
-    assert g.inverse_cdf([impossible_first], 1.0, torch.zeros(1)).tolist() == [1]
+    for blocks in ([impossible_first], impossible_first.split(1, -1)):
+        assert g.inverse_cdf(blocks, 1.0, torch.zeros(1)).tolist() == [1]
+
+
+def test_even_of_nonsense_a_token_of_the_vocabulary_is_drawn():
+    """What a diverged model says: the next lookup must not be the place where it shows."""
+    nonsense = torch.full((1, 5), torch.nan).split(2, -1)
+    assert g.inverse_cdf(nonsense, 1.0, torch.tensor([0.5])).item() < 5
 
 
 @pytest.mark.parametrize("width", [1, 7, 64, 1000])

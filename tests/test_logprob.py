@@ -35,23 +35,24 @@ def by_hand(head, hidden, targets, mask, temperature, cap=3.0):
 @pytest.mark.parametrize("block", [4, 1000])
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("kept", ["nothing", "some", "all"])
+@pytest.mark.parametrize("entropy", [False, True])
 def test_values_and_gradients_equal_those_of_the_full_logits(
-    monkeypatch, head_is_trained, temperature, block, cap, kept
+    monkeypatch, head_is_trained, temperature, block, cap, kept, entropy
 ):
     head, hidden, targets, mask = setting(head_is_trained)
-    some = int(mask.sum()) * 4 * 2 * 3  # three blocks of 4, two terms each
+    some = int(mask.sum()) * 4 * (1 + entropy) * 3  # three blocks of 4
     monkeypatch.setitem(logprob.KEPT, "cpu", {"nothing": 0, "some": some, "all": 2**20}[kept])
-    weight = torch.randn(2, B, T)  # any upstream gradient, different for every position
+    weight = torch.randn(1 + entropy, B, T)  # any upstream gradient, different for every position
     leaves = (hidden, head) if head_is_trained else (hidden,)
 
-    got = token_logprobs(Head(head, cap), hidden, targets, mask, temperature, True, block)
+    got = token_logprobs(Head(head, cap), hidden, targets, mask, temperature, entropy, block)[: 1 + entropy]
     want = by_hand(head, hidden, targets, mask, temperature, cap)
     for ours, theirs in zip(got, want):
         assert ours.shape == (B, T) and ours.dtype == torch.float32
         assert (ours - theirs).abs().max() <= (TIGHT if cap else 3 * TIGHT)  # without, logits of 20
-    theirs = torch.autograd.grad((weight[0] * want[0] + weight[1] * want[1]).sum(), leaves)
+    theirs = torch.autograd.grad(sum((w * x).sum() for w, x in zip(weight, want)), leaves)
     for times in (1, 2):  # the second backward adds as much again
-        (weight[0] * got[0] + weight[1] * got[1]).sum().backward(retain_graph=True)
+        sum((w * x).sum() for w, x in zip(weight, got)).backward(retain_graph=True)
         for leaf, grad in zip(leaves, theirs):
             assert (leaf.grad - times * grad).abs().max() <= times * 10 * TIGHT
 
@@ -99,8 +100,9 @@ def test_garbage_at_unmasked_positions_changes_nothing():
     assert torch.equal(before, after)
 
 
-def test_no_gradient_is_kept_under_no_grad():
+def test_nothing_is_made_for_a_gradient_under_no_grad(monkeypatch):
     head, hidden, targets, mask = setting(True)
+    monkeypatch.setattr(logprob, "_bent", None)  # by which all that a derivative needs has to pass
     with torch.no_grad():
         logp, entropy = token_logprobs(Head(head, 3.0), hidden, targets, mask, entropy=True)
     want = by_hand(head, hidden, targets, mask, 1.0)
@@ -117,6 +119,26 @@ def test_nothing_is_held_once_the_scores_are_gone(head_is_trained, entropy):
     logp.sum().backward()
     del logp, _
     assert node() is None
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_rows_are_added_at_places_that_repeat(on_cpu):
+    """Both ways, into a matrix of another dtype."""
+
+    class Matrix(torch.Tensor):
+        is_cpu = on_cpu
+
+    total = torch.ones(3, 2, dtype=torch.bfloat16).as_subclass(Matrix)
+    logprob.add_rows(total, torch.tensor([2, 0, 2]), torch.tensor([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0]]))
+    assert total.tolist() == [[5, 9], [1, 1], [18, 35]]
+
+
+def test_a_head_in_bfloat16_learns_without_autocast():
+    head, hidden, targets, mask = setting(True)
+    half = head.detach().bfloat16().requires_grad_()
+    token_logprobs(Head(half), hidden.bfloat16(), targets, mask)[0].sum().backward()
+    want = torch.autograd.grad(by_hand(half, hidden.bfloat16(), targets, mask, 1.0, None)[0].sum(), half)[0]
+    assert (half.grad - want).abs().max() <= 0.02 * want.abs().max()
 
 
 def test_a_head_learns_from_hidden_states_that_do_not():
