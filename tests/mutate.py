@@ -102,7 +102,7 @@ MUTATIONS = [
     ("logprob: a token's other places get no gradient", LOGPROB, "rows, accumulate=True", "rows, accumulate=False"),
     ("logprob: ... on a CPU", LOGPROB, "total.index_add_(0, ids, rows)", "total[ids] += rows"),
     ("logprob: kept for a gradient that nobody asks for", LOGPROB, " if torch.is_grad_enabled() else head.weight.detach()", ""),
-    ("generate: a token's place in its block", GENERATE, "return block * width + token", "return token"),
+    ("generate: a token's place in its block", GENERATE, "return (block * width + token).clamp", "return token.clamp"),
     ("generate: blocks' sums with tops of their own", GENERATE, "(sums * (tops - tops.amax(0)).exp())", "sums"),
     ("generate: the last of equal tokens", GENERATE, "(largest > top).nonzero()", "(largest >= top).nonzero()"),
     ("generate: a group looks as far as another", GENERATE, "used = [max(used[i : i + size]) for i in", "used = [min(used[i : i + size]) for i in"),
