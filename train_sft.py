@@ -175,7 +175,7 @@ def backward_step(model: Gemma, examples: list, micro_batch: int, pad_id: int, a
         ids, mask, lengths = data.collate(rows, pad_id, model.device)  # (B, T)
         with autocast():
             hidden = model(ids, lengths)  # (B, T, D); position t predicts token t + 1
-        with autocast():  # a new one: with the first its bfloat16 copies of weights go, for full 0.2 GiB
+        with autocast():  # a new one: the first's bfloat16 copies of trained weights, 0.2 GiB, go with it
             logp, _ = token_logprobs(model.head, hidden[:, :-1], ids[:, 1:], mask[:, 1:])
         part = -logp.sum() / supervised
         part.backward()

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import torch
 
-from nanogsm.logprob import KEPT, LOGITS
+from nanogsm.logprob import KEPT, usual_block
 from nanogsm.model import HEAD_BLOCK, Config
 from nanogsm.optim import block_size
 
@@ -51,8 +51,8 @@ def head_bytes(c: Config, tokens: int, device: str, trained: bool, bf16: bool, e
     """Bytes of a block's logits, of what is made of them (more with their entropy) and of the copied rows;
     of the derivatives by the hidden states; and of what is kept for a trained head's."""
     kind = device.partition(":")[0]
-    widest = max(tokens, c.hidden_size)
-    logits = min(max(LOGITS[kind], 1024 * widest), widest * c.vocab_size)
+    block = min(usual_block(kind, tokens, c.hidden_size), c.vocab_size)
+    logits = block * max(tokens, c.hidden_size)
     kept = min(KEPT[kind], (1 + entropy) * tokens * c.vocab_size) * (2 if bf16 else 4) * trained
     return kept + (20 if entropy else 16) * logits + (18 if entropy else 12) * tokens * c.hidden_size
 

@@ -128,7 +128,7 @@ def generate(
 
             drawn = []
             # Groups as equal as can be, of at most TOGETHER rows: attend_cached divides in the same way.
-            size = -(-len(request) // -(-len(request) // TOGETHER[device.type]))
+            size = math.ceil(len(request) / math.ceil(len(request) / TOGETHER[device.type]))
             used = [len(prompts[r]) + len(new[r]) if r >= 0 else 1 for r in request]  # 1: idle, not looked at
             used = [max(used[i : i + size]) for i in range(0, len(used), size)]
             for ahead, u in enumerate(numbers(list(range(len(request))), LOOK_EVERY[device.type])):

@@ -71,20 +71,23 @@ def token_logprobs(
     nats, 0 where mask is 0. Logits are divided by temperature, as they are when sampling: a PPO
     ratio compares like with like only then. Memory: a few times LOGITS numbers, a few vectors as long as a
     hidden state for each position and, if the head is trained, up to KEPT numbers until backward; `block`,
-    the rows of the vocabulary at a time, defaults to what makes LOGITS logits, though 1,024 at least.
-    Trap: a trained head's gradient is there after backward(), in head.weight.grad; torch.autograd.grad
-    does not see it.
+    the rows of the vocabulary at a time, is a matter of speed (usual_block). Trap: a trained head's
+    gradient is there after backward(), in head.weight.grad; torch.autograd.grad does not see it.
     """
     where = mask.nonzero(as_tuple=True)
     h, t = hidden[where], targets[where]
-    # A multiple of 1,024 multiplies faster. With fewer positions than h is wide, the copy of the block's rows
-    # is the larger one and bounds it.
-    if block is None:
-        block = 1024 * max(1, LOGITS[h.device.type] // max(h.shape) // 1024)
+    block = block or usual_block(h.device.type, *h.shape)
     weight = head.weight if torch.is_grad_enabled() else head.weight.detach()  # _Scores cannot see which
     scores = _Scores.apply(h, weight, t, head.cap, temperature, entropy, block)
     full = [torch.zeros(mask.shape, device=hidden.device).index_put(where, s) for s in scores]
     return full[0], full[1] if entropy else None
+
+
+def usual_block(kind: str, positions: int, width: int) -> int:
+    """Rows of the vocabulary at a time on a kind of device: what makes LOGITS logits, in multiples of
+    1,024, which multiply faster. With fewer positions than h is wide, the copy of the block's rows is the
+    larger one and bounds it."""
+    return 1024 * max(1, LOGITS[kind] // max(positions, width) // 1024)
 
 
 def grad_of(weight: Tensor) -> Tensor:
@@ -236,6 +239,7 @@ def _terms(z, top, inside, at, entropy: bool) -> list[Tensor]:
 
 
 def _bent(terms: list[Tensor], bend: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+    """The terms as derivatives want them: times the cap's, in the dtype of products."""
     return [(x if bend is None else x.mul_(bend)).to(dtype) for x in terms]
 
 
