@@ -6,9 +6,11 @@
 Greedy, the same weights in the same dtype, the same test problems and stop tokens; one process holds both
 models and they take turns, so that whatever else the machine does falls on both. The peer gets its
 prompts in batches sorted by length, padded on the left, as it wants them; for every side the best
-batch size counts. --fixed N makes both go on for N tokens whatever they say; then the decode steps a
-second (the time of one token, the prefill, taken off) are set against the bound that reading every
-weight once a step puts on them. In float32 the tokens must be the same, and how many answers are is
+batch size counts: try several of the peer's, its best is not ours. Two bounds are set beside a side's
+time: the products with weights that its tokens need, each once, at the machine's best matrix rate; and,
+where --fixed N makes both go on for N tokens whatever they say, the decode steps a second (the time of
+one token, the prefill, taken off) that reading every weight once a step allows. The first binds large
+batches, the second small ones. In float32 the tokens must be the same, and how many answers are is
 printed.
 """
 
@@ -21,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.sides import now, read_rate
+from benchmarks.sides import matrix_rate, now, products, read_rate
 from nanogsm import UserError, console, data, generate, hub
 from nanogsm.model import load_model
 
@@ -94,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
           f"{args.device}, {dtype}{threads}")  # fmt: skip
     weights = sum(p.nbytes for p in ours.parameters())
     bound = read_rate(args.device) / weights  # decode steps a second
+    rate = matrix_rate(args.device, dtype)
     answers, rows = {}, []
     for sizes in zip_longest(args.batch_sizes, args.peer_batch_sizes):
         for turn in range(args.rounds):
@@ -106,17 +109,19 @@ def main(argv: list[str] | None = None) -> int:
                 seconds = now(args.device) - began
                 answers[side] = made
                 tokens = sum(map(len, made))
+                through = sum(map(len, prompts)) + tokens - len(made)  # an answer's last token goes nowhere
+                least = products(ours, through, tokens) / rate
                 rows.append({"side": side, "batch_size": batch_size, "turn": turn, "seconds": seconds,
                              "answers_per_s": len(made) / seconds, "tokens_per_s": tokens / seconds,
-                             "tokens": tokens})  # fmt: skip
-                said = f"batch {batch_size:>4}  {side:<12} {seconds:7.1f} s"
+                             "tokens": tokens, "products_s": least})  # fmt: skip
+                said = f"batch {batch_size:>4}  {side:<12} {seconds:7.1f} s, {least:.1f} of products"
                 if args.fixed and args.fixed > 1:
                     began = now(args.device)
                     answer(model, prompts, stop_ids, 1, batch_size)
                     prefill = now(args.device) - began
                     steps = (args.fixed - 1) * math.ceil(len(prompts) / batch_size) / (seconds - prefill)
                     rows[-1] |= {"prefill": prefill, "steps_per_s": steps, "bandwidth_share": steps / bound}
-                    said += f"  {steps:7.1f} decode steps/s, {steps / bound:.0%} of the bandwidth's bound"
+                    said += f"  {steps:7.1f} decode steps/s ({steps / bound:.0%} of the bandwidth's)"
                 print(f"{said}  {len(made) / seconds:6.2f} answers/s  {tokens / seconds:7.1f} tokens/s",
                       flush=True)  # fmt: skip
 

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 import train_ppo
-from benchmarks.sides import Side, Turns, compete, matrix_rate, now
+from benchmarks.sides import Side, Turns, compete, matrix_rate, now, products
 from nanogsm import UserError, console, data, files, hub, lora
 from nanogsm.model import CHECKPOINTS, load_model
 from nanogsm.optim import AdamW
@@ -109,9 +109,23 @@ def ours(args, turns: Turns) -> None:
         turns.end(
             phases=dict(zip(PHASES, (sampled - start, scored - sampled, done - start_update))),
             sampled=int(rollout.mask.sum()), scored=int(rollout.mask.sum()),
+            products=products_of(base, rollout, ppo),
             agree=[rollout.logp[rollout.mask].mean().item(), figures["kl"], learnt["value_loss"]],
         )  # fmt: skip
     turns.rest()
+
+
+def products_of(model, rollout: train_ppo.Rollout, ppo) -> dict[str, int]:
+    """Operations of the products with weights in each phase, adapters' left out: sampling runs all tokens
+    but the answers' last; scoring is a pass of the actor and one of the reference; the update's are forward,
+    the gradient of what comes in and, with full fine-tuning, of the weights."""
+    tokens, actions = sum(rollout.lengths), int(rollout.mask.sum())
+    passes = ppo.epochs * (2 if ppo.lora else 3)
+    return {
+        "rollout": products(model, tokens - len(rollout.lengths), actions),
+        "scoring": products(model, 2 * tokens, 2 * actions),
+        "update": products(model, passes * tokens, passes * actions),
+    }
 
 
 class Peer:
@@ -303,6 +317,10 @@ def summary(args, sides: dict[str, Side]) -> dict:
             "rounds": [r["phases"] for r in rounds],
         }  # fmt: skip
     f["matrix_rate"] = sides["ours"].about["matrix_rate"]
+    f["products_s"] = {  # at that rate
+        phase: statistics.fmean(r["products"][phase] for r in sides["ours"].rounds[1:]) / f["matrix_rate"]
+        for phase in PHASES
+    }
     if "peer" in sides:
         pairs = [[sum(r["phases"].values()) for r in sides[name].rounds[1:]] for name in ("ours", "peer")]
         f["ratios"] = [theirs / mine for mine, theirs in zip(*pairs)]
@@ -322,6 +340,10 @@ def show(args, f: dict) -> None:
         seconds = "".join(f"{s['seconds'][phase]:10.2f}" for phase in PHASES)
         rates = " ".join(f"{s['tokens_per_s'][phase]:8,.0f}" for phase in PHASES)
         print(f"{name:<6}{s['step_s']:10.2f}{seconds}  {rates}  {s['peak_memory'] / 2**30:10.2f}")
+    bound = f["products_s"]
+    seconds = "".join(f"{bound[phase]:10.2f}" for phase in PHASES)
+    print(f"bound {sum(bound.values()):10.2f}{seconds}  products with weights, each once, at the measured "
+          f"{f['matrix_rate'] / 1e9:,.0f} GFLOP/s")  # fmt: skip
     if "ratio" in f:
         phases = ", ".join(f"{phase} {f['phase_ratios'][phase]:.2f}" for phase in PHASES)
         low, high = min(f["ratios"]), max(f["ratios"])

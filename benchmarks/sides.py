@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from nanogsm import UserError, console
+from nanogsm.model import Gemma, Linear
 
 
 def now(device: str) -> float:
@@ -38,6 +39,13 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
         a @ a
         best = min(best, now(device) - start)
     return 2 * n**3 / best
+
+
+def products(model: Gemma, tokens: int, logits: int) -> int:
+    """Operations in the products with weights when so many tokens go through the layers once, and so many
+    logit rows are made; attention's are left out. What a side that wastes nothing cannot do without."""
+    layers = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
+    return 2 * (tokens * layers + logits * model.model.embed_tokens.weight.numel())
 
 
 def read_rate(device: str) -> float:
