@@ -67,7 +67,7 @@ TINY_RECIPES = {
     },
     "tuned": RECIPES["tuned"] | FEWER | {
         "lr": {"full": 1.5e-4, "lora": 1e-3}, "value_lr": 2e-3,
-        "micro_batch": 16, "accumulation": 16, "kl_coef": 0.01,
+        "micro_batch": 64, "accumulation": 4, "kl_coef": 0.01,
     },
 }  # fmt: skip
 
