@@ -135,7 +135,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"best against best: {ratio:.2f} x the answers a second (batches of {sizes}); "
               f"{same} of {len(prompts)} answers are the same, token for token")  # fmt: skip
     if args.json:
-        facts = {"args": vars(args), "environment": console.environment(), "rows": rows}
+        facts = {"args": vars(args), "environment": console.environment(), "rows": rows,
+                 "matrix_rate": rate, "read_rate": bound * weights}  # fmt: skip
         Path(args.json).write_text(json.dumps(facts, indent=1) + "\n")
     return 0
 

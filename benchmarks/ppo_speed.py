@@ -1,6 +1,6 @@
 """One PPO step by nanogsm against the same step through transformers: rollout, scoring, update.
 
-    python -m benchmarks.ppo_speed --model runs/tiny/sft-full-main --data tiny
+    python -m benchmarks.ppo_speed --model runs/tiny/sft-full-main --data tiny --micro-batch 64
     python -m benchmarks.ppo_speed --model PATH --data-dir DIR --lora --rollouts 64 --checkpointing light
 
 Ours is what train_ppo does between two rows of its metrics. The peer does the same with transformers'
@@ -116,13 +116,14 @@ def ours(args, turns: Turns) -> None:
 
 
 def products_of(model, rollout: train_ppo.Rollout, ppo) -> dict[str, int]:
-    """Operations of the products with weights in each phase, adapters' left out: sampling runs all tokens
-    but the answers' last; scoring is a pass of the actor and one of the reference; the update's are forward,
-    the gradient of what comes in and, with full fine-tuning, of the weights."""
-    tokens, actions = sum(rollout.lengths), int(rollout.mask.sum())
+    """Operations of the products with weights in each phase, adapters' left out, for all tokens but the
+    answers' last, from which nothing is predicted: sampling is one pass; scoring is one of the actor and one
+    of the reference; the update's are forward, the gradient of what comes in and, with full fine-tuning, of
+    the weights."""
+    tokens, actions = sum(rollout.lengths) - len(rollout.lengths), int(rollout.mask.sum())
     passes = ppo.epochs * (2 if ppo.lora else 3)
     return {
-        "rollout": products(model, tokens - len(rollout.lengths), actions),
+        "rollout": products(model, tokens, actions),
         "scoring": products(model, 2 * tokens, 2 * actions),
         "update": products(model, passes * tokens, passes * actions),
     }
