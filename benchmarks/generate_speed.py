@@ -98,8 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     bound = read_rate(args.device) / weights  # decode steps a second
     rate = matrix_rate(args.device, dtype)
     answers, rows = {}, []
-    for sizes in zip_longest(args.batch_sizes, args.peer_batch_sizes):
-        for turn in range(args.rounds):
+    for turn in range(args.rounds):
+        for sizes in zip_longest(args.batch_sizes, args.peer_batch_sizes):
             for batch_size, (side, (answer, model)) in zip(sizes, sides.items()):
                 if batch_size is None:  # the other side has more sizes to try
                     continue

@@ -1,6 +1,6 @@
 """One PPO step by nanogsm against the same step through transformers: rollout, scoring, update.
 
-    python -m benchmarks.ppo_speed --model runs/tiny/sft-full-main --data tiny --micro-batch 64
+    python -m benchmarks.ppo_speed --data tiny --rollout-batch 256 --micro-batch 64 --accumulation 4
     python -m benchmarks.ppo_speed --model PATH --data-dir DIR --lora --rollouts 64 --checkpointing light
 
 Ours is what train_ppo does between two rows of its metrics. The peer does the same with transformers'

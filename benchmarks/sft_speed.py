@@ -37,10 +37,10 @@ from pathlib import Path
 import torch
 
 import train_sft
-from benchmarks.sides import Side, Turns, compete, matrix_rate
+from benchmarks.sides import Side, Turns, compete, matrix_rate, products
 from nanogsm import UserError, console, data, files, hub, lora
 from nanogsm.logprob import KEPT
-from nanogsm.model import CHECKPOINTS, Linear, load_model
+from nanogsm.model import CHECKPOINTS, load_model
 from nanogsm.optim import AdamW
 
 R, ALPHA, SEED, CLIP, LONGEST = 16, 32, 0, 1.0, 768
@@ -139,17 +139,15 @@ def flops_of(args, model, trained: dict, examples: list, needed: bool = False) -
     own, and under a full checkpoint forward once more (what a light one recomputes is left out); a
     trained head's logits, where they are not kept, are made twice. Attention's scores are left out.
     needed: without recomputation, what model FLOPs utilisation counts."""
-    blocks = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
     adapters = 0 if args.full else sum(p.numel() for p in trained.values())
-    head = model.config.vocab_size * model.config.hidden_size
     tokens, again = sum(len(e.ids) for e in examples), args.checkpointing == "full" and not needed
     supervised = [sum(sum(e.mask) for e in rows) for rows in data.micro_batches(examples, args.micro_batch)]
     kept = KEPT[torch.device(args.device).type] // model.config.vocab_size  # positions of a micro-batch
     passes = (3 if args.full else 2) * sum(supervised)
     if args.full and not needed:
         passes += sum(max(0, n - kept) for n in supervised)
-    in_blocks = 2 * tokens * ((2 + args.full + again) * blocks + (3 + again) * adapters)
-    return in_blocks + 2 * passes * head
+    of_adapters = 2 * tokens * (3 + again) * adapters
+    return products(model, (2 + args.full + again) * tokens, passes) + of_adapters
 
 
 def peer(args, turns: Turns) -> None:
