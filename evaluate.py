@@ -21,10 +21,12 @@ from pathlib import Path
 
 import torch
 
-from nanogsm import UserError, console, data, files, generate, hub
+from nanogsm import UserError, data, generate
 from nanogsm.model import load_model
-from nanogsm.runs import answer_limit_of, held_out_by, is_tiny, run_of
-from nanogsm.scores import by_problem, in_common, paired, read_rows, summarise
+from nanogsm.report.scores import by_problem, in_common, paired, read_rows, summarise
+from nanogsm.run import console
+from nanogsm.run.folder import answer_limit_of, held_out_by, is_tiny, run_of
+from nanogsm.store import files, hub
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -35,10 +35,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nanogsm import UserError, budget, console, data, files, generate, hub, lora, runs
+from nanogsm import UserError, data, generate, lora
 from nanogsm.logprob import token_logprobs
 from nanogsm.model import CHECKPOINTS, Gemma, load_model, read_config, save_model
 from nanogsm.optim import AdamW
+from nanogsm.run import console, plan
+from nanogsm.run import folder as runs
+from nanogsm.store import files, hub
 
 # What a recipe sets when the flag is not given. "report" is that of the study behind this
 # project, with what it leaves open assumed as said in the README; "tuned" is ours.
@@ -605,20 +608,20 @@ def print_plan(args, found: hub.ModelFiles, prompt, problems, held_out) -> None:
     if args.dry_run:
         bf16, frozen = args.precision == "bf16", args.lora
         tokens, forwards = args.micro_batch * longest, 1 + separate
-        weights = budget.model_bytes(config, total + policy_size * frozen, policy_size, bf16)
+        weights = plan.model_bytes(config, total + policy_size * frozen, policy_size, bf16)
         if frozen and not bf16:
             weights = 4 * (total + policy_size)
         at_once = min(args.rollouts, args.rollout_batch)
-        activations = budget.activation_bytes(config, tokens, frozen, bf16, args.checkpointing)
-        budget.print_budget({
+        activations = plan.activation_bytes(config, tokens, frozen, bf16, args.checkpointing)
+        plan.print_budget({
             "weights": weights + 4 * critic_size,
-            "reference": 0 if frozen else budget.frozen_copy_bytes(config, total, bf16),
+            "reference": 0 if frozen else plan.frozen_copy_bytes(config, total, bf16),
             "gradients": 4 * (policy_size + critic_size),
-            "optimizer": budget.moments_bytes(policy + critic, args.optim),
+            "optimizer": plan.moments_bytes(policy + critic, args.optim),
             "activations": forwards * activations,
-            "vocabulary": budget.head_bytes(config, tokens, args.device, not args.lora, bf16, entropy=True),
-            "cache": budget.cache_bytes(config, at_once, longest, bf16),
-            "sampling": budget.sampling_bytes(config, total, at_once, bf16, args.device),
+            "vocabulary": plan.head_bytes(config, tokens, args.device, not args.lora, bf16, entropy=True),
+            "cache": plan.cache_bytes(config, at_once, longest, bf16),
+            "sampling": plan.sampling_bytes(config, total, at_once, bf16, args.device),
         })  # fmt: skip
 
 

@@ -17,10 +17,13 @@ from pathlib import Path
 
 import torch
 
-from nanogsm import UserError, budget, console, data, generate, hub, lora, runs
+from nanogsm import UserError, data, generate, lora
 from nanogsm.logprob import token_logprobs
 from nanogsm.model import CHECKPOINTS, Config, Gemma, load_model, read_config, save_model
 from nanogsm.optim import AdamW, cosine_with_min_lr
+from nanogsm.run import console, plan
+from nanogsm.run import folder as runs
+from nanogsm.store import hub
 
 # What a recipe sets when the flag is not given. "report" is that of the study behind this project,
 # which used one learning rate for both methods; "tuned" has the field's customary rates (README,
@@ -218,12 +221,12 @@ def print_plan(args, config: Config, examples, held_out, steps: int) -> None:
     print(f"compute      {args.device}, {args.precision}")
     if args.dry_run:
         bf16, tokens = args.precision == "bf16", sum(sorted(lengths)[-args.micro_batch :])  # at worst
-        budget.print_budget({
-            "weights": budget.model_bytes(config, total, trained, bf16),
+        plan.print_budget({
+            "weights": plan.model_bytes(config, total, trained, bf16),
             "gradients": 4 * trained,
-            "optimizer": budget.moments_bytes(shapes, args.optim),
-            "activations": budget.activation_bytes(config, tokens, args.lora, bf16, args.checkpointing),
-            "vocabulary": budget.head_bytes(config, tokens, args.device, not args.lora, bf16),
+            "optimizer": plan.moments_bytes(shapes, args.optim),
+            "activations": plan.activation_bytes(config, tokens, args.lora, bf16, args.checkpointing),
+            "vocabulary": plan.head_bytes(config, tokens, args.device, not args.lora, bf16),
         })  # fmt: skip
 
 

@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanogsm import console, optim
+from nanogsm import optim
 from nanogsm.optim import AdamW, cosine_with_min_lr
+from nanogsm.run import console
 
 VOCAB, WIDTH, LENGTH, BATCH = 2048, 80, 32, 16  # width 80: blocks of 256 would straddle rows
 

@@ -24,8 +24,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.sides import matrix_rate, now, products, read_rate
-from nanogsm import UserError, console, data, generate, hub
+from nanogsm import UserError, data, generate
 from nanogsm.model import load_model
+from nanogsm.run import console
+from nanogsm.store import hub
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

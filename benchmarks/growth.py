@@ -19,9 +19,12 @@ import torch
 
 import train_sft
 from benchmarks.sides import now
-from nanogsm import UserError, charts, console, data, files, generate, lora
+from nanogsm import UserError, data, generate, lora
 from nanogsm.model import Config, Gemma
 from nanogsm.optim import AdamW
+from nanogsm.report import charts
+from nanogsm.run import console
+from nanogsm.store import files
 
 JOBS = ("LoRA", "full", "decoding")
 NEW = 16  # tokens decoded

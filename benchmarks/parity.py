@@ -13,8 +13,9 @@ import tempfile
 
 import torch
 
-from nanogsm import UserError, console, data, generate
+from nanogsm import UserError, data, generate
 from nanogsm.model import load_model, save_model
+from nanogsm.run import console
 
 
 def main() -> None:

@@ -31,9 +31,11 @@ from torch import nn
 
 import train_ppo
 from benchmarks.sides import Side, Turns, compete, matrix_rate, now, products
-from nanogsm import UserError, console, data, files, hub, lora
+from nanogsm import UserError, data, lora
 from nanogsm.model import CHECKPOINTS, load_model
 from nanogsm.optim import AdamW
+from nanogsm.run import console
+from nanogsm.store import files, hub
 
 PACKAGES = ("torch", "transformers", "peft")
 PHASES = ("rollout", "scoring", "update")

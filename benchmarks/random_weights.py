@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from nanogsm import UserError, console, data
+from nanogsm import UserError, data
 from nanogsm.model import Gemma, read_config, save_model
+from nanogsm.run import console
 
 
 def main(argv: list[str] | None = None) -> int:

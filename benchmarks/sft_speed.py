@@ -38,10 +38,12 @@ import torch
 
 import train_sft
 from benchmarks.sides import Side, Turns, compete, matrix_rate, products
-from nanogsm import UserError, console, data, files, hub, lora
+from nanogsm import UserError, data, lora
 from nanogsm.logprob import KEPT
 from nanogsm.model import CHECKPOINTS, load_model
 from nanogsm.optim import AdamW
+from nanogsm.run import console
+from nanogsm.store import files, hub
 
 R, ALPHA, SEED, CLIP, LONGEST = 16, 32, 0, 1.0, 768
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl")

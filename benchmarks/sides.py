@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
-from nanogsm import UserError, console
+from nanogsm import UserError
 from nanogsm.model import Gemma, Linear
+from nanogsm.run import console
 
 
 def now(device: str) -> float:

@@ -10,8 +10,10 @@ import re
 from pathlib import Path
 from statistics import fmean
 
-import study
-from nanogsm import UserError, console, files
+from experiments import study
+from nanogsm import UserError
+from nanogsm.run import console
+from nanogsm.store import files
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "results/tiny/README.md")

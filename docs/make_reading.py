@@ -14,10 +14,12 @@ import torch
 
 import train_ppo
 import train_sft
-from nanogsm import console, data, files, generate, lora
+from nanogsm import data, generate, lora
 from nanogsm.logprob import token_logprobs
 from nanogsm.model import load_model
 from nanogsm.optim import AdamW
+from nanogsm.run import console
+from nanogsm.store import files
 
 PAGE = Path(__file__).with_name("reading.md")
 plain = contextlib.nullcontext  # no autocast: float32

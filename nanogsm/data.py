@@ -33,7 +33,8 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from nanogsm import UserError, hub
+from nanogsm import UserError
+from nanogsm.store import hub
 
 # ------------------------------------------------------------------------------------- problems
 

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nanogsm import UserError, files
+from nanogsm import UserError
+from nanogsm.store import files
 
 # All linear layers of a block, by the names that PEFT's target_modules go by.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -39,9 +39,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from nanogsm import UserError, files, hub, lora
+from nanogsm import UserError, lora
 from nanogsm.data import Tokenizer
 from nanogsm.logprob import Head, add_rows, grad_of
+from nanogsm.store import files, hub
 
 # ---------------------------------------------------------------------------------------- config
 

@@ -28,8 +28,9 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nanogsm import UserError, data, hub  # noqa: E402
+from nanogsm import UserError, data  # noqa: E402
 from nanogsm.model import Gemma, read_config  # noqa: E402
+from nanogsm.store import hub  # noqa: E402
 
 SLOW = 1.0  # seconds; the readers take well under a millisecond
 CONFIGS = [json.loads((ROOT / f"tests/fixtures/{name}/config.json").read_text())

@@ -41,7 +41,8 @@ HARNESS = """
 import os, runpy, shutil, signal, sys
 sys.path.insert(0, os.environ["ROOT"])
 from pathlib import Path
-from nanogsm import files, runs
+from nanogsm.run import folder as runs
+from nanogsm.store import files
 left = int(sys.argv[1])
 def deadly(module, name):
     real = getattr(module, name)

@@ -21,8 +21,8 @@ LOGPROB, GENERATE, OPTIM, SFT = (
 )  # fmt: skip
 TESTS = {
     PPO: "test_ppo", DATA: "test_data", MODEL: "test_model", LORA: "test_lora", LOGPROB: "test_logprob",
-    GENERATE: "test_generate", OPTIM: "test_optim", SFT: "test_sft", "nanogsm/scores.py": "test_scores",
-    "nanogsm/runs.py": "test_runs", "nanogsm/files.py": "test_files", "nanogsm/tiny/problems.py": "test_tiny_problems",
+    GENERATE: "test_generate", OPTIM: "test_optim", SFT: "test_sft", "nanogsm/report/scores.py": "test_scores",
+    "nanogsm/run/folder.py": "test_runs", "nanogsm/store/files.py": "test_files", "nanogsm/tiny/problems.py": "test_tiny_problems",
 }  # fmt: skip
 
 # name, file, the text (there once), what stands there instead
@@ -116,10 +116,10 @@ MUTATIONS = [
     ("SFT: loss by micro-batch", SFT, "part = -logp.sum() / supervised", "part = -logp.sum() / mask.sum()"),
     ("SFT: no shift", SFT, "hidden[:, :-1], ids[:, 1:], mask[:, 1:])\n        part", "hidden[:, :-1], ids[:, :-1], mask[:, :-1])\n        part"),
     ("SFT: same order every epoch", SFT, "seed * 1_000_003 + epoch", "seed * 1_000_003"),
-    ("files: nothing is put back", "nanogsm/files.py", "        put_back()\n        shutil", "        shutil"),
-    ("scores: percent without brackets", "nanogsm/scores.py", 'r"(\\1/100)"', 'r"\\1/100"'),
-    ("scores: McNemar one-sided", "nanogsm/scores.py", "min(1.0, 2 * sum", "min(1.0, sum"),
-    ("scores: Wilson without its centre", "nanogsm/scores.py", "p + z2n / 2", "p"),
+    ("files: nothing is put back", "nanogsm/store/files.py", "        put_back()\n        shutil", "        shutil"),
+    ("scores: percent without brackets", "nanogsm/report/scores.py", 'r"(\\1/100)"', 'r"\\1/100"'),
+    ("scores: McNemar one-sided", "nanogsm/report/scores.py", "min(1.0, 2 * sum", "min(1.0, sum"),
+    ("scores: Wilson without its centre", "nanogsm/report/scores.py", "p + z2n / 2", "p"),
 ]  # fmt: skip
 
 

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import train_ppo
 import train_sft
-from nanogsm import UserError, console
+from nanogsm import UserError
+from nanogsm.run import console
 
 ROOT = Path(__file__).parents[1]
 MODEL = str(FIXTURES / "gemma3")

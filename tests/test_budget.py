@@ -10,11 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train_ppo
-from nanogsm import budget, logprob
+from nanogsm import logprob
 from nanogsm.generate import inverse_cdf
 from nanogsm.lora import add_lora
 from nanogsm.model import KVCache, Linear, can_pack, load_model
 from nanogsm.optim import AdamW
+from nanogsm.run import plan
 
 
 def held(tensors) -> int:
@@ -59,15 +60,15 @@ def tiny():
 def test_weights_all_trained_and_frozen_under_adapters(tiny):
     model, _ = tiny(torch.float32)
     total = sum(p.numel() for p in model.parameters())
-    assert budget.model_bytes(model.config, total, total, bf16=False) == held(parameters(model))
+    assert plan.model_bytes(model.config, total, total, bf16=False) == held(parameters(model))
     base, _ = tiny(torch.bfloat16)
     base.config = dataclasses.replace(base.config, dtype=torch.bfloat16)  # as Gemma's are on disk
     add_lora(base, 16, 32.0)
     adapters = sum(p.numel() for p in parameters(base, trained=True))
     assert 0 < adapters < total
-    assert budget.model_bytes(base.config, total + adapters, adapters, bf16=True) == held(parameters(base))
+    assert plan.model_bytes(base.config, total + adapters, adapters, bf16=True) == held(parameters(base))
     base.compute_in_float32()
-    assert budget.model_bytes(base.config, total + adapters, adapters, bf16=False) == held(parameters(base))
+    assert plan.model_bytes(base.config, total + adapters, adapters, bf16=False) == held(parameters(base))
 
 
 @pytest.mark.parametrize("bf16, came_in", [(True, "float32"), (False, "float32"), (True, "bfloat16")])
@@ -80,7 +81,7 @@ def test_the_frozen_reference(tiny, bf16, came_in):
     total = sum(p.numel() for p in model.parameters())
     want = held(parameters(train_ppo.frozen_copy(model, bf16)))
     # Norms that do not round exactly stay float32; the estimate has them rounded with the rest.
-    assert budget.frozen_copy_bytes(config, total, bf16) == pytest.approx(want, rel=0.01)
+    assert plan.frozen_copy_bytes(config, total, bf16) == pytest.approx(want, rel=0.01)
 
 
 @pytest.mark.parametrize("optim, bits", [("adamw", 32), ("adamw8bit", 8)])
@@ -89,7 +90,7 @@ def test_moments(tiny, optim, bits):
     add_lora(model, 8, 16.0)  # whose B keeps float32 moments
     model.requires_grad_(True)
     want = AdamW(model.named_parameters(), 1e-3, bits=bits).state_bytes()
-    assert budget.moments_bytes([p.shape for p in model.parameters()], optim) == want
+    assert plan.moments_bytes([p.shape for p in model.parameters()], optim) == want
 
 
 @pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3"])
@@ -97,7 +98,7 @@ def test_moments(tiny, optim, bits):
 def test_the_cache(name, bf16):
     config = load_model(FIXTURES / name)[0].config
     cache = KVCache(config, 3, 17, torch.bfloat16 if bf16 else torch.float32, "cpu")
-    assert budget.cache_bytes(config, 3, 17, bf16) == held([cache.k, cache.v])
+    assert plan.cache_bytes(config, 3, 17, bf16) == held([cache.k, cache.v])
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -120,11 +121,11 @@ def test_what_a_forward_keeps_for_backward(tiny, lora, bf16):
         return held(t for t in found if t.untyped_storage().data_ptr() not in weights)
 
     c, n = model.config, ids.numel()
-    whole = budget.activation_bytes(c, n, lora, bf16, "none")
+    whole = plan.activation_bytes(c, n, lora, bf16, "none")
     assert whole * 0.6 < kept() < whole * 1.2
     model.checkpointing = "full"  # blocks keep their inputs; one at a time is computed again, whole
     one = whole / (c.num_hidden_layers + 1)
-    inputs = budget.activation_bytes(c, n, lora, bf16, "full") - one
+    inputs = plan.activation_bytes(c, n, lora, bf16, "full") - one
     assert inputs < kept() < 2 * inputs  # the final norm, outside all blocks, keeps its own: 2 of 5
 
 
@@ -152,7 +153,7 @@ def test_what_a_checkpoint_keeps_of_each_layer(tiny, lora, bf16, checkpointing):
                 hidden = model(ids)
             kept = alive.now()
             hidden.backward(torch.ones_like(hidden))
-        return kept, alive.most, budget.activation_bytes(model.config, ids.numel(), lora, bf16, checkpointing)
+        return kept, alive.most, plan.activation_bytes(model.config, ids.numel(), lora, bf16, checkpointing)
 
     (kept_by_two, _, two), (kept_by_three, most, three) = step(2), step(3)
     assert three - two == pytest.approx(kept_by_three - kept_by_two, rel=0.02)
@@ -189,10 +190,10 @@ def test_the_head(tiny, monkeypatch, tokens, width, vocabulary, logits, least, b
             scores = logprob.token_logprobs(logprob.Head(weight), hidden, targets, mask, entropy=entropy)
         sum(score.sum() for score in scores[: 1 + entropy]).backward()
     config = dataclasses.replace(tiny()[0].config, hidden_size=width, vocab_size=vocabulary)
-    estimate = budget.head_bytes(config, tokens, "cpu", trained, bf16, entropy)
+    estimate = plan.head_bytes(config, tokens, "cpu", trained, bf16, entropy)
     least *= 0.9 if trained else 1  # what is kept of the last block is counted twice
     assert bf16 * least * estimate < alive.most < 1.05 * estimate
-    assert budget.head_bytes(config, tokens, "cuda:1", trained, bf16, entropy) == estimate
+    assert plan.head_bytes(config, tokens, "cuda:1", trained, bf16, entropy) == estimate
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -201,12 +202,12 @@ def test_drawing_a_token_for_each_row(tiny, monkeypatch, device):
     all the vocabulary or, as a CPU does it, of a block at a time."""
     model, _ = tiny(torch.float32)
     rows, vocabulary = 64, model.config.vocab_size
-    monkeypatch.setattr(budget, "HEAD_BLOCK", width := 100)
+    monkeypatch.setattr(plan, "HEAD_BLOCK", width := 100)
     hidden, u = torch.randn(rows, model.config.hidden_size), torch.rand(rows)
     with Alive() as alive, torch.no_grad():
         logits = model.logits(hidden).split(width if device == "cpu" else vocabulary, -1)
         inverse_cdf(logits, 0.7, u)
-    estimate = budget.sampling_bytes(model.config, 0, rows, False, device)
+    estimate = plan.sampling_bytes(model.config, 0, rows, False, device)
     assert 0.8 * estimate < alive.most < 1.05 * estimate
 
 
@@ -219,6 +220,6 @@ def test_the_packed_weights_of_a_cpu(tiny, bf16):
         copies = [m.packed for m in model.modules() if isinstance(m, Linear)] + model.packed_head
         want = sum(copy.numel() * copy.element_size() for copy in copies)
     total = sum(p.numel() for p in parameters(model))
-    with_them, without = (budget.sampling_bytes(model.config, n, 64, bf16, "cpu") for n in (total, 0))
+    with_them, without = (plan.sampling_bytes(model.config, n, 64, bf16, "cpu") for n in (total, 0))
     # Norms are not packed; the estimate has them with the rest.
     assert with_them - without == pytest.approx(want, rel=0.01)

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from nanogsm import charts
+from nanogsm.report import charts
 
 SVG = "{http://www.w3.org/2000/svg}"
 

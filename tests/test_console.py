@@ -14,8 +14,9 @@ import time
 import pytest
 import torch
 
-from nanogsm import UserError, console
-from nanogsm.console import Interrupt, Progress, graceful_stop, printable
+from nanogsm import UserError
+from nanogsm.run import console
+from nanogsm.run.console import Interrupt, Progress, graceful_stop, printable
 
 # ---- stopping
 
@@ -184,12 +185,12 @@ def test_commit_is_that_of_our_checkout_or_absent(tmp_path, monkeypatch):
 
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "x")
-    monkeypatch.setattr(console, "__file__", str(tmp_path / "nanogsm/console.py"))
+    monkeypatch.setattr(console, "__file__", str(tmp_path / "nanogsm/run/console.py"))
     env = console.environment()
     assert len(env["commit"]) == 40 and env["dirty"] is False
     (tmp_path / "new").write_text("")
     assert console.environment()["dirty"] is True
     # Installed somewhere inside another project's checkout.
-    monkeypatch.setattr(console, "__file__", str(tmp_path / "venv/nanogsm/console.py"))
+    monkeypatch.setattr(console, "__file__", str(tmp_path / "venv/nanogsm/run/console.py"))
     (tmp_path / "venv").mkdir()
     assert "commit" not in console.environment()

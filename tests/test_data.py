@@ -18,7 +18,7 @@ import pytest
 import tokenizers
 import torch
 
-from nanogsm import UserError, data, hub
+from nanogsm import UserError, data
 from nanogsm.data import (
     Example,
     Problem,
@@ -39,6 +39,7 @@ from nanogsm.data import (
     split_validation,
     subset,
 )
+from nanogsm.store import hub
 
 FIXTURES = Path(__file__).parent / "fixtures"
 GEMMA = FIXTURES / "gemma3"

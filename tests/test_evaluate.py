@@ -14,7 +14,7 @@ from evaluate import main, parse_args, resolve, run_of
 from nanogsm import UserError, data, generate
 from nanogsm.data import Problem, Prompt
 from nanogsm.generate import Completion
-from nanogsm.scores import read_rows
+from nanogsm.report.scores import read_rows
 
 GEMMA = Path(__file__).parent / "fixtures" / "gemma3"
 FLOAT64_ROUNDING = 1e-12

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train_ppo
-from benchmarks import ppo_ablation, ppo_curves
+from experiments import ppo_ablation, ppo_curves
 from nanogsm import UserError
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nanogsm import files
+from nanogsm.store import files
 
 
 def test_atomic_write_keeps_the_old_file_until_the_new_is_whole(tmp_path, monkeypatch):

@@ -20,7 +20,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
-from nanogsm import UserError, hub
+from nanogsm import UserError
+from nanogsm.store import hub
 
 
 @pytest.fixture(autouse=True)
@@ -391,7 +392,7 @@ def test_cached_model_is_used_when_the_hub_fails(tmp_path, monkeypatch):
 
 
 def test_import_leaves_huggingface_hub_alone():
-    code = "import sys, nanogsm.hub; sys.exit('huggingface_hub' in sys.modules)"
+    code = "import sys, nanogsm.store.hub; sys.exit('huggingface_hub' in sys.modules)"
     root = Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 
@@ -459,7 +460,7 @@ def test_data_files_table():
 
 
 def test_download_is_pinned_to_a_commit():
-    code = "from nanogsm import hub; print(hub.DATA_URLS[0])"
+    code = "from nanogsm.store import hub; print(hub.DATA_URLS[0])"
     root = Path(__file__).parents[1]
     url = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert url.stdout.strip() == (

@@ -10,10 +10,11 @@ from conftest import FIXTURES
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanogsm import UserError, hub, lora
+from nanogsm import UserError, lora
 from nanogsm import model as model_file
 from nanogsm.lora import add_lora
 from nanogsm.model import CHECKPOINTS, Gemma, KVCache, _Lookup, load_model, read_config, save_model
+from nanogsm.store import hub
 
 TIGHT = 1e-5  # float32 against float32, logits of a few units
 FAMILIES = ["gemma1", "gemma2", "gemma3"]

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from nanogsm import UserError, report
-from nanogsm.scores import summarise
+from nanogsm import UserError
+from nanogsm.report import page as report
+from nanogsm.report.scores import summarise
 
 HOSTILE = "<script>alert(1)</script>\x1b[2J</pre></details> <<2*3=7>>\n#### 7"
 

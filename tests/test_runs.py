@@ -16,9 +16,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanogsm import UserError, files
-from nanogsm.console import graceful_stop
-from nanogsm.runs import Run
+from nanogsm import UserError
+from nanogsm.run.console import graceful_stop
+from nanogsm.run.folder import Run
+from nanogsm.store import files
 
 ARGS = {"lr": 1e-5, "steps": 8, "save_every": 1}
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from nanogsm.scores import (
+from nanogsm.report.scores import (
     KINDS,
     false_annotations,
     is_looping,

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import evaluate
-import study
 import train_ppo
 import train_sft
+from experiments import study
 from nanogsm import UserError
 
 

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 import evaluate
 import train_ppo
 import train_sft
-from nanogsm import data, hub
+from experiments import pretrain_tiny as pretrain
+from nanogsm import data
 from nanogsm.data import Prompt, encode
 from nanogsm.model import load_model
-from nanogsm.tiny import pretrain
+from nanogsm.store import hub
 from nanogsm.tiny.problems import LIMIT, problems, sample
 
 TRAIN, SOCRATIC = problems("train"), problems("train", "socratic")

@@ -34,8 +34,8 @@ import random
 import re
 from typing import NamedTuple
 
-from nanogsm import console
 from nanogsm.data import Problem
+from nanogsm.run import console
 
 SEED = 8
 SIZES = {"train": 7473, "test": 1319}

@@ -194,7 +194,7 @@ def environment() -> dict:
         env["cpu"] = model.group(1)
     env |= {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
     env["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     # Not in an enclosing project's checkout (a virtual environment's): its commit is not ours.
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         if (root / ".git").exists():

@@ -1,6 +1,6 @@
 """How the embedded model was made: a tokenizer, then half a million parameters taught to reckon.
 
-    python -m nanogsm.tiny.pretrain        # ten minutes on one core -> runs/tiny-pretrain/model
+    python -m experiments.pretrain_tiny        # ten minutes on one core -> runs/tiny-pretrain/model
 
 What comes out was copied to nanogsm/tiny/gemma. (Whoever replaces it makes the logits that
 tests/test_tiny.py compares with anew, see tests/fixtures/README.md.)
@@ -35,9 +35,12 @@ import torch.nn.functional as F
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from nanogsm import UserError, console, data, files, runs
+from nanogsm import UserError, data
 from nanogsm.model import Gemma, read_config, save_model
 from nanogsm.optim import AdamW, cosine_with_min_lr
+from nanogsm.run import console
+from nanogsm.run import folder as runs
+from nanogsm.store import files
 from nanogsm.tiny import problems
 
 CONFIG = {

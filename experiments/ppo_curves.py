@@ -9,7 +9,7 @@
             python evaluate.py --model $d/$r
         done
     done
-    python -m benchmarks.ppo_curves runs/tiny/curves-{0,1,2} --out results/tiny/ppo
+    python -m experiments.ppo_curves runs/tiny/curves-{0,1,2} --out results/tiny/ppo
 
 writes results/tiny/ppo.json (before, after, exact paired test, curves) and results/tiny/ppo.svg.
 """
@@ -18,7 +18,11 @@ import json
 import os
 from pathlib import Path
 
-from nanogsm import UserError, charts, console, files, runs, scores
+from nanogsm import UserError
+from nanogsm.report import charts, scores
+from nanogsm.run import console
+from nanogsm.run import folder as runs
+from nanogsm.store import files
 
 CURVES = {
     "val_exact_match": "right, greedy, held-out problems",

@@ -1,8 +1,8 @@
 """The report's whole study, and ours beside it, in one command: train, evaluate, compare, tabulate.
 
-    python study.py --tiny                       # the embedded model: a quarter of an hour on one core
-    python study.py                              # google/gemma-2b-it on GSM8K, one GPU
-    python study.py --model PATH --data-dir DIR --sft="--max-examples 1024" --rows untuned full-main
+    python -m experiments.study --tiny         # the embedded model: a quarter of an hour on one core
+    python -m experiments.study                # google/gemma-2b-it on GSM8K, one GPU
+    python -m experiments.study --model PATH --sft="--max-examples 1024" --rows untuned full-main
 
 Each row is an ordinary run of train_sft.py or train_ppo.py and an evaluation of it, in a folder of its
 own; the commands are printed as they start, and --dry-run prints them all. What is finished is not
@@ -25,10 +25,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from nanogsm import UserError, console, files, report
-from nanogsm.scores import KINDS, by_problem, kind_of, paired, read_rows
+from nanogsm import UserError
+from nanogsm.report import page
+from nanogsm.report.scores import KINDS, by_problem, kind_of, paired, read_rows
+from nanogsm.run import console
+from nanogsm.store import files
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 class Row(NamedTuple):
@@ -265,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{table(rows)}\nwritten to {args.out / 'study.md'}, study.json")
     stages = [args.out / f["row"] for f in rows if "not_run" not in f and f["row"] in PROBED]
     if stages:
-        report.main([*map(str, stages), "--out", str(args.out / "report.html")])
+        page.main([*map(str, stages), "--out", str(args.out / "report.html")])
     for name, why in failed.items():
         print(f"row {name} was not run: {why}", file=sys.stderr)
     return 2 if failed else 0

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
 
-from nanogsm import UserError, files
+from nanogsm import UserError
+from nanogsm.store import files
 
 REQUIRED = ["config.json", "tokenizer.json"]
 OPTIONAL = [
@@ -25,7 +26,7 @@ OPTIONAL = [
     "added_tokens.json", "chat_template.jinja", "tokenizer.model",
 ]  # fmt: skip
 WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
-EMBEDDED = Path(__file__).parent / "tiny" / "gemma"  # the embedded model
+EMBEDDED = Path(__file__).parents[1] / "tiny" / "gemma"  # the embedded model
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")  # a plain name: no way out
 

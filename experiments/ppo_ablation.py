@@ -1,7 +1,7 @@
 """What each setting of PPO is worth: from --recipe report to --recipe tuned, knob by knob, both ways.
 
     python train_sft.py --tiny
-    python -m benchmarks.ppo_ablation --steps 5 --seeds 3 --out results/tiny/ppo-ablation.jsonl
+    python -m experiments.ppo_ablation --steps 5 --seeds 3 --out results/tiny/ppo-ablation.jsonl
 
 Every row is a short run on the embedded model: "report" and "tuned" as they are, "report, but ..." with
 one setting taken from tuned, "tuned, but ..." with one put back, and what no flag changes, done by
@@ -23,7 +23,7 @@ from unittest.mock import patch
 import torch
 
 import train_ppo
-from nanogsm import console
+from nanogsm.run import console
 
 KNOBS = {
     "gamma": ["gamma"],

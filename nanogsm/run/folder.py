@@ -30,8 +30,9 @@ from typing import BinaryIO
 import safetensors.torch
 from torch import Tensor
 
-from nanogsm import UserError, data, files
-from nanogsm.console import disk_full
+from nanogsm import UserError, data
+from nanogsm.run.console import disk_full
+from nanogsm.store import files
 
 try:
     import fcntl

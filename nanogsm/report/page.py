@@ -14,8 +14,11 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from nanogsm import UserError, charts, console, files, scores
-from nanogsm.runs import run_of
+from nanogsm import UserError
+from nanogsm.report import charts, scores
+from nanogsm.run import console
+from nanogsm.run.folder import run_of
+from nanogsm.store import files
 
 SIDE_BY_SIDE = 8  # problems of which all stages' answers are shown; of each kind of change as many
 CURVES = {  # what a metrics.jsonl may have, and what it is called here

@@ -1,0 +1,1 @@
+"""Scores and paired tests, the comparison of two evaluations, the HTML page, charts."""
