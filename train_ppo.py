@@ -23,7 +23,6 @@ token t + 1, made by hidden state t, which has seen tokens 0 to t:
 """
 
 import argparse
-import copy
 import itertools
 import math
 import os
@@ -36,12 +35,22 @@ import torch
 from torch import Tensor, nn
 
 from nanogsm import UserError, data, generate, lora
+from nanogsm.fast.checkpointing import CHECKPOINTING
 from nanogsm.logprob import token_logprobs
-from nanogsm.model import CHECKPOINTS, Gemma, load_model, read_config, save_model
+from nanogsm.model import (
+    frozen_copy,
+    load_model,
+    read_config,
+    save_adapter,
+    save_model,
+    set_checkpointing,
+    twin,
+)
 from nanogsm.optim import AdamW
 from nanogsm.run import console, plan
 from nanogsm.run import folder as runs
 from nanogsm.store import files, hub
+from nanogsm.transformer import Transformer
 
 # What a recipe sets when the flag is not given. "report" is that of the study behind this
 # project, with what it leaves open assumed as said in the README; "tuned" is ours.
@@ -123,7 +132,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--clip-grad", type=float, default=1.0, help="limit of the gradient's norm")
     p.add_argument("--optim", choices=("adamw8bit", "adamw"), default="adamw8bit",
                    help="moments in 8 or 32 bits")  # fmt: skip
-    p.add_argument("--checkpointing", choices=CHECKPOINTS, help="what backward computes again: nothing, what "
+    p.add_argument("--checkpointing", choices=CHECKPOINTING, help="what backward computes again: nothing, what "
                    "is cheap, or all; more of it takes less memory (light; tiny none)")  # fmt: skip
     # validation, on the slice of train that SFT held out
     p.add_argument("--val-examples", type=int, help="problems held out (as by --init, else as in SFT)")
@@ -291,9 +300,9 @@ class Models(NamedTuple):
     costs a percent of a model. A shared critic is the actor itself with one more output.
     """
 
-    actor: Gemma
-    reference: Gemma  # never changes
-    critic: Gemma  # the trunk whose hidden states the head reads
+    actor: Transformer
+    reference: Transformer  # never changes
+    critic: Transformer  # the trunk whose hidden states the head reads
     head: nn.Linear  # (D) -> 1: the value
 
     def value(self, hidden: Tensor) -> Tensor:
@@ -310,29 +319,7 @@ class Models(NamedTuple):
         return {n: p for n, p in own.items() if p.requires_grad} | head
 
 
-def twin(model: Gemma) -> Gemma:
-    """Another model object on the very same weights: adapters put on one are not on the other.
-    (Switching adapters on and off in one model has a trap: a checkpointed forward is computed again
-    in backward, by then with the wrong ones.)"""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
-
-
-def frozen_copy(model: Gemma, bf16: bool) -> Gemma:
-    """A copy with weights of its own. bf16: those of linear layers are rounded once, as autocast would
-    at every use, and others if it changes nothing, which is so for a model that came in bfloat16: the
-    copy computes the same to the bit."""
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    instead = {}  # id of a weight -> what the copy has for it
-    for p in model.parameters() if bf16 else ():
-        rounded = p.detach().bfloat16()
-        if id(p) in linear or torch.equal(rounded.to(p.dtype), p):
-            instead[id(p)] = nn.Parameter(rounded, requires_grad=False)
-    frozen = copy.deepcopy(model, instead).requires_grad_(False)
-    frozen.activations = model.activations or model.model.embed_tokens.weight.dtype
-    return frozen
-
-
-def build(base: Gemma, args: argparse.Namespace) -> Models:
+def build(base: Transformer, args: argparse.Namespace) -> Models:
     """The models of a run whose policy starts as `base`."""
     bf16 = args.precision == "bf16"
     if args.lora:
@@ -351,7 +338,8 @@ def build(base: Gemma, args: argparse.Namespace) -> Models:
     head = nn.Linear(base.config.hidden_size, 1, device=base.device)
     nn.init.zeros_(head.weight)  # a first guess of 0 everywhere misleads less than a random one
     nn.init.zeros_(head.bias)
-    actor.checkpointing = critic.checkpointing = args.checkpointing
+    for model in (actor, critic):
+        set_checkpointing(model, args.checkpointing)
     return Models(actor, reference, critic, head)
 
 
@@ -431,11 +419,11 @@ def assess(models: Models, rows: list[dict], pad_id: int, args, autocast) -> tup
         with autocast():
             hidden = models.actor(*part)
             logp[some], entropy[some] = token_logprobs(
-                models.actor.head, hidden[:, :-1], ids[some, 1:], mask[some], args.temperature, True
+                models.actor.vocabulary, hidden[:, :-1], ids[some, 1:], mask[some], args.temperature, True
             )
             before = models.reference(*part)
             ref_logp[some], _ = token_logprobs(
-                models.reference.head, before[:, :-1], ids[some, 1:], mask[some], args.temperature
+                models.reference.vocabulary, before[:, :-1], ids[some, 1:], mask[some], args.temperature
             )
             if models.critic is not models.actor:
                 hidden = models.critic(*part)
@@ -488,7 +476,7 @@ def backward_micro(
         with torch.set_grad_enabled(not warming):
             hidden = models.actor(ids, lengths)
             logp, entropy = token_logprobs(
-                models.actor.head, hidden[:, :-1], ids[:, 1:], mask, args.temperature, bonus
+                models.actor.vocabulary, hidden[:, :-1], ids[:, 1:], mask, args.temperature, bonus
             )
         if models.critic is not models.actor:
             hidden = models.critic(ids, lengths)
@@ -573,7 +561,7 @@ def health(figures: dict, args: argparse.Namespace) -> list[str]:
 def print_plan(args, found: hub.ModelFiles, prompt, problems, held_out) -> None:
     config, tokenizer = read_config(found.base), data.Tokenizer(found.base)
     with torch.device("meta"):  # counts parameters without allocating one
-        model = Gemma(config)
+        model = Transformer(config)
     everything = [p.shape for p in model.parameters()]
     total = sum(map(math.prod, everything))
     lora.add_lora(model, args.lora_r, args.lora_alpha)
@@ -719,7 +707,7 @@ def train(args, run, found, prompt, problems, held_out) -> int:
 
     def save_result() -> None:
         if args.lora:
-            lora.save_adapter(models.actor, run.folder / "adapter", found.name)
+            save_adapter(models.actor, run.folder / "adapter", found.name)
         else:
             save_model(models.actor, tokenizer, run.folder / "model")
         weights = {n: p.detach() for n, p in critic.items()}

@@ -18,12 +18,21 @@ from pathlib import Path
 import torch
 
 from nanogsm import UserError, data, generate, lora
+from nanogsm.fast.checkpointing import CHECKPOINTING
 from nanogsm.logprob import token_logprobs
-from nanogsm.model import CHECKPOINTS, Config, Gemma, load_model, read_config, save_model
+from nanogsm.model import (
+    compute_in_float32,
+    load_model,
+    read_config,
+    save_adapter,
+    save_model,
+    set_checkpointing,
+)
 from nanogsm.optim import AdamW, cosine_with_min_lr
 from nanogsm.run import console, plan
 from nanogsm.run import folder as runs
 from nanogsm.store import hub
+from nanogsm.transformer import Config, Transformer
 
 # What a recipe sets when the flag is not given. "report" is that of the study behind this project,
 # which used one learning rate for both methods; "tuned" has the field's customary rates (README,
@@ -71,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--clip", type=float, default=1.0, help="limit of the gradient's norm")
     p.add_argument("--optim", choices=("adamw8bit", "adamw"), default="adamw8bit",
                    help="moments in 8 or 32 bits")  # fmt: skip
-    p.add_argument("--checkpointing", choices=CHECKPOINTS, help="what backward computes again: nothing, what "
+    p.add_argument("--checkpointing", choices=CHECKPOINTING, help="what backward computes again: nothing, what "
                    "is cheap, or all; more of it takes less memory (light; tiny none)")  # fmt: skip
     # validation, on a slice held out of train
     p.add_argument("--val-examples", type=int, help="training problems held out (64; tiny 256; at most "
@@ -165,7 +174,7 @@ def examples_of_step(examples: list, step: int, size: int, seed: int) -> list[da
 # --------------------------------------------------------------------------------- one gradient
 
 
-def backward_step(model: Gemma, examples: list, micro_batch: int, pad_id: int, autocast) -> float:
+def backward_step(model: Transformer, examples: list, micro_batch: int, pad_id: int, autocast) -> float:
     """Add the gradient of one step's loss to .grad and return the loss, in nats a token.
 
     The loss is a sum over all supervised tokens of the step divided by their number, so it does not
@@ -179,7 +188,7 @@ def backward_step(model: Gemma, examples: list, micro_batch: int, pad_id: int, a
         with autocast():
             hidden = model(ids, lengths)  # (B, T, D); position t predicts token t + 1
         with autocast():  # a new one: the first's bfloat16 copies of trained weights, 0.2 GiB, go with it
-            logp, _ = token_logprobs(model.head, hidden[:, :-1], ids[:, 1:], mask[:, 1:])
+            logp, _ = token_logprobs(model.vocabulary, hidden[:, :-1], ids[:, 1:], mask[:, 1:])
         part = -logp.sum() / supervised
         part.backward()
         loss += part.detach()
@@ -187,14 +196,14 @@ def backward_step(model: Gemma, examples: list, micro_batch: int, pad_id: int, a
 
 
 @torch.no_grad()
-def mean_loss(model: Gemma, examples: list, micro_batch: int, pad_id: int, autocast) -> float:
+def mean_loss(model: Transformer, examples: list, micro_batch: int, pad_id: int, autocast) -> float:
     """The same loss over examples, without gradients."""
     total, supervised = 0.0, sum(sum(e.mask) for e in examples)
     for rows in data.micro_batches(examples, micro_batch):
         ids, mask, lengths = data.collate(rows, pad_id, model.device)
         with autocast():
             hidden = model(ids, lengths)
-            logp, _ = token_logprobs(model.head, hidden[:, :-1], ids[:, 1:], mask[:, 1:])
+            logp, _ = token_logprobs(model.vocabulary, hidden[:, :-1], ids[:, 1:], mask[:, 1:])
         total -= logp.sum().item()
     return total / supervised
 
@@ -204,7 +213,7 @@ def mean_loss(model: Gemma, examples: list, micro_batch: int, pad_id: int, autoc
 
 def print_plan(args, config: Config, examples, held_out, steps: int) -> None:
     with torch.device("meta"):  # counts parameters without allocating one
-        model = Gemma(config)
+        model = Transformer(config)
     if args.lora:
         lora.add_lora(model, args.lora_r, args.lora_alpha)
     total = sum(p.numel() for p in model.parameters())
@@ -294,9 +303,9 @@ def train(args, run, found, prompt, examples, size, steps, held_out_examples, he
     # float32 anew at every use.
     dtype = torch.float32 if not args.lora else torch.bfloat16 if bf16 else None
     model, tokenizer = load_model(found, dtype, args.device, merge=True)
-    model.checkpointing = args.checkpointing
+    set_checkpointing(model, args.checkpointing)
     if not bf16:
-        model.compute_in_float32()
+        compute_in_float32(model)
     if args.lora:
         adapted = lora.add_lora(model, args.lora_r, args.lora_alpha, args.seed)
         print(f"adapters on {len(adapted)} layers")
@@ -307,7 +316,7 @@ def train(args, run, found, prompt, examples, size, steps, held_out_examples, he
 
     def save_weights() -> None:
         if args.lora:
-            lora.save_adapter(model, run.folder / "adapter", found.name)
+            save_adapter(model, run.folder / "adapter", found.name)
         else:
             save_model(model, tokenizer, run.folder / "model")
 

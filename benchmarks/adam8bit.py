@@ -176,7 +176,7 @@ def real_model(name, data_dir):
         ids, mask = data.encode(tokenizer, data.Prompt(), problem.question, problem.answer)
         ids, mask = torch.tensor([ids]), torch.tensor([mask]).bool()
         hidden = gemma(ids)[:, :-1]
-        logp, _ = logprob.token_logprobs(gemma.head, hidden, ids[:, 1:], mask[:, 1:])
+        logp, _ = logprob.token_logprobs(gemma.vocabulary, hidden, ids[:, 1:], mask[:, 1:])
         return -logp.sum() / mask.sum()
 
     return gemma, loss

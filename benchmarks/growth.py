@@ -20,11 +20,12 @@ import torch
 import train_sft
 from benchmarks.sides import now
 from nanogsm import UserError, data, generate, lora
-from nanogsm.model import Config, Gemma
+from nanogsm.model import set_checkpointing
 from nanogsm.optim import AdamW
 from nanogsm.report import charts
 from nanogsm.run import console
 from nanogsm.store import files
+from nanogsm.transformer import Config, Transformer
 
 JOBS = ("LoRA", "full", "decoding")
 NEW = 16  # tokens decoded
@@ -56,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def random_model(size: str, vocab: int, device: str) -> Gemma:
+def random_model(size: str, vocab: int, device: str) -> Transformer:
     D, F, layers, heads, kv, N = SIZES[size]
     config = Config(
         model_type="gemma3_text", vocab_size=vocab, hidden_size=D, intermediate_size=F,
@@ -66,7 +67,7 @@ def random_model(size: str, vocab: int, device: str) -> Gemma:
         final_logit_softcapping=None, dtype=torch.float32,
     )  # fmt: skip
     with torch.device(device):
-        model = Gemma(config)
+        model = Transformer(config)
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.02)
     return model
@@ -84,7 +85,7 @@ def measure(args) -> dict:
     rows = torch.randint(8, point["vocab"], (B, T), generator=generator).tolist()
     mask = [0] * (T // 2) + [1] * (T - T // 2)
     examples = [data.Example(row, mask, i) for i, row in enumerate(rows)]
-    model.checkpointing = "light"
+    set_checkpointing(model, "light")
     if point["job"] == "LoRA":
         lora.add_lora(model, 16, 32.0)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}

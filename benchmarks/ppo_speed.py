@@ -31,8 +31,9 @@ from torch import nn
 
 import train_ppo
 from benchmarks.sides import Side, Turns, compete, matrix_rate, now, products
-from nanogsm import UserError, data, lora
-from nanogsm.model import CHECKPOINTS, load_model
+from nanogsm import UserError, data
+from nanogsm.fast.checkpointing import CHECKPOINTING
+from nanogsm.model import load_model, save_adapter
 from nanogsm.optim import AdamW
 from nanogsm.run import console
 from nanogsm.store import files, hub
@@ -54,7 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--micro-batch", type=int, default=16)
     p.add_argument("--accumulation", type=int, default=8)
     p.add_argument("--max-new-tokens", type=int, default=128, help="longest answer")
-    p.add_argument("--checkpointing", choices=CHECKPOINTS, default="none",
+    p.add_argument("--checkpointing", choices=CHECKPOINTING, default="none",
                    help="ours; the peer's is full or none")  # fmt: skip
     p.add_argument("--rounds", type=int, default=2, help="counted steps of each side")
     p.add_argument("--json", help="write all figures there")
@@ -87,7 +88,7 @@ def ours(args, turns: Turns) -> None:
     base, tokenizer = load_model(args.model, None if args.lora and bf16 else torch.float32, args.device)
     models = train_ppo.build(base, ppo)
     if args.lora:
-        lora.save_adapter(models.actor, Path(args.scratch) / "adapter", args.model)  # the peer's start
+        save_adapter(models.actor, Path(args.scratch) / "adapter", args.model)  # the peer's start
     weights = (models.policy_weights(), ppo.lr), (models.value_weights(), ppo.value_lr)
     optimizers = [AdamW(w.items(), lr, bits=32) for w, lr in weights]
     problems = data.load_problems(args.data, "train", args.data_dir)

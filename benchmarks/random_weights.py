@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from nanogsm import UserError, data
-from nanogsm.model import Gemma, read_config, save_model
+from nanogsm.model import read_config, save_model
 from nanogsm.run import console
+from nanogsm.transformer import Transformer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(args.seed)
     config = read_config(args.config)
     with torch.device("meta"):
-        model = Gemma(config).to(config.dtype)
+        model = Transformer(config).to(config.dtype)
     model.to_empty(device="cpu")
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else torch.nn.init.zeros_(p)  # norms: gain 1

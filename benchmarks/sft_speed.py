@@ -39,8 +39,9 @@ import torch
 import train_sft
 from benchmarks.sides import Side, Turns, compete, matrix_rate, products
 from nanogsm import UserError, data, lora
-from nanogsm.logprob import KEPT
-from nanogsm.model import CHECKPOINTS, load_model
+from nanogsm.fast.checkpointing import CHECKPOINTING
+from nanogsm.fast.head import KEPT_EXPONENTIALS
+from nanogsm.model import compute_in_float32, load_model, save_adapter, set_checkpointing
 from nanogsm.optim import AdamW
 from nanogsm.run import console
 from nanogsm.store import files, hub
@@ -56,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     console.add_data_dir_flag(p)
     p.add_argument("--full", action="store_true", help="train all weights, not adapters")
     p.add_argument("--base", choices=("bf16", "fp32"), default="bf16", help="see above")
-    p.add_argument("--checkpointing", choices=CHECKPOINTS, default="light", help="ours; the peer's is full")
+    p.add_argument("--checkpointing", choices=CHECKPOINTING, default="light", help="ours; the peer's is full")
     p.add_argument("--steps", type=int, default=1, help="optimizer steps a round")
     p.add_argument("--rounds", type=int, default=3, help="counted rounds of each side")
     p.add_argument("--micro-batch", type=int, default=8)
@@ -101,11 +102,11 @@ def ours(args, turns: Turns) -> None:
     autocast = lambda: torch.autocast(kind, torch.bfloat16, enabled=bf16)  # noqa: E731
     model, tokenizer = load_model(args.model, args.dtype, args.device)
     if not bf16:
-        model.compute_in_float32()
-    model.checkpointing = args.checkpointing
+        compute_in_float32(model)
+    set_checkpointing(model, args.checkpointing)
     if not args.full:
         lora.add_lora(model, R, ALPHA, SEED)
-        lora.save_adapter(model, Path(args.scratch) / "adapter", args.model)  # the peer's start
+        save_adapter(model, Path(args.scratch) / "adapter", args.model)  # the peer's start
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = AdamW(trained.items(), lr=args.lr, bits=32)
     steps = steps_of(args, tokenizer)
@@ -144,7 +145,7 @@ def flops_of(args, model, trained: dict, examples: list, needed: bool = False) -
     adapters = 0 if args.full else sum(p.numel() for p in trained.values())
     tokens, again = sum(len(e.ids) for e in examples), args.checkpointing == "full" and not needed
     supervised = [sum(sum(e.mask) for e in rows) for rows in data.micro_batches(examples, args.micro_batch)]
-    kept = KEPT[torch.device(args.device).type] // model.config.vocab_size  # positions of a micro-batch
+    kept = KEPT_EXPONENTIALS[torch.device(args.device).type] // model.config.vocab_size
     passes = (3 if args.full else 2) * sum(supervised)
     if args.full and not needed:
         passes += sum(max(0, n - kept) for n in supervised)

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from nanogsm import UserError
-from nanogsm.model import Gemma, Linear
 from nanogsm.run import console
+from nanogsm.transformer import Linear, Transformer
 
 
 def now(device: str) -> float:
@@ -42,7 +42,7 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * n**3 / best
 
 
-def products(model: Gemma, tokens: int, logits: int) -> int:
+def products(model: Transformer, tokens: int, logits: int) -> int:
     """Operations in the products with weights when so many tokens go through the layers once, and so many
     logit rows are made; attention's are left out. What a side that wastes nothing cannot do without."""
     layers = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))

@@ -92,7 +92,7 @@ to predict token t + 1. Nothing is projected onto the {c.vocab_size:,} entries o
 largest thing in memory by far.
 """)
 
-    logp, _ = token_logprobs(model.head, hidden[:, :-1], batch.ids[:, 1:], batch.mask[:, 1:])
+    logp, _ = token_logprobs(model.vocabulary, hidden[:, :-1], batch.ids[:, 1:], batch.mask[:, 1:])
     logp = logp.detach()
     at = range(mask.index(1), mask.index(1) + 9)
     found.append(f"""## 5. Log-probabilities

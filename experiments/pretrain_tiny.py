@@ -36,12 +36,13 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from nanogsm import UserError, data
-from nanogsm.model import Gemma, read_config, save_model
+from nanogsm.model import read_config, save_model
 from nanogsm.optim import AdamW, cosine_with_min_lr
 from nanogsm.run import console
 from nanogsm.run import folder as runs
 from nanogsm.store import files
 from nanogsm.tiny import problems
+from nanogsm.transformer import Transformer
 
 CONFIG = {
     "architectures": ["Gemma3ForCausalLM"],
@@ -166,7 +167,7 @@ def make_base(folder: Path) -> None:
     })  # fmt: skip
 
 
-def random_start(model: Gemma, seed: int) -> None:
+def random_start(model: Transformer, seed: int) -> None:
     """Matrices that keep the size of what passes through them; each block's two additions to the
     residual stream are made small, so that the stream does not grow with depth. Norms stay at one."""
     generator = torch.Generator().manual_seed(seed)
@@ -216,7 +217,7 @@ def train(args: argparse.Namespace, run: runs.Run) -> int:
     base = run.folder / "base"
     base.mkdir(exist_ok=True)
     make_base(base)
-    tokenizer, model = data.Tokenizer(base), Gemma(read_config(base))
+    tokenizer, model = data.Tokenizer(base), Transformer(read_config(base))
     random_start(model, args.seed)
     left_out = {problem.question for problem in problems.problems("test")}
     weights = dict(model.named_parameters())

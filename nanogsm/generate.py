@@ -1,54 +1,126 @@
-"""Batched sampling with a KV cache, and exact match on a list of problems.
+"""Batched sampling with a KV cache, from prompts to marked answers.
 
-Every row keeps its own length. Prompts start at slot 0 of the cache and each row writes its next
-token at its own position, so there is no left padding and positions are plain:
+Every row keeps its own length. Prompts start at slot 0 of the cache and each row writes its next token
+at its own position. So there is no left padding, and positions are simple:
 
     slot      0   1   2   3   4   5   6   7
-    row 0    p0  p1  p2  p3  r0  r1  .   .      the next token goes to 6
-    row 1    p0  p1  r0  r1  r2  .   .   .      ... to 5; what lies beyond is masked
+    row 0    p0  p1  p2  p3  r0  r1  .   .      its next token goes to slot 6
+    row 1    p0  p1  r0  r1  r2  .   .   .      ... to slot 5; what lies beyond is masked
 
-A row that finishes gives its place to the next waiting prompt, so a batch never waits for its
-longest answer. Sampling is by temperature only: with top-k or top-p, PPO could not say how probable
-the sampled token was. Token i of request n is drawn with a uniform number fixed beforehand for
-(n, i), so that a completion does not depend on which others share the batch (rounding apart).
+A row that finishes is given to the next waiting prompt, so a batch never waits for its longest answer.
+Sampling has a temperature and nothing else: with top-k or top-p, PPO could not say how probable the
+sampled token was.
 """
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nanogsm.data import (
-    Problem,
-    Prompt,
-    Tokenizer,
-    cut,
-    encode,
-    extract_answer,
-    is_correct,
-    is_correct_flexible,
-    starts_new_question,
-)
-from nanogsm.model import Gemma, KVCache
+from nanogsm import data
+from nanogsm.data import Problem, Prompt, Tokenizer
+from nanogsm.fast import cpu
+from nanogsm.transformer import Config, Transformer, attend, attend_causally, causal_mask
 
-# Decode steps between two looks at the new tokens: looking makes the host wait for a GPU.
-LOOK_EVERY = {"cpu": 1, "cuda": 8, "mps": 8}
-PREFILL = 2048  # tokens of prompts, padding included, that go through the model at once
-# Rows that attend together, over the slots that the longest of them has used. A GPU wants one large kernel.
-TOGETHER = {"cpu": 32, "cuda": 2**20, "mps": 2**20}
+PREFILL_TOKENS = 2048  # of prompts, padding included, that go through the model at once
+# How many tokens are decoded before the host looks at them: looking makes it wait for a GPU.
+STEPS_PER_LOOK = {"cpu": 1, "cuda": 8, "mps": 8}
+# How many rows attend together, over the slots that the longest of them has filled. On a CPU smaller
+# groups read fewer slots. A GPU wants one large kernel.
+ROWS_PER_GROUP = {"cpu": 32, "cuda": 2**20, "mps": 2**20}
+
+
+class KVCache:
+    """Keys and values of all layers, (L, B, K, S, N). A row's token at position p lies in slot p.
+
+    Its two `attend_...` methods return what Transformer.forward calls in every layer: a function that
+    stores the new keys and values and attends to all that the row has so far.
+    """
+
+    def __init__(self, config: Config, rows: int, slots: int, dtype, device):
+        K, N = config.num_key_value_heads, config.head_dim
+        shape = (config.num_hidden_layers, rows, K, slots, N)
+        self.config = config
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+
+    def attend_prompts(self, rows: list[int]) -> Callable:
+        """For whole prompts (n, T), which start at slot 0 of these rows. What padding writes is
+        overwritten by the answer, or masked."""
+
+        def attend_and_store(layer: int, q, k, v, scale, cap) -> Tensor:
+            T = k.shape[2]
+            self.k[layer][rows, :, :T] = k.to(self.k.dtype)  # (n, K, T, N)
+            self.v[layer][rows, :, :T] = v.to(self.v.dtype)
+            return attend_causally(q, k, v, self.config.window(layer), scale, cap)
+
+        return attend_and_store
+
+    def attend_next(self, positions: Tensor, used: list[int]) -> Callable:
+        """For one new token per row, at positions (B, 1). `used` has, for each of several equal
+        groups of rows, how many slots any of its rows has filled: attention looks no further."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        slots = torch.arange(max(used), device=positions.device)[None]
+        windows = {self.config.window(layer) for layer in range(self.config.num_hidden_layers)}
+        masks = {window: causal_mask(positions, slots, window) for window in windows}  # (B, 1, 1, S)
+        size = math.ceil(len(positions) / len(used))
+
+        def attend_and_store(layer: int, q, k, v, scale, cap) -> Tensor:
+            self.k[layer][rows, :, positions] = k.transpose(1, 2).to(self.k.dtype)  # (B, 1, K, N)
+            self.v[layer][rows, :, positions] = v.transpose(1, 2).to(self.v.dtype)
+            mask = masks[self.config.window(layer)]
+            parts = (x.split(size) for x in (q, self.k[layer], self.v[layer], mask))
+            return torch.cat([
+                attend(q, k[:, :, :n], v[:, :, :n], mask[..., :n], scale, cap)
+                for n, q, k, v, mask in zip(used, *parts, strict=True)
+            ])  # fmt: skip
+
+        return attend_and_store
+
+    def keep(self, rows: list[int]) -> None:
+        """Keep these rows only, in this order: row i becomes what rows[i] was. Only rows that change
+        places are copied. No memory is given back."""
+        new = [i for i, row in enumerate(rows) if row != i]
+        old = [rows[i] for i in new]
+        for x in (self.k, self.v):
+            x[:, new] = x[:, old]
+        self.k, self.v = self.k[:, : len(rows)], self.v[:, : len(rows)]
+
+
+# --------------------------------------------------------------------------------- choosing a token
+
+
+def choose(model: Transformer, hidden: Tensor, temperature: float, uniform: Tensor | None) -> Tensor:
+    """The next token of each row (b,): the likeliest, or, given uniform numbers (b,), a sampled one.
+    hidden (b, D)."""
+    logits = model.logits(hidden)  # (b, V)
+    return logits.argmax(-1) if uniform is None else inverse_cdf(logits, temperature, uniform)
+
+
+def inverse_cdf(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
+    """The token (b,) at which the cumulative probability passes uniform (b,); logits (b, V)."""
+    probability = (logits.float() / temperature).softmax(-1)
+    if logits.device.type != "mps":  # MPS has no float64. Trap: summed in float32, the tail of
+        probability = probability.double()  # 256,000 small probabilities would be rounded away.
+    cdf = probability.cumsum(-1)
+    wanted = uniform.to(cdf.dtype)[:, None] * cdf[:, -1:]  # the sum is 1 only up to rounding
+    return torch.searchsorted(cdf, wanted, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+# --------------------------------------------------------------------------------------- generation
 
 
 class Completion(NamedTuple):
-    ids: list[int]  # generated tokens, with the stop token if one came
-    truncated: bool  # max_new_tokens came first
+    ids: list[int]  # the generated tokens, with the stop token if one came
+    truncated: bool  # whether max_new_tokens came first
 
 
 @torch.no_grad()
 def generate(
-    model: Gemma,
+    model: Transformer,
     prompts: list[list[int]],
     stop_ids: frozenset[int],
     max_new_tokens: int,
@@ -58,43 +130,41 @@ def generate(
     is_over: Callable[[list[int]], bool] = lambda ids: False,
     progress: Callable[[int, int], None] = lambda finished, tokens: None,
 ) -> list[Completion]:
-    """Complete every prompt (a list of ids), temperature 0 being greedy; in the order given.
+    """Complete every prompt (a list of ids), in the order given. Temperature 0 is greedy.
 
-    A row ends at a stop id, at max_new_tokens, or where is_over(its new ids) says so, which is not
-    a truncation. progress is told how many requests are finished and how many tokens have been made.
+    A row ends at a stop id, at max_new_tokens, or where is_over(its new ids) says so, which does not
+    count as truncated. Token i of request n is drawn with a uniform number fixed beforehand for
+    (n, i). So a completion does not depend on which others share its batch, rounding apart.
+    progress(finished requests, tokens so far) is called on the way; what it raises ends the sampling.
     """
     device, n = model.device, len(prompts)
     batch = min(batch_size, n)
-    room = max(map(len, prompts), default=0) + max_new_tokens
-    cache = KVCache(model.config, batch, room, model.product_dtype, device)
+    slots = max(map(len, prompts), default=0) + max_new_tokens
+    cache = KVCache(model.config, batch, slots, model.product_dtype, device)
     if temperature:
         uniform = torch.rand(n, max_new_tokens, generator=torch.Generator().manual_seed(seed))
-        uniform = uniform.to(device)  # row n, column i: of request n's token i
+        uniform = uniform.to(device)
 
-    # The longest first, so that like lengths are prefilled together.
+    # Longest first, so that prompts of similar length go through the model together.
     waiting = deque(sorted(range(n), key=lambda i: -len(prompts[i])))
-    request = [-1] * batch  # which prompt a place is working on; -1: none
+    request = [-1] * batch  # which prompt each row is working on; -1: idle
     token = torch.zeros(batch, dtype=torch.long, device=device)  # the newest, not yet in the cache
-    position = torch.zeros(batch, dtype=torch.long, device=device)  # ... and where it will go
+    position = torch.zeros(batch, dtype=torch.long, device=device)  # the slot it will go to
     new: list[list[int]] = [[] for _ in prompts]
     done: dict[int, Completion] = {}
 
-    def numbers(places: list[int], count: int) -> list[Tensor] | list[None]:
-        """The uniform numbers of the next `count` tokens of these places, (b,) each."""
+    def uniform_numbers(rows: list[int], count: int) -> list[Tensor] | list[None]:
+        """For the next `count` tokens of these rows, (b,) each."""
         if not temperature:
             return [None] * count
-        rows = torch.tensor([request[s] for s in places])  # -1, idle: the last request's, to no purpose
-        first = torch.tensor([len(new[r]) for r in rows])
+        requests = torch.tensor([request[row] for row in rows])  # an idle row's -1 reads any number
+        first = torch.tensor([len(new[r]) for r in requests])
         columns = (first[:, None] + torch.arange(count)).clamp(max=max_new_tokens - 1)
-        return list(uniform[rows[:, None].to(device), columns.to(device)].T)
+        return list(uniform[requests[:, None].to(device), columns.to(device)].T)
 
-    def draw(hidden: Tensor, u: Tensor | None) -> Tensor:
-        blocks = model.logit_blocks(hidden)  # (b, width) each
-        return most_likely(blocks) if u is None else inverse_cdf(list(blocks), temperature, u)
-
-    def take_in(place: int, ids: list[int]) -> None:
-        """A place's newest ids; it is freed if its request is over."""
-        r = request[place]
+    def accept(row: int, ids: list[int]) -> None:
+        """Append a row's newest ids to its answer; free the row if the answer has ended."""
+        r = request[row]
         if r < 0:
             return
         for i in ids:
@@ -102,126 +172,78 @@ def generate(
             over = i in stop_ids or is_over(new[r])
             if over or len(new[r]) == max_new_tokens:
                 done[r] = Completion(new[r], truncated=not over)
-                request[place] = -1
-                break  # steps since the last look may have run past the end
+                request[row] = -1
+                break  # tokens decoded since the last look may lie beyond the end
 
-    with model.packed():
+    with cpu.packed(model, choose) as choose_token:
         while len(done) < n:
-            free = [s for s in range(len(request)) if request[s] < 0]
-            if free and waiting:
-                places = free[: len(waiting)]
-                for s in places:
-                    request[s] = waiting.popleft()
-                lengths = [len(prompts[request[s]]) for s in places]
-                hidden = _prefill(model, cache, places, [prompts[request[s]] for s in places])
-                token[places] = draw(hidden, numbers(places, 1)[0])
-                position[places] = torch.tensor(lengths, device=device)
-                for s, i in zip(places, token[places].tolist()):
-                    take_in(s, [i])
-                continue  # an answer of one token has freed its place already
-            if not waiting and len(free) >= len(request) / 8:  # the tail: the last rows fill the gaps
-                busy = [s for s in range(len(request)) if request[s] >= 0]
-                behind = [s for s in busy if s >= len(busy)]
-                keep = [s if request[s] >= 0 else behind.pop() for s in range(len(busy))]
+            idle = [row for row, r in enumerate(request) if r < 0]
+            if idle and waiting:  # prefill: run whole prompts into the idle rows
+                rows = idle[: len(waiting)]
+                for row in rows:
+                    request[row] = waiting.popleft()
+                asked = [prompts[request[row]] for row in rows]
+                hidden = _prefill(model, cache, rows, asked)
+                first = uniform_numbers(rows, 1)[0]
+                token[rows] = choose_token(model, hidden, temperature, first)
+                position[rows] = torch.tensor([len(p) for p in asked], device=device)
+                for row, i in zip(rows, token[rows].tolist()):
+                    accept(row, [i])
+                continue  # an answer of one token has freed its row already
+            if not waiting and len(idle) >= len(request) / 8:
+                # The tail of the batch: the last busy rows move into the gaps, and the rest goes.
+                busy = [row for row, r in enumerate(request) if r >= 0]
+                behind = [row for row in busy if row >= len(busy)]
+                keep = [row if request[row] >= 0 else behind.pop() for row in range(len(busy))]
                 cache.keep(keep)
-                token, position, request = token[keep], position[keep], [request[s] for s in keep]
+                token, position = token[keep], position[keep]
+                request = [request[row] for row in keep]
 
-            drawn = []
-            # Groups as equal as can be, of at most TOGETHER rows: attend_cached divides in the same way.
-            size = math.ceil(len(request) / math.ceil(len(request) / TOGETHER[device.type]))
-            used = [len(prompts[r]) + len(new[r]) if r >= 0 else 1 for r in request]  # 1: idle, not looked at
-            used = [max(used[i : i + size]) for i in range(0, len(used), size)]
-            for ahead, u in enumerate(numbers(list(range(len(request))), LOOK_EVERY[device.type])):
-                cache.used = [min(slots + ahead, room) for slots in used]
-                hidden = model(token[:, None], positions=position[:, None], cache=cache)  # (b, 1, D)
-                token = draw(hidden[:, 0], u)
-                position = (position + 1).clamp(max=room - 1)  # idle places run on, but not out
-                drawn.append(token)
-            for s, ids in enumerate(torch.stack(drawn, dim=1).tolist()):
-                take_in(s, ids)
+            decoded = []
+            groups = math.ceil(len(request) / ROWS_PER_GROUP[device.type])
+            size = math.ceil(len(request) / groups)
+            filled = [len(prompts[r]) + len(new[r]) if r >= 0 else 1 for r in request]
+            used = [max(filled[i : i + size]) for i in range(0, len(filled), size)]
+            numbers = uniform_numbers(list(range(len(request))), STEPS_PER_LOOK[device.type])
+            for ahead, u in enumerate(numbers):
+                attention = cache.attend_next(position[:, None], [min(s + ahead, slots) for s in used])
+                hidden = model(token[:, None], positions=position[:, None], attend=attention)
+                token = choose_token(model, hidden[:, 0], temperature, u)
+                position = (position + 1).clamp(max=slots - 1)  # idle rows run on, but not out
+                decoded.append(token)
+            for row, ids in enumerate(torch.stack(decoded, dim=1).tolist()):
+                accept(row, ids)
             progress(len(done), sum(map(len, new)))
     return [done[i] for i in range(n)]
 
 
-def _prefill(model: Gemma, cache: KVCache, places: list[int], prompts: list[list[int]]) -> Tensor:
-    """Run whole prompts, alike lengths side by side, into their places in the cache, PREFILL tokens at
-    a time (less padding, and bounded activations); the last tokens' hidden states (b, D)."""
+def _prefill(model: Transformer, cache: KVCache, rows: list[int], prompts: list) -> Tensor:
+    """Run whole prompts into their rows of the cache, PREFILL_TOKENS at a time, which bounds the
+    activations. Returns the hidden states of their last tokens (b, D)."""
     last = []
-    while places:
-        n = max(1, PREFILL // max(map(len, prompts)))
-        group, rows, places, prompts = prompts[:n], places[:n], places[n:], prompts[n:]
+    while rows:
+        n = max(1, PREFILL_TOKENS // max(map(len, prompts)))
+        group, here, prompts, rows = prompts[:n], rows[:n], prompts[n:], rows[n:]
         T = max(map(len, group))
-        ids = torch.tensor([p + [0] * (T - len(p)) for p in group], device=model.device)  # any id will do
-        own = KVCache(model.config, len(group), T, cache.k.dtype, model.device)
-        own.used = [T]
-        hidden = model(ids, cache=own)  # (n, T, D)
-        cache.k[:, rows, :, :T], cache.v[:, rows, :, :T] = own.k, own.v
+        ids = torch.tensor([p + [0] * (T - len(p)) for p in group], device=model.device)  # any pad
+        hidden = model(ids, attend=cache.attend_prompts(here))  # (n, T, D)
         ends = torch.tensor([len(p) - 1 for p in group], device=model.device)
         last.append(hidden[torch.arange(len(group), device=model.device), ends])
     return torch.cat(last)
 
 
-def most_likely(blocks: Iterable[Tensor]) -> Tensor:
-    """The token (b,) with the largest logit, the first of several."""
-    start = 0  # of the block, in the vocabulary
-    for z in blocks:
-        if start == 0:
-            top, token = z.max(-1)  # on a CPU four times as fast as argmax, for bfloat16
-        else:
-            largest = z.amax(-1)  # and this five times as fast as that: where it lies is asked only of
-            better = (largest > top).nonzero()[:, 0]  # the rows that have not had a larger one
-            token[better] = z[better].max(-1).indices + start
-            top[better] = largest[better]
-        start += z.shape[-1]
-    return token
-
-
-def inverse_cdf(blocks: list[Tensor], temperature: float, uniform: Tensor) -> Tensor:
-    """The token (b,) at which the cumulative probability passes uniform (b,). The logits come in blocks of
-    the vocabulary (b, width): first the block is looked for, by the blocks' sums, and then the token in it.
-    If there are several, nothing but the logits is ever held for all of the vocabulary."""
-
-    def exponentials(z: Tensor, top: Tensor) -> Tensor:
-        return (z.float() / temperature).sub_(top[:, None]).exp_()
-
-    tops = torch.stack([z.amax(-1).float() / temperature for z in blocks])  # (number of blocks, b)
-    tops = tops.clamp(min=torch.finfo(torch.float32).min)  # a block may be impossible, all -inf
-    sums = torch.stack([exponentials(z, top).sum(-1) for z, top in zip(blocks, tops)])
-    block, rest = _where_it_passes((sums * (tops - tops.amax(0)).exp()).T.contiguous(), uniform)
-    width, z = blocks[0].shape[-1], blocks[0]
-    if len(blocks) > 1:
-        z = torch.full_like(z, -math.inf)  # the last block may be narrower
-        for k, other in enumerate(blocks):
-            rows = (block == k).nonzero()[:, 0]
-            z[rows, : other.shape[-1]] = other[rows]
-    token, _ = _where_it_passes(exponentials(z, tops.gather(0, block[None])[0]), rest)
-    return (block * width + token).clamp(max=sum(z.shape[-1] for z in blocks) - 1)  # even if all are NaN
-
-
-def _where_it_passes(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the sum of weights (b, n) from the left passes uniform (b,) of the whole, and how far into
-    that entry it does, in [0, 1)."""
-    if weights.device.type != "mps":  # MPS has no float64. Summed in float32, the tail of 256,000
-        weights = weights.double()  # small probabilities would be rounded away
-    cdf = weights.cumsum(-1)
-    wanted = uniform.to(cdf.dtype)[:, None] * cdf[:, -1:]
-    at = torch.searchsorted(cdf, wanted, right=True).clamp(max=weights.shape[-1] - 1)
-    into = 1 - (cdf.gather(-1, at) - wanted) / weights.gather(-1, at)
-    return at[:, 0], into[:, 0].clamp(0, 1 - torch.finfo(cdf.dtype).eps)
-
-
-# ------------------------------------------------------------------------- questions and answers
+# ---------------------------------------------------------------------------- questions and answers
 
 
 class Answer(NamedTuple):
     prompt: list[int]
     ids: list[int]  # what was generated
     truncated: bool
-    text: str  # of the ids, special tokens left out
+    text: str  # of the ids, without special tokens
 
 
 def answer(
-    model: Gemma,
+    model: Transformer,
     tokenizer: Tokenizer,
     questions: list[str],
     prompt: Prompt,
@@ -231,16 +253,18 @@ def answer(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda finished, tokens: None,
 ) -> list[Answer]:
-    """`generate` from question to text; an answer also ends where it asks itself a new question."""
-    prompts = [encode(tokenizer, prompt, question)[0] for question in questions]
-    is_over = lambda ids: starts_new_question(tokenizer, ids)  # noqa: E731
-    completions = generate(model, prompts, tokenizer.stop_ids, max_new_tokens, batch_size, temperature,
-                           seed, is_over=is_over, progress=progress)  # fmt: skip
-    return [Answer(ids, *done, tokenizer.decode(done.ids)) for ids, done in zip(prompts, completions)]
+    """`generate` from question to text. An answer also ends where it asks itself a new question."""
+    prompts = [data.encode(tokenizer, prompt, question)[0] for question in questions]
+    is_over = lambda ids: data.starts_new_question(tokenizer, ids)  # noqa: E731
+    completions = generate(
+        model, prompts, tokenizer.stop_ids, max_new_tokens, batch_size, temperature, seed,
+        is_over, progress,
+    )  # fmt: skip
+    return [Answer(p, *done, tokenizer.decode(done.ids)) for p, done in zip(prompts, completions)]
 
 
 def answer_and_mark(
-    model: Gemma,
+    model: Transformer,
     tokenizer: Tokenizer,
     problems: list[Problem],
     prompt: Prompt,
@@ -251,22 +275,32 @@ def answer_and_mark(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda finished, tokens: None,
 ) -> list[dict]:
-    """Answer every problem `samples` times; one row a completion, ordered by problem, with what is
-    needed to count, compare and reread it."""
+    """Answer every problem `samples` times. Returns one row per completion, ordered by problem, with
+    what is needed to count, compare and reread it."""
     asked = [problem for problem in problems for _ in range(samples)]
-    answers = answer(model, tokenizer, [problem.question for problem in asked], prompt, max_new_tokens,
-                     batch_size, temperature, seed, progress)  # fmt: skip
+    answers = answer(
+        model, tokenizer, [problem.question for problem in asked], prompt, max_new_tokens,
+        batch_size, temperature, seed, progress,
+    )  # fmt: skip
     return [
         {
             "index": problem.index,
             "question": problem.question,
-            "correct": is_correct(done.text, problem),
-            "flexible": is_correct_flexible(done.text, problem),
-            "answer": extract_answer(cut(done.text)),
-            "gold": extract_answer(problem.answer),
+            "correct": data.is_correct(done.text, problem),
+            "flexible": data.is_correct_flexible(done.text, problem),
+            "answer": data.extract_answer(data.cut(done.text)),
+            "gold": data.extract_answer(problem.answer),
             "truncated": done.truncated,
             "tokens": len(done.ids),
             "completion": done.text,
         }
         for problem, done in zip(asked, answers)
     ]
+
+
+def exact_match(rows: list[dict]) -> dict:
+    """What a validation logs of its rows: the shares that are right and that were cut off."""
+    return {
+        "val_exact_match": sum(row["correct"] for row in rows) / len(rows),
+        "val_truncated": sum(row["truncated"] for row in rows) / len(rows),
+    }

@@ -11,11 +11,14 @@ from torch.utils._pytree import tree_leaves
 
 import train_ppo
 from nanogsm import logprob
-from nanogsm.generate import inverse_cdf
+from nanogsm.fast import cpu, head
+from nanogsm.fast.cpu import can_pack, inverse_cdf, packed
+from nanogsm.generate import KVCache, choose
 from nanogsm.lora import add_lora
-from nanogsm.model import KVCache, Linear, can_pack, load_model
+from nanogsm.model import compute_in_float32, load_model, set_checkpointing
 from nanogsm.optim import AdamW
 from nanogsm.run import plan
+from nanogsm.transformer import Vocabulary
 
 
 def held(tensors) -> int:
@@ -67,7 +70,7 @@ def test_weights_all_trained_and_frozen_under_adapters(tiny):
     adapters = sum(p.numel() for p in parameters(base, trained=True))
     assert 0 < adapters < total
     assert plan.model_bytes(base.config, total + adapters, adapters, bf16=True) == held(parameters(base))
-    base.compute_in_float32()
+    compute_in_float32(base)
     assert plan.model_bytes(base.config, total + adapters, adapters, bf16=False) == held(parameters(base))
 
 
@@ -123,7 +126,7 @@ def test_what_a_forward_keeps_for_backward(tiny, lora, bf16):
     c, n = model.config, ids.numel()
     whole = plan.activation_bytes(c, n, lora, bf16, "none")
     assert whole * 0.6 < kept() < whole * 1.2
-    model.checkpointing = "full"  # blocks keep their inputs; one at a time is computed again, whole
+    set_checkpointing(model, "full")  # blocks keep their inputs; one at a time is computed again, whole
     one = whole / (c.num_hidden_layers + 1)
     inputs = plan.activation_bytes(c, n, lora, bf16, "full") - one
     assert inputs < kept() < 2 * inputs  # the final norm, outside all blocks, keeps its own: 2 of 5
@@ -146,7 +149,7 @@ def test_what_a_checkpoint_keeps_of_each_layer(tiny, lora, bf16, checkpointing):
             add_lora(model, 1, 2.0)  # what comes out of a wider A is kept as well, and not estimated
         for p in parameters(model, trained=True):
             p.grad = torch.zeros_like(p)  # counted elsewhere
-        model.checkpointing = checkpointing
+        set_checkpointing(model, checkpointing)
         ids = torch.randint(20, 600, (16, 64), generator=torch.Generator().manual_seed(0))
         with Alive() as alive:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -177,17 +180,17 @@ def test_what_a_checkpoint_keeps_of_each_layer(tiny, lora, bf16, checkpointing):
 def test_the_head(tiny, monkeypatch, tokens, width, vocabulary, logits, least, bf16, entropy, trained):
     """Against the most there is while log-probs and gradients are made: in bfloat16, where the rows of the
     head and the logits are copied, nearly all of the estimate, in float32 not more than that."""
-    monkeypatch.setitem(logprob.LOGITS, "cpu", logits)
-    monkeypatch.setitem(logprob.LOGITS, "cuda", logits)
-    monkeypatch.setitem(logprob.KEPT, "cpu", tokens * vocabulary)
-    monkeypatch.setitem(logprob.KEPT, "cuda", tokens * vocabulary)
+    monkeypatch.setitem(head.BLOCK_LOGITS, "cpu", logits)
+    monkeypatch.setitem(head.BLOCK_LOGITS, "cuda", logits)
+    monkeypatch.setitem(head.KEPT_EXPONENTIALS, "cpu", tokens * vocabulary)
+    monkeypatch.setitem(head.KEPT_EXPONENTIALS, "cuda", tokens * vocabulary)
     weight = torch.nn.Parameter(torch.randn(vocabulary, width), requires_grad=trained)
     weight.grad = torch.zeros_like(weight)  # counted elsewhere
     hidden = torch.randn(1, tokens, width, requires_grad=True)
     targets, mask = torch.randint(vocabulary, (1, tokens)), torch.ones(1, tokens)
     with Alive() as alive:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            scores = logprob.token_logprobs(logprob.Head(weight), hidden, targets, mask, entropy=entropy)
+            scores = logprob.token_logprobs(Vocabulary(weight), hidden, targets, mask, entropy=entropy)
         sum(score.sum() for score in scores[: 1 + entropy]).backward()
     config = dataclasses.replace(tiny()[0].config, hidden_size=width, vocab_size=vocabulary)
     estimate = plan.head_bytes(config, tokens, "cpu", trained, bf16, entropy)
@@ -202,7 +205,7 @@ def test_drawing_a_token_for_each_row(tiny, monkeypatch, device):
     all the vocabulary or, as a CPU does it, of a block at a time."""
     model, _ = tiny(torch.float32)
     rows, vocabulary = 64, model.config.vocab_size
-    monkeypatch.setattr(plan, "HEAD_BLOCK", width := 100)
+    monkeypatch.setattr(plan, "VOCABULARY_BLOCK", width := 100)
     hidden, u = torch.randn(rows, model.config.hidden_size), torch.rand(rows)
     with Alive() as alive, torch.no_grad():
         logits = model.logits(hidden).split(width if device == "cpu" else vocabulary, -1)
@@ -212,13 +215,14 @@ def test_drawing_a_token_for_each_row(tiny, monkeypatch, device):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_packed_weights_of_a_cpu(tiny, bf16):
+def test_the_packed_weights_of_a_cpu(tiny, bf16, monkeypatch):
     model, _ = tiny(torch.float32)
     if not can_pack(model.device, torch.bfloat16 if bf16 else torch.float32):
         pytest.skip("no oneDNN, or none with bfloat16")
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), model.packed():
-        copies = [m.packed for m in model.modules() if isinstance(m, Linear)] + model.packed_head
-        want = sum(copy.numel() * copy.element_size() for copy in copies)
+    made, real = [], cpu.pack
+    monkeypatch.setattr(cpu, "pack", lambda *args: made.append(real(*args)) or made[-1])
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), packed(model, choose):
+        want = sum(copy.numel() * copy.element_size() for copy in made)
     total = sum(p.numel() for p in parameters(model))
     with_them, without = (plan.sampling_bytes(model.config, n, 64, bf16, "cpu") for n in (total, 0))
     # Norms are not packed; the estimate has them with the rest.

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from nanogsm import generate as g
 from nanogsm.data import Problem, Prompt
+from nanogsm.fast import cpu
 from nanogsm.logprob import token_logprobs
 
 FAMILIES = ["gemma1", "gemma2", "gemma3"]
@@ -48,7 +49,7 @@ def test_looking_at_the_tokens_less_often_changes_nothing(gemma, monkeypatch, te
     model, _ = gemma("gemma3")
     stops = frozenset(range(7, 60))
     every_step = g.generate(model, prompts(), stops, 11, 4, temperature, seed=5)
-    monkeypatch.setitem(g.LOOK_EVERY, "cpu", 5)
+    monkeypatch.setitem(g.STEPS_PER_LOOK, "cpu", 5)
     assert g.generate(model, prompts(), stops, 11, 4, temperature, seed=5) == every_step
 
 
@@ -58,11 +59,10 @@ def test_rows_that_attend_in_groups_say_the_same(gemma, monkeypatch, together):
     model, _ = gemma("gemma3")
     stops, used = frozenset(range(7, 60)), set()
     at_once = g.generate(model, prompts(), stops, 11, 7, 1.0, seed=5)
-    monkeypatch.setitem(g.TOGETHER, "cpu", together)
-    forward = model.forward
-    monkeypatch.setattr(
-        model, "forward", lambda *a, cache, **kw: used.add(len(cache.used)) or forward(*a, cache=cache, **kw)
-    )
+    monkeypatch.setitem(g.ROWS_PER_GROUP, "cpu", together)
+    attend_next = g.KVCache.attend_next
+    seen = lambda cache, at, slots: used.add(len(slots)) or attend_next(cache, at, slots)  # noqa: E731
+    monkeypatch.setattr(g.KVCache, "attend_next", seen)
     assert g.generate(model, prompts(), stops, 11, 7, 1.0, seed=5) == at_once
     assert max(used) == -(-7 // together)
 
@@ -71,7 +71,7 @@ def test_prompts_taken_in_by_groups_give_the_same(gemma, monkeypatch):
     """Groups of one to three prompts, ones shorter than the limit and ones beyond it."""
     model, _ = gemma("gemma3")
     at_once = g.generate(model, prompts(), NEVER, 6, 9)
-    monkeypatch.setattr(g, "PREFILL", 16)
+    monkeypatch.setattr(g, "PREFILL_TOKENS", 16)
     assert g.generate(model, prompts(), NEVER, 6, 9) == at_once
 
 
@@ -90,6 +90,15 @@ def test_is_over_ends_a_row_without_calling_it_truncated(gemma):
     model, _ = gemma("gemma3")
     done = g.generate(model, prompts(3), NEVER, 12, is_over=lambda ids: len(ids) == 5)
     assert [len(c.ids) for c in done] == [5, 5, 5] and not any(c.truncated for c in done)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_plain_choice_of_a_token_gives_the_same_answers(gemma, monkeypatch, name, temperature):
+    model, _ = gemma(name)
+    packed = g.generate(model, prompts(), NEVER, 8, 4, temperature, seed=5)
+    monkeypatch.setattr(cpu, "can_pack", lambda *kind: False)
+    assert g.generate(model, prompts(), NEVER, 8, 4, temperature, seed=5) == packed
 
 
 def test_one_new_token_and_no_prompts(gemma):
@@ -132,7 +141,7 @@ def test_sampled_answers_are_as_probable_as_training_says(gemma):
     def surprise(temperature: float):
         """Standard errors by which logp exceeds its expectation, at each of the four tokens."""
         with torch.no_grad():
-            logp, entropy = token_logprobs(model.head, hidden, ids[:, start:], mask, temperature, True)
+            logp, entropy = token_logprobs(model.vocabulary, hidden, ids[:, start:], mask, temperature, True)
         excess = (logp + entropy).double()
         return excess.mean(0) / (excess.std(0) / n**0.5)
 
@@ -146,16 +155,19 @@ def test_inverse_cdf_by_hand(width):
     uniform = torch.tensor([0.0, 0.199, 0.201, 0.699, 0.701, 0.999, 1.0])
     for temperature in (1.0, 0.5):
         blocks = (logits * temperature).split(width, -1)
-        assert g.inverse_cdf(blocks, temperature, uniform).tolist() == [0, 0, 2, 2, 3, 3, 3]
+        assert cpu.inverse_cdf(blocks, temperature, uniform).tolist() == [0, 0, 2, 2, 3, 3, 3]
+        assert g.inverse_cdf(logits * temperature, temperature, uniform).tolist() == [0, 0, 2, 2, 3, 3, 3]
     impossible_first = torch.tensor([[0.0, 1.0]]).log()
     for blocks in ([impossible_first], impossible_first.split(1, -1)):
-        assert g.inverse_cdf(blocks, 1.0, torch.zeros(1)).tolist() == [1]
+        assert cpu.inverse_cdf(blocks, 1.0, torch.zeros(1)).tolist() == [1]
+    assert g.inverse_cdf(impossible_first, 1.0, torch.zeros(1)).tolist() == [1]
 
 
 def test_even_of_nonsense_a_token_of_the_vocabulary_is_drawn():
     """What a diverged model says: the next lookup must not be the place where it shows."""
     nonsense = torch.full((1, 5), torch.nan).split(2, -1)
-    assert g.inverse_cdf(nonsense, 1.0, torch.tensor([0.5])).item() < 5
+    assert cpu.inverse_cdf(nonsense, 1.0, torch.tensor([0.5])).item() < 5
+    assert g.inverse_cdf(torch.cat(nonsense, -1), 1.0, torch.tensor([0.5])).item() < 5
 
 
 @pytest.mark.parametrize("width", [1, 7, 64, 1000])
@@ -164,17 +176,18 @@ def test_a_token_does_not_depend_on_the_blocks(width):
     torch.manual_seed(0)
     logits, uniform = 5 * torch.randn(500, 100), torch.rand(500)
     probabilities = (logits.double() / 0.7).softmax(-1)
-    token = g.inverse_cdf(logits.split(width, -1), 0.7, uniform)
+    token = cpu.inverse_cdf(logits.split(width, -1), 0.7, uniform)
+    assert (token != g.inverse_cdf(logits, 0.7, uniform)).sum() <= 1  # where rounding decides
     upto = probabilities.cumsum(-1).gather(-1, token[:, None])[:, 0]
     its_own = probabilities.gather(-1, token[:, None])[:, 0]
     assert (uniform <= upto + 1e-6).all() and (uniform >= upto - its_own - 1e-6).all()
-    assert torch.equal(g.most_likely(logits.split(width, -1)), logits.argmax(-1))
+    assert torch.equal(cpu.most_likely(logits.split(width, -1)), logits.argmax(-1))
 
 
 @pytest.mark.parametrize("width", [1, 2, 5])
 def test_the_first_of_equal_tokens_is_the_most_likely(width):
     logits = torch.tensor([[1.0, 3.0, 2.0, 3.0, 3.0], [2.0, 2.0, 2.0, 2.0, 2.0]])
-    assert g.most_likely(logits.split(width, -1)).tolist() == [1, 0]
+    assert cpu.most_likely(logits.split(width, -1)).tolist() == [1, 0]
 
 
 def test_sampling_under_bfloat16_autocast_runs(gemma):
@@ -199,7 +212,8 @@ def test_exact_match_ends_a_completion_that_starts_a_new_question(gemma, monkeyp
     said = tokenizer.encode(" 7\n#### 7\n\nQuestion: What? #### 8")
     steps = iter(said)
     one_hot = lambda i: torch.nn.functional.one_hot(torch.tensor([i]), 384).float()  # noqa: E731
-    monkeypatch.setattr(model, "logit_blocks", lambda hidden: [one_hot(next(steps))])
+    monkeypatch.setattr(cpu, "can_pack", lambda *kind: False)
+    monkeypatch.setattr(model, "logits", lambda hidden: one_hot(next(steps)))
     row = g.answer_and_mark(model, tokenizer, [Problem("?", "#### 7", 0)], Prompt(), 99)[0]
     assert row["correct"] and row["flexible"] and not row["truncated"]
     assert row["tokens"] < len(said) and row["completion"].endswith("Question:")

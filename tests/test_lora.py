@@ -9,7 +9,7 @@ from conftest import FIXTURES
 from safetensors.torch import load_file, save_file
 
 from nanogsm import UserError, lora
-from nanogsm.model import load_model
+from nanogsm.model import load_adapter, load_model, save_adapter, set_checkpointing
 
 TIGHT = 1e-5
 IDS = load_file(FIXTURES / "gemma3_peft/expected.safetensors")["ids"]
@@ -30,7 +30,7 @@ def randomise(model):
 def test_pefts_adapter_gives_pefts_logits(gemma):
     model, _ = gemma("gemma3")
     plain = logits(model)
-    lora.load_adapter(model, FIXTURES / "gemma3_peft")
+    load_adapter(model, FIXTURES / "gemma3_peft")
     want = load_file(FIXTURES / "gemma3_peft/expected.safetensors")["logits"]
     assert (plain - want).abs().max() > 0.05  # the adapter does something
     assert (logits(model) - want).abs().max() <= TIGHT
@@ -40,8 +40,8 @@ def test_our_files_are_those_of_peft(gemma, tmp_path):
     """Same keys, shapes and required fields, so that peft reads them (checked with peft itself by
     tests/fixtures/check_with_transformers.py, by hand)."""
     model, _ = gemma("gemma3")
-    lora.load_adapter(model, FIXTURES / "gemma3_peft")
-    lora.save_adapter(model, tmp_path / "adapter", "google/gemma-3-270m")
+    load_adapter(model, FIXTURES / "gemma3_peft")
+    save_adapter(model, tmp_path / "adapter", "google/gemma-3-270m")
     ours = load_file(tmp_path / "adapter/adapter_model.safetensors")
     peft = load_file(FIXTURES / "gemma3_peft/adapter_model.safetensors")
     assert ours.keys() == peft.keys()
@@ -121,7 +121,7 @@ def test_every_adapter_learns_under_checkpointing_and_the_base_never_does(gemma)
         model, _ = gemma("gemma3")
         lora.add_lora(model, 4, 8)
         randomise(model)
-        model.checkpointing = checkpointing
+        set_checkpointing(model, checkpointing)
         model.logits(model(IDS)).logsumexp(-1).mean().backward()
         grads[checkpointing] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert len(grads["none"]) == 2 * 42
@@ -135,7 +135,7 @@ def test_saved_and_loaded_again_through_a_run_folder(gemma, tmp_path):
     model, _ = gemma("gemma3")
     lora.add_lora(model, 4, 8)
     randomise(model)
-    lora.save_adapter(model, tmp_path / "run/adapter", str((FIXTURES / "gemma3").resolve()))
+    save_adapter(model, tmp_path / "run/adapter", str((FIXTURES / "gemma3").resolve()))
     again, _ = load_model(tmp_path / "run", torch.float32)
     assert torch.equal(logits(again), logits(model))
     merged, _ = load_model(tmp_path / "run", torch.float32, merge=True)
@@ -148,7 +148,7 @@ def test_rank_stabilised_scaling_is_read(gemma, tmp_path):
     config = json.loads((tmp_path / "a/adapter_config.json").read_text()) | {"use_rslora": True}
     (tmp_path / "a/adapter_config.json").write_text(json.dumps(config))
     model, _ = gemma("gemma3")
-    lora.load_adapter(model, tmp_path / "a")
+    load_adapter(model, tmp_path / "a")
     assert next(iter(lora.adapters(model).values())).scale == 8 / 4**0.5
 
 
@@ -166,7 +166,7 @@ def test_adapters_of_other_kinds_are_refused(gemma, tmp_path, change, says):
     config = json.loads((tmp_path / "a/adapter_config.json").read_text()) | change
     (tmp_path / "a/adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=says):
-        lora.load_adapter(gemma("gemma3")[0], tmp_path / "a")
+        load_adapter(gemma("gemma3")[0], tmp_path / "a")
 
 
 def test_an_adapter_that_lacks_layers_it_names_is_refused(gemma, tmp_path):
@@ -178,11 +178,11 @@ def test_an_adapter_that_lacks_layers_it_names_is_refused(gemma, tmp_path):
     for kept in (some, {}):
         save_file(kept, tmp_path / "a/adapter_model.safetensors")
         with pytest.raises(UserError, match="is incomplete: it has nothing for"):
-            lora.load_adapter(gemma("gemma3")[0], tmp_path / "a")
+            load_adapter(gemma("gemma3")[0], tmp_path / "a")
     save_file(some, tmp_path / "a/adapter_model.safetensors")
     config = json.loads((tmp_path / "a/adapter_config.json").read_text()) | {"layers_to_transform": [0]}
     (tmp_path / "a/adapter_config.json").write_text(json.dumps(config))
-    lora.load_adapter(gemma("gemma3")[0], tmp_path / "a")
+    load_adapter(gemma("gemma3")[0], tmp_path / "a")
 
 
 @pytest.mark.parametrize("left_alone", ["", "self_attn"])
@@ -193,7 +193,7 @@ def test_an_adapter_on_an_adapter_is_their_sum(gemma, tmp_path, left_alone):
     randomise(model)
     for name, layer in lora.adapters(model).items():
         if left_alone and left_alone in name:
-            lora._replace(model, name, layer.base)
+            lora.replace_module(model, name, layer.base)
     lower = set(lora.adapters(model))
     names = lora.add_lora(model, 4, 2.0, seed=2)
     randomise(model)
@@ -211,9 +211,9 @@ def test_an_adapter_on_an_adapter_is_their_sum(gemma, tmp_path, left_alone):
     assert (logits(model) - expected).abs().max() <= 1e-4
     assert (expected - logits(gemma("gemma3")[0])).abs().max() > 0.05  # they do something
 
-    lora.save_adapter(model, tmp_path / "a", "base")
+    save_adapter(model, tmp_path / "a", "base")
     loaded, _ = gemma("gemma3")
-    lora.load_adapter(loaded, tmp_path / "a")
+    load_adapter(loaded, tmp_path / "a")
     assert {layer.lora_A.weight.shape[0] for layer in lora.adapters(loaded).values()} == {7}
     assert (logits(loaded) - expected).abs().max() <= 1e-4
     lora.merge(model)
@@ -223,11 +223,11 @@ def test_an_adapter_on_an_adapter_is_their_sum(gemma, tmp_path, left_alone):
 def test_a_rank_that_no_matrix_has_is_refused(gemma):
     model, _ = gemma("gemma3")
     most = max(min(m.weight.shape) for n, m in model.named_modules() if n.endswith("_proj"))
-    with pytest.raises(UserError, match=f"rank {most + 1} of the adapters.*above {most}"):
+    with pytest.raises(UserError, match=f"--lora-r {most + 1}: no matrix .* above {most}"):
         lora.add_lora(model, most + 1, 8)
     lora.add_lora(model, most, 8)
 
 
 def test_an_adapter_for_another_model_is_refused(gemma):
     with pytest.raises(UserError, match="another model"):
-        lora.load_adapter(gemma("gemma1")[0], FIXTURES / "gemma3_peft")
+        load_adapter(gemma("gemma1")[0], FIXTURES / "gemma3_peft")

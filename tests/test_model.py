@@ -11,10 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanogsm import UserError, lora
-from nanogsm import model as model_file
+from nanogsm.fast import checkpointing as checkpointing_file
+from nanogsm.fast import cpu, head
+from nanogsm.fast.checkpointing import CHECKPOINTING
+from nanogsm.generate import KVCache, choose
 from nanogsm.lora import add_lora
-from nanogsm.model import CHECKPOINTS, Gemma, KVCache, _Lookup, load_model, read_config, save_model
+from nanogsm.model import compute_in_float32, load_model, read_config, save_model, set_checkpointing
 from nanogsm.store import hub
+from nanogsm.transformer import Transformer
 
 TIGHT = 1e-5  # float32 against float32, logits of a few units
 FAMILIES = ["gemma1", "gemma2", "gemma3"]
@@ -88,7 +92,7 @@ def test_parameter_and_tensor_counts_of_the_real_models(tmp_path, config, parame
     config |= {"head_dim": 256, "rms_norm_eps": 1e-6}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
-        model = Gemma(read_config(tmp_path))
+        model = Transformer(read_config(tmp_path))
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert len(model.state_dict()) == tensors
     if config["hidden_size"] == 2048:
@@ -163,13 +167,33 @@ def test_padding_on_the_right_changes_nothing_before_it(gemma, name):
     assert (logits(model, padded)[:, :15] - logits(model, ids[:, :15])).abs().max() <= TIGHT
 
 
-@pytest.mark.parametrize("checkpointing", CHECKPOINTS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_seams_defaults_give_the_same_hidden_states_and_gradients(gemma, name):
+    """A model without its faster forms, as the network's own file has it."""
+    ids, lengths = torch.randint(5, 380, (3, 12), generator=_generator(0)), [12, 5, 9]
+    found = []
+    for plain in (False, True):
+        model, _ = gemma(name)
+        assert model.lookup is head.lookup
+        if plain:
+            del model.lookup
+            assert model.lookup is torch.nn.functional.embedding
+        hidden = model(ids, lengths)
+        hidden.logsumexp(-1).sum().backward()
+        found.append((hidden, {n: p.grad for n, p in model.named_parameters()}))
+    (fast, fast_grads), (plain, plain_grads) = found
+    assert torch.equal(fast, plain)
+    for name, grad in plain_grads.items():
+        assert (grad - fast_grads[name]).abs().max() <= 1e-6 * grad.abs().max(), name
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_rows_of_given_lengths_are_as_if_each_were_alone(gemma, name, checkpointing):
     """Hidden states and gradients, of rows within the window of 8, at it and past it, in any order; and no
     layer sees padding."""
     model, _ = gemma(name)
-    model.checkpointing = checkpointing
+    set_checkpointing(model, checkpointing)
     ids = torch.randint(5, 380, (5, 16), generator=torch.Generator().manual_seed(0))
     lengths = [8, 16, 3, 1, 9]
     slopes = torch.randn(5, 16, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
@@ -197,16 +221,16 @@ def test_decoding_token_by_token_equals_one_forward_pass(gemma, name):
     model, _ = gemma(name)
     ids, full = expected(name)["ids"], expected(name)["logits"]
     cache = KVCache(model.config, 2, 24, torch.float32, "cpu")
-    cache.used = [13]
-    out = logits(model, ids[:, :13], cache=cache)
+    out = logits(model, ids[:, :13], attend=cache.attend_prompts([0, 1]))
     assert (out[0] - full[0, :13]).abs().max() <= TIGHT
     assert (out[1, :9] - full[1, :9]).abs().max() <= TIGHT
     positions = torch.tensor([13, 9])
     for i in range(11):
         each = [int(n) + 1 for n in positions]
-        cache.used = each if i % 2 else [max(each)]  # attention row by row, or all rows at once
+        used = each if i % 2 else [max(each)]  # attention row by row, or all rows at once
+        attend = cache.attend_next(positions[:, None], used)
         token = ids[torch.arange(2), positions][:, None]
-        out = logits(model, token, positions=positions[:, None], cache=cache)
+        out = logits(model, token, positions=positions[:, None], attend=attend)
         want = full[torch.arange(2), positions]
         assert (out[:, 0] - want).abs().max() <= TIGHT
         positions += 1
@@ -224,25 +248,29 @@ def test_a_cache_keeps_the_rows_it_is_told_to(gemma):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_prefill_in_two_pieces_equals_one(gemma, name):
+def test_prompts_fill_the_rows_they_are_given_and_no_others(gemma, name):
+    """Row 1 is taken in first, alone; then row 0. Decoding goes on from both."""
     model, _ = gemma(name)
     ids, full = expected(name)["ids"], expected(name)["logits"]
     cache = KVCache(model.config, 2, 24, torch.float32, "cpu")
-    cache.used = [10]
-    logits(model, ids[:, :10], cache=cache)
-    cache.used = [24]
-    rest = logits(model, ids[:, 10:], positions=torch.arange(10, 24)[None], cache=cache)
-    assert (rest - full[:, 10:]).abs().max() <= TIGHT
+    logits(model, ids[1:, :10], attend=cache.attend_prompts([1]))
+    assert not cache.k[:, 0].any() and not cache.v[:, 0].any() and cache.k[:, 1, :, :10].any()
+    logits(model, ids[:1, :10], attend=cache.attend_prompts([0]))
+    positions = torch.full((2, 1), 10)
+    attend = cache.attend_next(positions, [11])
+    rest = logits(model, ids[:, 10:11], positions=positions, attend=attend)
+    assert (rest[:, 0] - full[:, 10]).abs().max() <= TIGHT
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_checkpointing_preserves_loss_and_every_gradient(gemma, name, monkeypatch):
-    monkeypatch.setattr(model_file, "CHEAP", 1)  # or none of these small products would be kept
+    # With the real limit none of these small products would be kept.
+    monkeypatch.setattr(checkpointing_file, "MIN_INNER_SIZE", 1)
     ids = expected(name)["ids"]
     grads = {}
-    for checkpointing in CHECKPOINTS:
+    for checkpointing in CHECKPOINTING:
         model, _ = gemma(name)
-        model.checkpointing = checkpointing
+        set_checkpointing(model, checkpointing)
         model.logits(model(ids)).logsumexp(-1).mean().backward()
         grads[checkpointing] = {n: p.grad for n, p in model.named_parameters()}
     for name, grad in grads["none"].items():
@@ -254,10 +282,10 @@ def test_a_light_checkpoint_multiplies_nothing_again_but_an_adapters_way_up(gemm
     """Counted by PyTorch: 2 x inner size multiplications and additions for each number of a product."""
     model, _ = gemma("gemma3")
     lora.add_lora(model, 4, 8)
-    monkeypatch.setattr(model_file, "CHEAP", 5)
+    monkeypatch.setattr(checkpointing_file, "MIN_INNER_SIZE", 5)
     ids, flops = torch.randint(5, 90, (2, 10)), {}
-    for checkpointing in CHECKPOINTS:
-        model.checkpointing = checkpointing
+    for checkpointing in CHECKPOINTING:
+        set_checkpointing(model, checkpointing)
         with FlopCounterMode(display=False) as counter:
             model(ids).sum().backward()
         flops[checkpointing] = counter.get_total_flops()
@@ -276,9 +304,9 @@ def test_a_tokens_gradient_comes_from_all_its_places_and_is_added_to_what_is_the
     for token, slope in zip(ids.flatten().tolist(), slopes.view(6, 3)):
         want[token] += slope
     there = weight.grad = torch.ones(5, 3)
-    (_Lookup.apply(weight, ids) * slopes).sum().backward()
+    (head.lookup(ids, weight) * slopes).sum().backward()
     assert weight.grad is there and torch.equal(there, want)
-    assert torch.equal(_Lookup.apply(weight, ids), weight[ids])
+    assert torch.equal(head.lookup(ids, weight), weight[ids])
 
 
 def test_a_tokens_gradient_is_the_same_to_the_bit_on_several_threads():
@@ -288,7 +316,7 @@ def test_a_tokens_gradient_is_the_same_to_the_bit_on_several_threads():
     slopes, seen = torch.randn(16, 200, 64), []
     for _ in range(8):
         weight.grad = None
-        (_Lookup.apply(weight, ids) * slopes).sum().backward()
+        (head.lookup(ids, weight) * slopes).sum().backward()
         seen.append(weight.grad)
     torch.set_num_threads(threads)
     assert all(torch.equal(grad, seen[0]) for grad in seen)
@@ -317,17 +345,17 @@ def test_packed_weights_compute_the_same(gemma, name, weights, autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         half = model.product_dtype == torch.bfloat16
         assert half == (autocast or weights == torch.bfloat16)
-        if half and not model_file.can_pack(model.device, torch.bfloat16):
+        if half and not cpu.can_pack(model.device, torch.bfloat16):
             pytest.skip("no bfloat16 products here")
         plain = [logits(model, ids), logits(model, ids[:1])]
-        with pytest.raises(KeyError), model.packed():
+        with pytest.raises(KeyError), cpu.packed(model, choose):
             layer = model.model.layers[0].mlp.down_proj.base
-            assert layer.packed is not None and layer.packed.dtype == model.product_dtype
+            assert layer.forward.keywords["packed"].dtype == model.product_dtype
             packed = [logits(model, ids), logits(model, ids[:1])]
             raise KeyError
     for a, b in zip(plain, packed):
         assert a.dtype == b.dtype and (a - b).abs().max() <= (0.03 if half else TIGHT)
-    assert layer.packed is None and not model.packed_head
+    assert "forward" not in vars(layer)
 
 
 def _generator(seed):
@@ -336,7 +364,7 @@ def _generator(seed):
 
 def test_a_bfloat16_base_computes_in_float32_when_told_to(gemma):
     low, _ = gemma("gemma3", torch.bfloat16)
-    low.compute_in_float32()
+    compute_in_float32(low)
     assert low.model.norm.weight.dtype == torch.bfloat16  # cast as it is used
     high, _ = gemma("gemma3")
     with torch.no_grad():
@@ -353,7 +381,7 @@ def test_a_base_cast_to_float32_does_not_keep_its_file_in_memory(tmp_path):
     model, _ = load_model(tmp_path / "model")  # its weights are the file's pages
     mapped = lambda: str(tmp_path) in Path("/proc/self/maps").read_text()  # noqa: E731
     assert mapped()
-    model.compute_in_float32()
+    compute_in_float32(model)
     assert not mapped()
 
 

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import evaluate
 import train_ppo
 from nanogsm import UserError, data
-from nanogsm.lora import adapters, add_lora, save_adapter
-from nanogsm.model import load_model, save_model
+from nanogsm.lora import adapters, add_lora
+from nanogsm.model import load_model, save_adapter, save_model, set_checkpointing
 from nanogsm.optim import AdamW
 from train_ppo import (
     build,
@@ -372,7 +372,8 @@ def test_checkpointing_changes_no_gradient_of_actor_or_critic(gemma, lora, criti
     args, models, rollout, _ = models_and_rollout(gemma, lora=lora, critic=critic)
     shake(models)
     *_, want = gradients(models, rollout, args)
-    models.actor.checkpointing = models.critic.checkpointing = how
+    for model in (models.actor, models.critic):
+        set_checkpointing(model, how)
     *_, got = gradients(models, rollout, args)
     assert got.keys() == want.keys() and len(want) >= len(models.policy_weights())
     for name in want:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 import train_ppo
 import train_sft
 from nanogsm import UserError, data, lora
-from nanogsm.model import load_model
+from nanogsm.logprob import token_logprobs
+from nanogsm.model import load_model, set_checkpointing
 from nanogsm.optim import AdamW, cosine_with_min_lr
 
 PLAIN = lambda: torch.autocast("cpu", torch.bfloat16, enabled=False)  # noqa: E731
@@ -34,7 +35,7 @@ def trainer_examples():
 def test_twenty_steps_equal_those_of_trainer_and_peft(gemma, method, checkpointing, tmp_path):
     record = json.loads((FIXTURES / f"trainer/{method}_losses.json").read_text())
     model, tokenizer = gemma("gemma3")
-    model.checkpointing = checkpointing
+    set_checkpointing(model, checkpointing)
     if method == "lora":
         lora.load_adapter(model, adapter_folder(tmp_path, "lora_init"))
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -103,7 +104,8 @@ def test_prompt_tokens_are_predicted_by_nobody(gemma):
 
     def loss(targets):
         batch = data.collate([e], 0)
-        logp, _ = train_sft.token_logprobs(model.head, hidden[:, :-1], targets[:, 1:], batch.mask[:, 1:])
+        shifted = hidden[:, :-1], targets[:, 1:], batch.mask[:, 1:]
+        logp, _ = token_logprobs(model.vocabulary, *shifted)
         return logp.sum().item()
 
     ids = torch.tensor([e.ids])
@@ -352,7 +354,7 @@ def test_keep_best_keeps_the_weights_of_the_best_validation(problems, tmp_path, 
     rows = lambda *a, **k: [{"correct": next(scores), "truncated": False}]  # noqa: E731
     monkeypatch.setattr(train_sft.generate, "answer_and_mark", rows)
     seen = {}
-    real = lora.save_adapter
+    real = train_sft.save_adapter
 
     def save(model, folder, base):
         real(model, folder, base)

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 
 import torch
 
-from nanogsm.logprob import KEPT, usual_block
-from nanogsm.model import HEAD_BLOCK, Config
+from nanogsm.fast.cpu import VOCABULARY_BLOCK
+from nanogsm.fast.head import KEPT_EXPONENTIALS, block_rows
 from nanogsm.optim import block_size
+from nanogsm.transformer import Config
 
 
 def model_bytes(c: Config, total: int, trained: int, bf16: bool) -> int:
@@ -51,9 +52,9 @@ def head_bytes(c: Config, tokens: int, device: str, trained: bool, bf16: bool, e
     """Bytes of a block's logits, of what is made of them (more with their entropy) and of the copied rows;
     of the derivatives by the hidden states; and of what is kept for a trained head's."""
     kind = device.partition(":")[0]
-    block = min(usual_block(kind, tokens, c.hidden_size), c.vocab_size)
+    block = min(block_rows(kind, tokens, c.hidden_size), c.vocab_size)
     logits = block * max(tokens, c.hidden_size)
-    kept = min(KEPT[kind], (1 + entropy) * tokens * c.vocab_size) * (2 if bf16 else 4) * trained
+    kept = min(KEPT_EXPONENTIALS[kind], (1 + entropy) * tokens * c.vocab_size) * (2 if bf16 else 4) * trained
     return kept + (20 if entropy else 16) * logits + (18 if entropy else 12) * tokens * c.hidden_size
 
 
@@ -79,7 +80,7 @@ def sampling_bytes(c: Config, total: int, rows: int, bf16: bool, device: str) ->
     logit = 4 if c.final_logit_softcapping else product
     if device != "cpu":
         return rows * c.vocab_size * (4 + 4 + 8 + 8)
-    block = min(HEAD_BLOCK, c.vocab_size)
+    block = min(VOCABULARY_BLOCK, c.vocab_size)
     return rows * (c.vocab_size * logit + block * (4 + 4 + 8 + 8)) + total * product
 
 

@@ -1,0 +1,366 @@
+"""The network: Gemma 1, 2 and 3 (text) in one file. It imports torch and nothing of ours.
+
+A Config decides which Gemma is built. Module names are the checkpoint's tensor names, so loading is a
+strict `load_state_dict` without a mapping table. Readers who know Llama should watch for the points
+below. If one is missed, everything still runs, and the logits are those of another model:
+
+  all      Embeddings are multiplied by sqrt(hidden_size), rounded to the activations' dtype.
+           RMSNorm multiplies by (1 + weight), in float32, and rounds last. Llama rounds first.
+           The MLP is gated by GELU in its tanh form, whatever older configs call it.
+           head_dim is free: heads * head_dim need not equal hidden_size.
+           The embedding matrix is also the output projection. No layer has a bias.
+  Gemma 2  Attention scores are soft-capped before the mask, so fused attention cannot be used.
+           The final logits are soft-capped, too.
+           Local (sliding-window) and global layers alternate, starting with a local one.
+  2 and 3  A norm follows attention and MLP as well, before the residual addition. The name
+           `post_attention_layernorm` means something else in Gemma 1: its norm before the MLP.
+  Gemma 3  Queries and keys pass through RMSNorm before rotary. There is one global layer to five
+           local ones, and each kind has its own rotary base. A window of W includes the query.
+
+Sources: the Gemma reports (arXiv 2403.08295, 2408.00118, 2503.19786). tests/test_model.py compares
+the logits of all three with transformers.
+
+Shapes   B batch   T tokens   S cached positions   D hidden_size   F intermediate_size   V vocabulary
+         H query heads   K key/value heads   N head_dim
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class Config:
+    """The fields of config.json that matter here, in one spelling (model.py reads the file)."""
+
+    model_type: str  # gemma, gemma2 or gemma3_text
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    query_pre_attn_scalar: float  # attention scores are divided by its square root
+    layer_types: tuple[str, ...]  # "full_attention" or "sliding_attention", one per layer
+    sliding_window: int | None  # how many tokens a local layer sees, the query included
+    rope: dict[str, tuple[float, float]]  # layer type -> (base, factor that divides positions)
+    attn_logit_softcapping: float | None
+    final_logit_softcapping: float | None
+    dtype: torch.dtype  # of the weights on disk; a trained model is saved in it again
+
+    @property
+    def norms_after(self) -> bool:
+        return self.model_type != "gemma"
+
+    @property
+    def norms_qk(self) -> bool:
+        return self.model_type == "gemma3_text"
+
+    def window(self, layer: int) -> int | None:
+        """How far a layer looks back, or None for a layer that sees everything before it."""
+        return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
+
+
+# -------------------------------------------------------------------------------------- the parts
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * (1 + weight), in float32, then rounded to x's dtype."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))  # 0 means a gain of 1
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = 1.0 + self.weight.float()
+        return F.rms_norm(x.float(), gain.shape, gain, self.eps).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias whose weight follows the activations' dtype. A frozen bfloat16
+    base can therefore serve a CPU that has no bfloat16 arithmetic."""
+
+    def __init__(self, size_in: int, size_out: int):
+        super().__init__(size_in, size_out, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Does nothing. Weights come from a checkpoint, and drawing random ones takes time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, _weight_for(x, self.weight))
+
+
+def _weight_for(x: Tensor, weight: Tensor) -> Tensor:
+    # Under autocast the cast is left to autocast, which keeps the copy for the next use.
+    return weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype)
+
+
+class Vocabulary(NamedTuple):
+    """The projection onto the vocabulary: hidden (..., D) -> logits (..., V)."""
+
+    weight: Tensor  # (V, D)
+    cap: float | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.capped(F.linear(hidden, _weight_for(hidden, self.weight)))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """cap * tanh(logits / cap), in float32: near the cap, 1 - tanh^2 loses digits otherwise."""
+        return logits if self.cap is None else self.cap * torch.tanh(logits.float() / self.cap)
+
+
+def rotary(positions: Tensor, head_dim: int, base: float, factor: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotation of each (position, channel): positions (B, T) -> (B, 1, T, N)
+    float32. Channel i is paired with channel i + N/2 (half-split, not interleaved)."""
+    channels = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequency = 1.0 / base ** (channels / head_dim)  # (N/2,)
+    angle = positions[:, None, :, None].float() / factor * frequency  # (B, 1, T, N/2)
+    angle = torch.cat((angle, angle), dim=-1)  # (B, 1, T, N)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each channel pair of x (B, H, T, N) by its angle."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+# -------------------------------------------------------------------------------------- attention
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float | None):
+    """softmax(q k' * scale) v: q (B, H, T, N); k, v (B, K, S, N) -> (B, H, T, N).
+
+    mask (B or 1, 1, T, S) is True where a query may look. None means causal, with S = T. With `cap`,
+    scores become cap * tanh(scores / cap) before the mask.
+    """
+    (B, H, T, N), K = q.shape, k.shape[1]
+    if cap is None and T == 1 and mask is not None:
+        # One new token per row. The H/K query heads that share a key head take the place of the
+        # query axis, so that keys and values are read once and not copied H/K times.
+        out = F.scaled_dot_product_attention(q.view(B, K, H // K, N), k, v, mask, scale=scale)
+        return out.view(B, H, T, N)
+    if K != H:  # a view when K is 1 (Gemma 1 2B, Gemma 3 270M and 1B), otherwise a copy
+        k = k[:, :, None].expand(-1, -1, H // K, -1, -1).reshape(B, H, -1, N)
+        v = v[:, :, None].expand(-1, -1, H // K, -1, -1).reshape(B, H, -1, N)
+    if cap is None:
+        causal = mask is None
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
+    scores = cap * torch.tanh(q @ k.transpose(2, 3) * (scale / cap))  # (B, H, T, S)
+    scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def causal_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Which keys each query may see, by their positions: queries (B, T), keys (1, S) ->
+    (B, 1, T, S), True where it may look.
+
+        no window  1 0 0 0    window 2  1 0 0 0
+                   1 1 0 0              1 1 0 0
+                   1 1 1 0              0 1 1 0
+                   1 1 1 1              0 0 1 1
+    """
+    distance = queries[:, None, :, None] - keys[:, None, None, :]
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def attend_causally(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale, cap) -> Tensor:
+    """`attend` for rows that start at position 0, where queries and keys are the same tokens."""
+    T = q.shape[2]
+    mask = None  # plain causal attention needs no mask, and the fused kernels want none
+    if cap is not None or (window is not None and T > window):
+        positions = torch.arange(T, device=q.device)[None]
+        mask = causal_mask(positions, positions, window)
+    return attend(q, k, v, mask, scale, cap)
+
+
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window, scale, cap) -> Tensor:
+    """`attend_causally` for rows laid end to end, q (1, H, sum of lengths, N). Each row sees only
+    itself."""
+    rows = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
+    return torch.cat([attend_causally(*row, window, scale, cap) for row in rows], 2)
+
+
+def end_to_end(ids: Tensor, lengths: list[int], model: "Transformer") -> tuple:
+    """Take the padding out of ids (B, T): the rows become one long row of their real tokens.
+
+    Returns (ids (1, sum of lengths), their positions, the attention that keeps the rows apart, and
+    a function that puts the padding back: hidden (1, sum of lengths, D) -> (B, T, D), 0 at padding).
+    """
+    B, T = ids.shape
+    is_real = torch.arange(T) < torch.tensor(lengths)[:, None]  # (B, T)
+    # nonzero() runs on the host. On a GPU it would make the host wait for all work before it.
+    real = is_real.flatten().nonzero()[:, 0].to(ids.device)  # (sum of lengths,)
+    positions = torch.arange(T, device=ids.device).expand(B, T).flatten()[real][None]
+
+    def attend_each(layer: int, q, k, v, scale, cap) -> Tensor:
+        return model.attend_rows(q, k, v, lengths, model.config.window(layer), scale, cap)
+
+    def put_back(hidden: Tensor) -> Tensor:
+        padded = hidden.new_zeros(B * T, hidden.shape[-1])
+        return padded.index_copy(0, real, hidden[0]).view(B, T, -1)
+
+    return ids.flatten()[real][None], positions, attend_each, put_back
+
+
+class Attention(nn.Module):
+    """x (B, T, D) -> (B, T, D). `attend(layer, q, k, v, scale, cap)` decides who sees whom: the
+    tokens of one row during training, the KV cache during generation."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.layer, self.config = layer, config
+        D, N = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj, self.o_proj = Linear(D, H * N), Linear(H * N, D)
+        self.k_proj, self.v_proj = Linear(D, K * N), Linear(D, K * N)
+        if config.norms_qk:
+            self.q_norm = RMSNorm(N, config.rms_norm_eps)
+            self.k_norm = RMSNorm(N, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Callable) -> Tensor:
+        c, (B, T, _) = self.config, x.shape
+        q = self.q_proj(x).view(B, T, -1, c.head_dim).transpose(1, 2)  # (B, H, T, N)
+        k = self.k_proj(x).view(B, T, -1, c.head_dim).transpose(1, 2)  # (B, K, T, N)
+        v = self.v_proj(x).view(B, T, -1, c.head_dim).transpose(1, 2)  # (B, K, T, N)
+        if c.norms_qk:
+            q, k = self.q_norm(q), self.k_norm(k)
+        cos, sin = (angle.to(q.dtype) for angle in angles)  # computed in float32, used in q's dtype
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        scale = c.query_pre_attn_scalar**-0.5
+        out = attend(self.layer, q, k, v, scale, c.attn_logit_softcapping)  # (B, H, T, N)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        D, hidden = config.hidden_size, config.intermediate_size
+        self.gate_proj, self.up_proj = Linear(D, hidden), Linear(D, hidden)
+        self.down_proj = Linear(hidden, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = F.gelu(self.gate_proj(x), approximate="tanh")  # (B, T, F)
+        return self.down_proj(gate * self.up_proj(x))  # (B, T, D)
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        norm = lambda: RMSNorm(config.hidden_size, config.rms_norm_eps)  # noqa: E731
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()
+        self.norms_after = config.norms_after
+        if config.norms_after:
+            self.pre_feedforward_layernorm = norm()
+            self.post_feedforward_layernorm = norm()
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Callable) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), angles, attend)
+        if not self.norms_after:  # Gemma 1: a norm before each half
+            x = x + attended
+            return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.post_attention_layernorm(attended)  # Gemma 2 and 3: before and after each half
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+# -------------------------------------------------------------------------------------- the model
+
+
+class Transformer(nn.Module):
+    """`model(ids, lengths) -> hidden` (B, T, D), after the final norm. `model.logits(hidden)` has
+    the logits (..., V); training asks `model.vocabulary` for fewer of them (logprob.py).
+
+    Rows are padded on the right. If their lengths are given, padding goes through no layer and comes
+    out as 0. Without lengths the causal mask hides padding from the real tokens before it, and what
+    comes out at padding means nothing.
+    """
+
+    # Three seams. Each default is right by itself; load_model sets the faster form.
+    lookup = staticmethod(F.embedding)  # fast/head.py adds its gradient to weight.grad in place
+    attend_rows = staticmethod(attend_rows)
+    recompute: dict | None = None  # keywords of torch's checkpoint(); None keeps all activations
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        V, D = config.vocab_size, config.hidden_size
+        self.model = nn.ModuleDict(  # named so because the checkpoint's names begin with "model."
+            dict(
+                # nn.Embedding draws random weights unless it is given some. Even on the meta device
+                # that would import PyTorch's compiler and cost 3 seconds at every start.
+                embed_tokens=nn.Embedding(V, D, _weight=torch.empty(V, D)),
+                layers=nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
+                norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
+            )
+        )
+        self.activations: torch.dtype | None = None  # None: the dtype of the weights
+
+    def forward(
+        self,
+        ids: Tensor,
+        lengths: list[int] | None = None,
+        positions: Tensor | None = None,
+        attend: Callable | None = None,
+    ) -> Tensor:
+        """ids (B, T) -> hidden (B, T, D).
+
+        lengths: the number of real tokens in each row. positions (B or 1, T) default to 0, 1, 2, ...
+        in each row. attend: see Attention; by default each row sees itself, causally. Generation
+        passes its own positions and attend, which read and write the KV cache.
+        """
+        c, put_back = self.config, None
+        if lengths is not None:
+            ids, positions, attend, put_back = end_to_end(ids, lengths, self)
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        attend = attend or self._attend_whole_rows
+        angles = {kind: rotary(positions, c.head_dim, *c.rope[kind]) for kind in set(c.layer_types)}
+
+        weight = self.model.embed_tokens.weight
+        x = self.lookup(ids, weight).to(self.activations or weight.dtype)  # (B, T, D)
+        # The scale is rounded as x is: for gemma-2b sqrt(2048) = 45.2548, and 45.25 in bfloat16.
+        x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype).item()
+        for block, kind in zip(self.model.layers, c.layer_types, strict=True):
+            if self.recompute and torch.is_grad_enabled():
+                # Backward computes this block again instead of reading what forward kept.
+                x = checkpoint(block, x, angles[kind], attend, **self.recompute)
+            else:
+                x = block(x, angles[kind], attend)
+        hidden = self.model.norm(x)
+        return put_back(hidden) if put_back else hidden
+
+    def _attend_whole_rows(self, layer: int, q, k, v, scale, cap) -> Tensor:
+        return attend_causally(q, k, v, self.config.window(layer), scale, cap)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The embedding matrix, used once more; Gemma 2 caps the logits."""
+        return Vocabulary(self.model.embed_tokens.weight, self.config.final_logit_softcapping)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V). Trap: for a training batch these are gigabytes; see logprob.py."""
+        return self.vocabulary(hidden)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The dtype in which matrix products are computed here and now."""
+        kind = self.device.type
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return self.activations or self.model.embed_tokens.weight.dtype
