@@ -1,1 +1,1 @@
-"""What the READMEs' figures are measured with: python -m benchmarks.NAME."""
+"""Measurements beside other tools, and of this one: python -m benchmarks.NAME --help."""

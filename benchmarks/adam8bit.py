@@ -5,12 +5,12 @@
     python -m benchmarks.adam8bit --only speed --device cuda
 
 bytes    of the moments, for the widths of real Gemmas
-rare     the largest update of a rare word's row, and of a row that spans six decades
-updates  along a 32-bit run every variant is given the same gradients: how far off is its update?
+rare     the largest update of a rare word's row, and of a row whose entries span six decades
+updates  every variant gets the gradients of a 32-bit run: how far off is its update?
 curves   a small transformer trained on generated text by torch's AdamW, ours and variants
 speed    of one step
 
-A variant is optim.py with functions replaced, so the code under test has no flags for it.
+A variant is optim.py with some functions replaced, so the code under test needs no flags for it.
 results/adam8bit.md has the output.
 """
 
@@ -24,9 +24,9 @@ from torch import nn
 
 from nanogsm import optim
 from nanogsm.optim import AdamW, cosine_with_min_lr
-from nanogsm.run import console
+from nanogsm.run import console, flags
 
-VOCAB, WIDTH, LENGTH, BATCH = 2048, 80, 32, 16  # width 80: blocks of 256 would straddle rows
+VOCAB, WIDTH, LENGTH, BATCH = 2048, 80, 32, 16  # blocks of 256 do not fit into rows of 80
 
 
 # ---- variants
@@ -37,7 +37,7 @@ def to_nearest(n, step, device=None):
 
 
 def encode_log(x, dtype, offset):
-    """Equal ratios over seven decades instead of fourth powers."""
+    """Codes at equal ratios over seven decades, in place of fourth powers."""
     levels = torch.iinfo(dtype).max
     scale = x.abs().amax(-1, keepdim=True)
     exponent = torch.log10(x.abs() / scale.clamp_min(1e-37)) / 7  # 0 down to -1
@@ -52,7 +52,8 @@ def decode_log(code, scale):
 
 
 def dynamic_map(signed):
-    """The paper's 256 values: decades, each split evenly, half as many values per decade down."""
+    """The 256 values of arXiv 2110.02861: every decade is split evenly, into half as many values as
+    the decade above it."""
     bits, values = 7, [0.0, 1.0]
     for i in range(bits):
         edges = torch.linspace(0.1, 1, (2**i if signed else 2 ** (i + 1)) + 1)
@@ -65,7 +66,7 @@ MAPS = {torch.int8: dynamic_map(True), torch.uint8: dynamic_map(False)}
 
 
 def encode_paper(x, dtype, offset):
-    """Nearest value of the dynamic map; v itself is coded, so its codes can be 0."""
+    """The nearest value of the dynamic map. v itself is coded, not its root, so a code can be 0."""
     x = x.square() if dtype == torch.uint8 else x
     scale, values = x.abs().amax(-1, keepdim=True), MAPS[dtype].to(x.device)
     code = torch.bucketize(x / scale.clamp_min(1e-37), (values[1:] + values[:-1]) / 2)
@@ -81,7 +82,7 @@ def decode_paper(code, scale):
 DITHER, NEAREST = {"dither": optim.dither}, {"dither": to_nearest}
 LOG = {"quantise": encode_log, "dequantise": decode_log}
 PAPER = {"quantise": encode_paper, "dequantise": decode_paper}
-VARIANTS = {  # name: (bits, blocks across rows, functions replaced)
+VARIANTS = {  # name: (bits, whether blocks may cross rows, functions of optim.py to replace)
     "32 bits": (32, False, DITHER),
     "8 bits": (8, False, DITHER),
     "8 bits, blocks across rows": (8, True, DITHER),
@@ -94,12 +95,12 @@ VARIANTS = {  # name: (bits, blocks across rows, functions replaced)
 
 
 class Variant:
-    """AdamW of one variant over a dict of parameters."""
+    """AdamW of one variant, for a dict of parameters."""
 
     def __init__(self, name, params, lr=1.0):
         bits, across, self.replaced = VARIANTS[name]
         self.params, self.views = params, dict(params)
-        if across:  # the same memory, cut into rows of 256 without regard to the real rows
+        if across:  # the same memory, seen as rows of 256 that cross the real rows
             for n, p in params.items():
                 if p.numel() % 256 == 0:
                     self.views[n] = nn.Parameter(p.data.view(-1, 256))
@@ -135,8 +136,8 @@ class LM(nn.Module):
 
 
 def make_text(n):
-    """Word ids with frequencies 1/rank, so some rows of the embedding are frequent and most rare;
-    70% of the words are one of four successors of the word before."""
+    """n word ids with frequencies of 1/rank, so few rows of the embedding are frequent and most are
+    rare. 70% of the words are one of four successors of the word before."""
     generator = torch.Generator().manual_seed(0)
     frequency = 1 / torch.arange(3.0, VOCAB + 3)
     follow = torch.multinomial(frequency, VOCAB * 4, True, generator=generator).view(VOCAB, 4)
@@ -150,7 +151,8 @@ def make_text(n):
 
 
 def small_model(seed=0):
-    """A model and loss(step) of that step's batch; step None stands for 1,024 held-out rows."""
+    """(model, loss). loss(step) is the loss of that step's batch, loss(None) that of 1,024 held-out
+    rows."""
     torch.manual_seed(seed)
     model, text = LM(), make_text(300_000)
 
@@ -165,7 +167,7 @@ def small_model(seed=0):
 
 
 def real_model(name, data_dir):
-    """The same for a Gemma on GSM8K, one problem a step."""
+    """The same for a Gemma on GSM8K, with one problem per step."""
     from nanogsm import data, logprob, model
 
     gemma, tokenizer = model.load_model(name, dtype=torch.float32)
@@ -175,8 +177,7 @@ def real_model(name, data_dir):
         problem = problems[step]
         ids, mask = data.encode(tokenizer, data.Prompt(), problem.question, problem.answer)
         ids, mask = torch.tensor([ids]), torch.tensor([mask]).bool()
-        hidden = gemma(ids)[:, :-1]
-        logp, _ = logprob.token_logprobs(gemma.vocabulary, hidden, ids[:, 1:], mask[:, 1:])
+        logp, _ = logprob.next_token_logprobs(gemma.vocabulary, gemma(ids), ids, mask)
         return -logp.sum() / mask.sum()
 
     return gemma, loss
@@ -205,7 +206,7 @@ def show_rare():
     def six_decades(step):
         return torch.randn(shape, generator=torch.Generator().manual_seed(step)) * spread
 
-    print("\nlargest |update| / lr in 400 steps, of the entries: median, largest (exact: < 7.3)")
+    print("\nlargest |update| / lr in 400 steps: median and largest of the entries (exact: < 7.3)")
     print(f"  {'':32} {'rare row':>18} {'six decades':>18}")
     for name in VARIANTS:
         line = f"  {name:32}"
@@ -222,7 +223,8 @@ def show_rare():
 
 
 def show_updates(model, loss, steps, lr, names):
-    """Prints |update - exact| / |exact| at thirds of the run, and the last length and largest."""
+    """Print |update - exact| / |exact| at each third of the run. At the end also the length of the
+    update over that of the exact one, and the update's largest entry."""
     named = dict(model.named_parameters())
     scratch = {n: nn.Parameter(torch.zeros_like(p)) for n, p in named.items()}
     optimizers = {name: Variant(name, scratch) for name in ["32 bits", *names]}
@@ -252,7 +254,8 @@ def show_updates(model, loss, steps, lr, names):
 
 
 def show_spread(model, loss, steps):
-    """How far sqrt(v) reaches below the largest of its block: what floor and power must cover."""
+    """How far sqrt(v) lies below the largest of its block. The floor and the power of the codes must
+    cover this range."""
     optimizer = AdamW(model.named_parameters(), lr=0.0, bits=32)
     for step in range(steps):
         loss(step).backward()
@@ -264,8 +267,8 @@ def show_spread(model, loss, steps):
         if block := optim.block_size(v.shape):
             root = v.sqrt().view(-1, block)
             ratio = root / root.amax(-1, keepdim=True).clamp_min(1e-37)
-            some = ratio.flatten()[torch.randint(ratio.numel(), (50_000,))]
-            kinds.setdefault(name.split(".")[-2], []).append(some)
+            sample = ratio.flatten()[torch.randint(ratio.numel(), (50_000,))]
+            kinds.setdefault(name.split(".")[-2], []).append(sample)
     for kind, parts in kinds.items():
         ratio = torch.cat(parts)
         q = torch.quantile(ratio, torch.tensor([1e-4, 0.01, 0.5])).tolist()
@@ -316,16 +319,17 @@ def show_speed(device):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = console.Parser(__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__.splitlines()[0])
     parts = ["bytes", "rare", "updates", "curves", "speed"]
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--steps", type=int, default=600, help="of the small transformer")
-    parser.add_argument("--seeds", type=int, default=2, help="of the curves")
-    parser.add_argument("--device", default="cpu", help="for speed")
-    parser.add_argument("--model", help="a Gemma (Hub id or folder) whose gradients to use as well")
-    console.add_data_dir_flag(parser)
+    add = parser.add_argument
+    add("--only", nargs="+", choices=parts, default=parts, help="Parts to run.")
+    add("--steps", type=int, default=600, help="Training steps of the small transformer.")
+    add("--seeds", type=int, default=2, help="Number of seeds for the curves.")
+    add("--device", default="cpu", help="Device for the part speed.")
+    add("--model", help="A Gemma (Hub id or folder) whose gradients are used as well.")
+    flags.add_data_dir_flag(parser)
     args = parser.parse_args(argv)
-    console.check_numbers(args, {"steps": 6, "seeds": 1})
+    flags.check_numbers(args, {"steps": 6, "seeds": 1})
     if "bytes" in args.only:
         show_bytes()
     if "rare" in args.only:

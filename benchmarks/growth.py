@@ -1,12 +1,14 @@
-"""How seconds and memory grow with batch, length, vocabulary and model: a table and a picture.
+"""How time and memory grow with batch, length, vocabulary and model size: a table and a picture.
 
     python -m benchmarks.growth --out results/growth
 
-Weights are random and so are the tokens: times are the same. From one middle point, one thing at a
-time is varied. Three jobs: a LoRA step and a full step (forward and backward with checkpointing, half
-of the tokens supervised; then the update), and decoding, 16 tokens for every row after a prompt of
-half the length. Each point is a process of its own; the faster of two runs counts. Memory is the
-process's peak on a CPU, the tensors' on CUDA. On the CPU the processes go one after the other.
+Weights and tokens are random, which does not change the times. One quantity at a time is varied
+around a middle point. There are three jobs: a LoRA step, a full step, and decoding. A step is
+forward and backward with light checkpointing, half of the tokens supervised, and the update.
+Decoding makes 16 tokens for every row after a prompt of half the length.
+
+Every measurement has its own process, one after the other, and the faster of two runs counts.
+Memory is the process's peak on a CPU and that of tensors on CUDA.
 """
 
 import argparse
@@ -20,15 +22,15 @@ import torch
 import train_sft
 from benchmarks.sides import now
 from nanogsm import UserError, data, generate, lora
-from nanogsm.model import set_checkpointing
+from nanogsm.model import set_checkpointing, use_fast_forms
 from nanogsm.optim import AdamW
 from nanogsm.report import charts
-from nanogsm.run import console
+from nanogsm.run import console, flags, machine
 from nanogsm.store import files
 from nanogsm.transformer import Config, Transformer
 
 JOBS = ("LoRA", "full", "decoding")
-NEW = 16  # tokens decoded
+NEW_TOKENS = 16  # decoded per row
 # Gemma 3's shapes: hidden_size, intermediate_size, layers, heads, key heads, head_dim.
 SIZES = {
     "tiny": (128, 384, 3, 4, 1, 32),
@@ -43,21 +45,25 @@ VARIED = {
     "vocab": (8_192, 32_768, 65_536, 131_072, 262_144),
     "size": ("tiny", "small", "270M", "1B"),
 }
-AT_SIZE = {"batch": 2, "length": 128, "vocab": 262_144}  # beside which models are compared
+AT_SIZE = {"batch": 2, "length": 128, "vocab": 262_144}  # where the sizes are compared
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = console.Parser("Seconds and memory against batch, length, vocabulary and model size.")
-    p.add_argument("--vary", nargs="+", choices=VARIED, default=list(VARIED), help="all of them if not said")
-    p.add_argument("--out", default="runs/growth", help="path of the .json, .md and .svg, without ending")
+    p = flags.Parser("Seconds and memory against batch, length, vocabulary and model size.")
+    what = "Quantities to vary. Default: all."
+    p.add_argument("--vary", nargs="+", choices=VARIED, help=what)
+    where = "Path of the .json, .md and .svg, without ending."
+    p.add_argument("--out", default="runs/growth", help=where)
     p.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
-    console.add_compute_flags(p)
+    flags.add_compute_flags(p)
     args = p.parse_args(argv)
-    args.device, args.precision = console.pick_compute(args.device, args.precision)
+    args.vary = args.vary or list(VARIED)
+    args.device, args.precision = machine.pick_compute(args.device, args.precision)
     return args
 
 
 def random_model(size: str, vocab: int, device: str) -> Transformer:
+    """A Gemma 3 of that size, on the shipped fast paths, with weights that mean nothing."""
     D, F, layers, heads, kv, N = SIZES[size]
     config = Config(
         model_type="gemma3_text", vocab_size=vocab, hidden_size=D, intermediate_size=F,
@@ -70,14 +76,13 @@ def random_model(size: str, vocab: int, device: str) -> Transformer:
         model = Transformer(config)
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.02)
+    use_fast_forms(model)
     return model
 
 
 def measure(args) -> dict:
-    """Seconds, peak memory and parameters of one point."""
-    point, bf16 = args.point, args.precision == "bf16"
-    kind = torch.device(args.device).type
-    autocast = lambda: torch.autocast(kind, torch.bfloat16, enabled=bf16)  # noqa: E731
+    """Seconds, peak memory and number of parameters of one point."""
+    point, autocast = args.point, machine.autocast_of(args.device, args.precision)
     model = random_model(point["size"], point["vocab"], args.device)
     total = sum(p.numel() for p in model.parameters())
     B, T = point["batch"], point["length"]
@@ -94,7 +99,8 @@ def measure(args) -> dict:
     def step() -> None:
         if optimizer is None:
             with autocast():
-                generate.generate(model, [row[: T // 2] for row in rows], frozenset(), NEW, B)
+                prompts = [row[: T // 2] for row in rows]
+                generate.generate(model, prompts, frozenset(), NEW_TOKENS, B)
         else:
             train_sft.backward_step(model, examples, B, 0, autocast)
             optimizer.step()
@@ -105,14 +111,17 @@ def measure(args) -> dict:
         start = now(args.device)
         step()
         best = min(best, now(args.device) - start)
-    return point | {"parameters": total, "seconds": best, "memory": console.peak_memory(args.device)}
+    memory = machine.peak_memory(args.device)
+    return point | {"parameters": total, "seconds": best, "memory": memory}
 
 
 def points(vary: list[str]) -> list[dict]:
+    """What to measure: one dict per value of each varied quantity, and job."""
     found = []
     for name in vary:
-        around = MIDDLE | (AT_SIZE if name == "size" else {})
-        found += [{"vary": name, **around, name: x, "job": job} for x in VARIED[name] for job in JOBS]
+        rest = MIDDLE | (AT_SIZE if name == "size" else {})
+        for value in VARIED[name]:
+            found += [{"vary": name, **rest, name: value, "job": job} for job in JOBS]
     return found
 
 
@@ -128,19 +137,20 @@ def main(argv: list[str] | None = None) -> int:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{point} failed: {done.stderr[-500:]}")
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-        said = ", ".join(f"{k} {rows[-1][k]}" for k in ("vary", "job", *MIDDLE))
-        print(f"{said}: {rows[-1]['seconds']:.2f} s, {rows[-1]['memory'] / 2**30:.2f} GiB", flush=True)
+        row = json.loads(done.stdout.splitlines()[-1])
+        rows.append(row)
+        said = ", ".join(f"{name} {row[name]}" for name in ("vary", "job", *MIDDLE))
+        print(f"{said}: {row['seconds']:.2f} s, {row['memory'] / 2**30:.2f} GiB", flush=True)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(out.with_suffix(".json"), {"environment": console.environment(), "rows": rows})
+    files.write_json(out.with_suffix(".json"), {"environment": machine.environment(), "rows": rows})
     files.replace_file(out.with_suffix(".md"), table(rows).encode())
     files.replace_file(out.with_suffix(".svg"), picture(rows).encode())
     return 0
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: a block per varied thing, seconds and GiB of the three jobs."""
+    """Markdown: one table per varied quantity, with seconds and GiB of the three jobs."""
     lines = []
     for vary in dict.fromkeys(row["vary"] for row in rows):
         mine = [row for row in rows if row["vary"] == vary]
@@ -148,25 +158,29 @@ def table(rows: list[dict]) -> str:
         lines += [f"| {vary} |{heads}", "|---" * (1 + 2 * len(JOBS)) + "|"]
         for x in dict.fromkeys(row[vary] for row in mine):
             cells = {row["job"]: row for row in mine if row[vary] == x}
-            shown = f"{x:,}" if isinstance(x, int) else f"{x} ({cells['full']['parameters'] / 1e6:,.1f} M)"
-            values = "".join(f" {c['seconds']:.2f} | {c['memory'] / 2**30:.2f} |"
-                             for c in (cells[job] for job in JOBS))  # fmt: skip
+            millions = f"{cells['full']['parameters'] / 1e6:,.1f} M"
+            shown = f"{x:,}" if isinstance(x, int) else f"{x} ({millions})"
+            values = "".join(
+                f" {cells[job]['seconds']:.2f} | {cells[job]['memory'] / 2**30:.2f} |"
+                for job in JOBS
+            )
             lines.append(f"| {shown} |{values}")
         lines.append("")
     return "\n".join(lines)
 
 
 def picture(rows: list[dict]) -> str:
+    """SVG: for each varied quantity a panel of seconds and one of memory."""
     panels = []
     for vary in dict.fromkeys(row["vary"] for row in rows):
-        along = (lambda row: row["parameters"] / 1e6) if vary == "size" else (lambda row: row[vary])  # noqa: B023
         name = "parameters, millions" if vary == "size" else vary
         for key, unit, scale in (("seconds", "seconds", 1), ("memory", "GiB", 2**30)):
-            lines = [
-                (job, [(along(r), r[key] / scale) for r in rows if (r["vary"], r["job"]) == (vary, job)])
-                for job in JOBS
-            ]
-            panels.append(charts.Panel(f"{unit} against {name}", lines))
+            lines = {job: [] for job in JOBS}
+            for row in rows:
+                if row["vary"] == vary:
+                    x = row["parameters"] / 1e6 if vary == "size" else row[vary]
+                    lines[row["job"]].append((x, row[key] / scale))
+            panels.append(charts.Panel(f"{unit} against {name}", list(lines.items())))
     return charts.page(panels, list(JOBS))
 
 

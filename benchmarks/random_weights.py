@@ -1,9 +1,10 @@
-"""A model folder with random weights, to time a size whose weights one does not have.
+"""A model folder with random weights, to time a model whose real weights are not at hand.
 
     python -m benchmarks.random_weights CONFIG OUT
 
-CONFIG is a folder with a Gemma's config.json and tokenizer files, OUT a new one in the Hub's layout, which
-transformers opens, too. A random model never ends its answers: time decoding with --fixed.
+CONFIG is a folder with a Gemma's config.json and tokenizer files. OUT is a new folder in the Hub's
+layout, which transformers can open, too. A random model never ends its answers, so time decoding
+with --fixed.
 """
 
 from pathlib import Path
@@ -12,15 +13,15 @@ import torch
 
 from nanogsm import UserError, data
 from nanogsm.model import read_config, save_model
-from nanogsm.run import console
+from nanogsm.run import console, flags
 from nanogsm.transformer import Transformer
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = console.Parser("Make a model folder with random weights.")
-    p.add_argument("config", type=Path, help="folder with config.json and tokenizer files")
-    p.add_argument("out", type=Path, help="the new folder")
-    p.add_argument("--seed", type=int, default=0)
+    p = flags.Parser("Make a model folder with random weights.")
+    p.add_argument("config", type=Path, help="Folder with config.json and tokenizer files.")
+    p.add_argument("out", type=Path, help="The new folder.")
+    p.add_argument("--seed", type=int, default=0, help="Seed of the weights. Default: 0.")
     args = p.parse_args(argv)
     if args.out.exists():
         raise UserError(f"{args.out} exists: choose another folder")
@@ -30,7 +31,10 @@ def main(argv: list[str] | None = None) -> int:
         model = Transformer(config).to(config.dtype)
     model.to_empty(device="cpu")
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else torch.nn.init.zeros_(p)  # norms: gain 1
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.02)
+        else:
+            torch.nn.init.zeros_(p)  # a norm with a gain of 1
     save_model(model, data.Tokenizer(args.config), args.out)
     print(f"{sum(p.numel() for p in model.parameters()):,} random weights in {args.out}")
     return 0

@@ -43,7 +43,7 @@ from nanogsm.fast.checkpointing import CHECKPOINTING
 from nanogsm.fast.head import KEPT_EXPONENTIALS
 from nanogsm.model import compute_in_float32, load_model, save_adapter, set_checkpointing
 from nanogsm.optim import AdamW
-from nanogsm.run import console
+from nanogsm.run import console, flags, machine
 from nanogsm.store import files, hub
 
 R, ALPHA, SEED, CLIP, LONGEST = 16, 32, 0, 1.0, 768
@@ -51,10 +51,10 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = console.Parser("Time fine-tuning: nanogsm against transformers + peft.")
+    p = flags.Parser("Time fine-tuning: nanogsm against transformers + peft.")
     p.add_argument("--model", default="google/gemma-3-270m", help="Hub id or folder")
     p.add_argument("--data", default="main", help="main, socratic or a .jsonl file of your own")
-    console.add_data_dir_flag(p)
+    flags.add_data_dir_flag(p)
     p.add_argument("--full", action="store_true", help="train all weights, not adapters")
     p.add_argument("--base", choices=("bf16", "fp32"), default="bf16", help="see above")
     p.add_argument("--checkpointing", choices=CHECKPOINTING, default="light", help="ours; the peer's is full")
@@ -72,7 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if min(args.steps, args.rounds, args.micro_batch, args.accumulation) < 1:
         raise UserError("--steps, --rounds, --micro-batch and --accumulation are at least 1")
     args.total = args.steps * (args.rounds + 1)
-    args.device, args.precision = console.pick_compute(
+    args.device, args.precision = machine.pick_compute(
         args.device, "auto" if args.base == "bf16" else "fp32"
     )
     args.dtype = torch.bfloat16 if args.base == "bf16" and not args.full else torch.float32
@@ -251,7 +251,7 @@ def summary(args, sides: dict[str, Side]) -> dict:
     """Everything reported, warm-up round left out but for its losses."""
     mine, steps = sides["ours"], args.steps * args.rounds
     mean = lambda per_step: sum(per_step[args.steps :]) / steps  # noqa: E731
-    f = {"arguments": vars(args) | {"dtype": str(args.dtype)}, "environment": console.environment()}
+    f = {"arguments": vars(args) | {"dtype": str(args.dtype)}, "environment": machine.environment()}
     f["versions"] = {d.name: d.version for d in importlib.metadata.distributions() if d.name in PACKAGES}
     f["sides"] = {}
     for name, side in sides.items():

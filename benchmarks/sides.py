@@ -1,9 +1,9 @@
-"""Two processes that take turns, ours and a peer, so that times and memory can be compared.
+"""Two processes that take turns, ours and a peer's, so that times and memory can be compared.
 
-Each side is a process of its own, since peak memory is a process's. They compute by turns, ours,
-peer, ours, peer, and one waits while the other works: whatever else the machine does falls on
-both alike. A benchmark calls `compete` in the parent; the same file, started with --worker NAME,
-speaks through `Turns`.
+Each side has a process of its own, because peak memory is a property of a process. They compute by
+turns (ours, peer, ours, peer), and one waits while the other works. So whatever else the machine
+does affects both alike. A benchmark calls `compete` in the parent process. The same file, started
+with --worker NAME, is a side and answers through `Turns`.
 """
 
 import importlib.util
@@ -20,19 +20,19 @@ from pathlib import Path
 import torch
 
 from nanogsm import UserError
-from nanogsm.run import console
+from nanogsm.run import machine
 from nanogsm.transformer import Linear, Transformer
 
 
 def now(device: str) -> float:
-    """The time when all that was asked of the device is done."""
+    """The time, after the device has finished what it was asked to do."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def matrix_rate(device: str, dtype: torch.dtype) -> float:
-    """Floating-point operations a second in a large matrix product: the best of six."""
+    """Floating-point operations per second in a large matrix product, the best of six."""
     n, best = 8192 if device.startswith("cuda") else 2048, math.inf
     a = torch.randn(n, n, device=device, dtype=dtype)
     for _ in range(6):
@@ -43,14 +43,15 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
 
 
 def products(model: Transformer, tokens: int, logits: int) -> int:
-    """Operations in the products with weights when so many tokens go through the layers once, and so many
-    logit rows are made; attention's are left out. What a side that wastes nothing cannot do without."""
+    """Floating-point operations of the matrix products with weights, when `tokens` tokens go
+    through the layers once and `logits` rows of logits are made. No side can do with fewer.
+    Attention's are left out."""
     layers = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
     return 2 * (tokens * layers + logits * model.model.embed_tokens.weight.numel())
 
 
 def read_rate(device: str) -> float:
-    """Bytes a second at which memory is read: the best of six sums over a large tensor."""
+    """Bytes per second at which memory is read, the best of six sums over a large tensor."""
     x, best = torch.ones(2**30 if device.startswith("cuda") else 2**27, device=device), math.inf
     for _ in range(6):
         start = now(device)
@@ -60,16 +61,17 @@ def read_rate(device: str) -> float:
 
 
 class Turns:
-    """A worker's side of the conversation: `ready`, then per round `begin`, work, `end`; last `rest`.
-    It waits for a line on stdin before each round and answers with one JSON line after it."""
+    """A worker's side of the conversation: `ready`, then `begin`, work, `end` in each round, and
+    `rest` at the end. Before each round it waits for a line on stdin. After it, it answers with one
+    line of JSON."""
 
     def __init__(self, device: str):
         self.device, self.born, self.spans = device, time.perf_counter(), defaultdict(float)
         self.out = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # what libraries print goes to the log
+        os.dup2(2, 1)  # what libraries print on stdout goes to the log
 
     def _say(self, **facts) -> None:
-        facts["memory"] = console.peak_memory(self.device)
+        facts["memory"] = machine.peak_memory(self.device)
         print(json.dumps(facts), file=self.out, flush=True)
 
     def ready(self, **facts) -> None:
@@ -84,11 +86,11 @@ class Turns:
         self._say(seconds=now(self.device) - self.began, spans=self.spans, **facts)
 
     def rest(self) -> None:
-        """Until the parent ends us: leaving takes CPU time from the other side."""
+        """Wait for the parent to kill us. Exiting would take CPU time from the other side."""
         sys.stdin.read()
 
     def timed(self, name: str, function):
-        """function, which adds its time to spans[name]."""
+        """The function, changed so that it adds its time to spans[name]."""
 
         def run(*args, **kwargs):
             start = now(self.device)
@@ -100,7 +102,7 @@ class Turns:
 
 
 class Side:
-    """A worker process as the parent sees it: what it said of itself, and its rounds."""
+    """A worker process as the parent sees it: what it said when it was ready, and its rounds."""
 
     def __init__(self, name: str, module: str, argv: list[str], scratch: str):
         self.name, self.log = name, Path(scratch) / f"{name}.log"
@@ -125,12 +127,16 @@ class Side:
         return self.rounds[-1]
 
 
-def compete(module: str, argv: list[str], packages: tuple[str, ...], rounds: int) -> dict[str, Side]:
-    """Ours and, where its packages are installed, the peer: a round to warm up, then `rounds`. Ours
-    goes first, in starting and in every round: what the peer needs of it lies in --scratch."""
+def compete(
+    module: str, argv: list[str], packages: tuple[str, ...], rounds: int
+) -> dict[str, Side]:
+    """Run ours and, if its packages are installed, the peer: one round to warm up, then `rounds`.
+
+    Ours starts first and goes first in every round. It leaves what the peer needs in --scratch.
+    """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"not installed: {', '.join(missing)}; timing ours alone")
+        print(f"not installed: {', '.join(missing)}; only ours is timed")
     sides: dict[str, Side] = {}
     with tempfile.TemporaryDirectory() as scratch:
         try:

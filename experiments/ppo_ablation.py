@@ -1,13 +1,17 @@
-"""What each setting of PPO is worth: from --recipe report to --recipe tuned, knob by knob, both ways.
+"""What each setting of PPO is worth: the recipes original and tuned, one setting changed at a time.
 
-    python train_sft.py --tiny
+    python train_sft.py --tiny --recipe original
     python -m experiments.ppo_ablation --steps 5 --seeds 3 --out results/tiny/ppo-ablation.jsonl
 
-Every row is a short run on the embedded model: "report" and "tuned" as they are, "report, but ..." with
-one setting taken from tuned, "tuned, but ..." with one put back, and what no flag changes, done by
-patching a function here. Judged by the mean reward of all rollouts, which also tells how soon it
-rose, and by exact match on the slice held out of train after the last step. Finished rows are in
---out and are not run again: stop and go on at will.
+Every row is a short run of PPO on the embedded model. All rows start from the same fine-tuned
+model, which must be trained with the recipe original, as above. "original" and "tuned" are the
+recipes as they are. "original, but ..." has one setting from tuned, and "tuned, but ..." has one
+from original. Some rows change what no flag changes: they replace a function of train_ppo.py.
+
+A row is judged by two numbers. The mean reward of all its rollouts also tells how soon the reward
+rose. Exact match is measured after the last step, on problems held out of the training set.
+Finished rows are in --out and are not run again, so the same command continues an ablation that was
+stopped.
 """
 
 import argparse
@@ -23,9 +27,9 @@ from unittest.mock import patch
 import torch
 
 import train_ppo
-from nanogsm.run import console
+from nanogsm.run import console, flags
 
-KNOBS = {
+KNOBS = {  # the name of a row's setting -> its flags
     "gamma": ["gamma"],
     "lambda": ["lam"],
     "KL": ["kl_coef"],
@@ -33,100 +37,120 @@ KNOBS = {
     "value lr": ["value_lr"],
     "value loss weight": ["value_coef"],
     "entropy bonus": ["entropy_coef"],
-    "answers an update": ["accumulation"],
+    "answers an update": ["micro_batch", "accumulation"],
     "epochs": ["epochs"],
     "value clip": ["value_clip"],
 }
 
 
-def flags(recipe: str, names: list[str]) -> list[str]:
-    values = train_ppo.TINY_RECIPES[recipe]
-    pick = lambda value: value["full"] if isinstance(value, dict) else value  # noqa: E731
-    return [text for n in names for text in (f"--{n.replace('_', '-')}", str(pick(values[n])))]
+def flags_of(recipe: str, names: list[str]) -> list[str]:
+    """The flags that set `names` to their values in a recipe of the embedded model."""
+    values, found = flags.recipe(flags.PPO, recipe, flags.PPO_TINY), []
+    for name in names:
+        value = values[name]
+        full = value[0] if isinstance(value, tuple) else value  # a pair is (full, with --lora)
+        found += [f"--{name.replace('_', '-')}", str(full)]
+    return found
 
 
 def rows() -> dict[str, tuple[list[str], contextlib.AbstractContextManager]]:
-    """{row: (flags, patch)}."""
+    """{row: (flags, patch of train_ppo)}."""
     nothing = contextlib.nullcontext()
     found = {}
-    for recipe, other in (("report", "tuned"), ("tuned", "report")):
+    for recipe, other in (("original", "tuned"), ("tuned", "original")):
         start = ["--recipe", recipe]
         found[recipe] = start, nothing
         for knob, names in KNOBS.items():
-            if flags(other, names) != flags(recipe, names):
-                found[f"{recipe}, but {other}'s {knob}"] = start + flags(other, names), nothing
+            if flags_of(other, names) != flags_of(recipe, names):
+                found[f"{recipe}, but {other}'s {knob}"] = start + flags_of(other, names), nothing
         for change, name, replacement in (
             ("whitened update by update", "update", whitened_by_update),
             ("bfloat16 weights", "update", rounded_after_update),
-            ("a random value head", "build", random_head),
+            ("a random value head", "build", random_value_head),
         ):
             found[f"{recipe}, but {change}"] = start, patch(f"train_ppo.{name}", replacement)
-        found[f"{recipe}, but two steps of critic warm-up"] = [*start, "--critic-warmup", "2"], nothing
+        warm_up = [*start, "--critic-warmup", "2"]
+        found[f"{recipe}, but two steps of critic warm-up"] = warm_up, nothing
     tuned = ["--recipe", "tuned"]
     found["tuned, but not whitened"] = tuned, patch("train_ppo.whiten", lambda x, mask: x)
     found["tuned, but a separate critic"] = [*tuned, "--critic", "separate"], nothing
     return found
 
 
+# ------------------------------------------------------------------------------- the replacements
+
 real_update, real_build = train_ppo.update, train_ppo.build
 
 
-def random_head(base, args):
-    """The value head as PyTorch starts any linear layer, not at zero."""
+def random_value_head(base, args):
+    """The value head starts as PyTorch starts any linear layer, and not at zero."""
     models = real_build(base, args)
     torch.manual_seed(args.seed)
-    models.head.reset_parameters()
+    models.value_head.reset_parameters()
     return models
 
 
-def whitened_by_update(models, rollout, *rest):
-    advantages = rollout.advantages.clone()
-    for update in rollout.updates:
-        part = slice(update[0].start, update[-1].stop)
-        advantages[part] = train_ppo.whiten(advantages[part], rollout.mask[part])
-    return real_update(models, rollout._replace(advantages=advantages), *rest)
+def whitened_by_update(setup, rollout, advantages, returns, step):
+    """Advantages have mean 0 and variance 1 in each update, and not in the whole rollout."""
+    args, advantages = setup.args, advantages.clone()
+    n = len(rollout.indices)
+    for update in train_ppo.micro_batches_of(n, args.micro_batch, args.accumulation):
+        rows = slice(update[0].start, update[-1].stop)
+        advantages[rows] = train_ppo.whiten(advantages[rows], rollout.mask[rows])
+    return real_update(setup, rollout, advantages, returns, step)
 
 
-def rounded_after_update(models, rollout, optimizers, *rest):
-    """Weights that are bfloat16 between any two steps of the optimizer: the small steps get lost."""
-    actor, _ = optimizers
-    step = actor.step
+def rounded_after_update(setup, *rest):
+    """Weights are rounded to bfloat16 after each step of the optimizer, so small steps are lost."""
+    optimizer = setup.policy_optimizer
+    step = optimizer.step
 
     def step_and_round():
         step()
         with torch.no_grad():
-            for p in actor.params.values():
+            for p in optimizer.params.values():
                 p.copy_(p.bfloat16())
 
-    with patch.object(actor, "step", step_and_round):
-        return real_update(models, rollout, optimizers, *rest)
+    with patch.object(optimizer, "step", step_and_round):
+        return real_update(setup, *rest)
+
+
+# ------------------------------------------------------------------------------ runs and the table
 
 
 def run(row_flags: list[str], seed: int, args: argparse.Namespace, folder: str) -> dict:
-    argv = [*row_flags, "--tiny", "--init", args.init, "--seed", str(seed), "--steps", str(args.steps),
-            "--rollouts", str(args.rollouts), "--val-every", "0", "--overwrite", "--out", folder]  # fmt: skip
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    """Run one row with one seed. Returns what is kept of it."""
+    argv = [
+        *row_flags, "--tiny", "--init", args.init, "--seed", str(seed), "--steps", str(args.steps),
+        "--rollouts", str(args.rollouts), "--val-every", "0", "--overwrite", "--out", folder,
+    ]  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
         status = train_ppo.main(argv)
     if status:
-        print(said.getvalue())
+        print(printed.getvalue())
         raise SystemExit(status)
-    steps = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    steps, held_out = [s for s in steps if "reward" in s], [s for s in steps if "val_exact_match" in s]
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
+    steps = [row for row in metrics if "reward" in row]
+    validations = [row for row in metrics if "val_exact_match" in row]
     return {
-        "exact_match": held_out[-1]["val_exact_match"],
-        "mean_reward": statistics.fmean(s["reward"] for s in steps),
-        "rewards": [s["reward"] for s in steps],
+        "exact_match": validations[-1]["val_exact_match"],
+        "mean_reward": statistics.fmean(row["reward"] for row in steps),
+        "rewards": [row["reward"] for row in steps],
         "kl_sequence": steps[-1]["kl_sequence"],
         "explained_variance": steps[-1]["explained_variance"],
         "response_tokens": steps[-1]["response_tokens"],
-        "seconds": sum(s["seconds"] for s in steps),
+        "seconds": sum(row["seconds"] for row in steps),
     }
 
 
 def table(results: list[dict]) -> None:
-    """Means over seeds, and differences from the recipe a row varies, paired by seed (which fixes the
-    problems and their order), with 95% intervals. Three seeds say little about a row's own spread,
-    so it is pooled over a recipe's rows, those that change nothing at all aside."""
+    """Print means over seeds and differences from the row's recipe, with 95% intervals.
+
+    A row and its recipe are paired by seed, which fixes the problems and their order. Three seeds
+    say little about the spread of one row, so the spread is pooled over all rows of a recipe. Rows
+    that change nothing at all are left out of it.
+    """
     by_row = {}
     for r in results:
         by_row.setdefault(r["row"], {})[r["seed"]] = r
@@ -139,7 +163,9 @@ def table(results: list[dict]) -> None:
         recipe = row.split(",")[0]
         alike = [differences(r, key) for r in by_row if r.startswith(f"{recipe}, ")]
         spreads = [statistics.variance(d) for d in alike if len(d) > 1 and any(d)]
-        return 1.96 * math.sqrt(statistics.fmean(spreads) / len(by_row[row])) if spreads else math.nan
+        if not spreads:
+            return math.nan
+        return 1.96 * math.sqrt(statistics.fmean(spreads) / len(by_row[row]))
 
     def change(row: str, key: str, factor: int, digits: int) -> str:
         found = differences(row, key)
@@ -147,27 +173,32 @@ def table(results: list[dict]) -> None:
             return ""
         if not any(found):
             return "the same"
-        return (f"{factor * statistics.fmean(found):+.{digits}f} ± "
-                f"{factor * half_width(row, key):.{digits}f}")  # fmt: skip
+        mean, half = factor * statistics.fmean(found), factor * half_width(row, key)
+        return f"{mean:+.{digits}f} ± {half:.{digits}f}"
 
-    print("| row | held-out exact match | against its recipe | mean reward | against it "
-          "| KL, nats an answer | tokens |")  # fmt: skip
+    print(
+        "| row | held-out exact match | against its recipe | mean reward | against its recipe "
+        "| KL, nats per answer | tokens |"
+    )
     print("|---|---|---|---|---|---|---|")
     for row, seeds in by_row.items():
         mean = lambda key: statistics.fmean(r[key] for r in seeds.values())  # noqa: E731
-        print(f"| {row} | {100 * mean('exact_match'):.1f} | {change(row, 'exact_match', 100, 1)} | "
-              f"{mean('mean_reward'):.3f} | {change(row, 'mean_reward', 1, 3)} | "
-              f"{mean('kl_sequence'):.1f} | {mean('response_tokens'):.0f} |")  # fmt: skip
+        print(
+            f"| {row} | {100 * mean('exact_match'):.1f} | {change(row, 'exact_match', 100, 1)} | "
+            f"{mean('mean_reward'):.3f} | {change(row, 'mean_reward', 1, 3)} | "
+            f"{mean('kl_sequence'):.1f} | {mean('response_tokens'):.0f} |"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = console.Parser(__doc__.split("\n")[0])
-    p.add_argument("--init", default="runs/tiny/sft-full-main", help="the run all rows start from")
-    p.add_argument("--steps", type=int, default=8, help="of PPO a row")
-    p.add_argument("--rollouts", type=int, default=512, help="answers a step")
-    p.add_argument("--seeds", type=int, default=3, help="runs a row")
-    p.add_argument("--only", nargs="*", default=[""], help="rows that contain one of these texts")
-    p.add_argument("--out", default="runs/ppo-ablation.jsonl", help="finished rows, one a line")
+    p = flags.Parser(__doc__.split("\n")[0])
+    add = p.add_argument
+    add("--init", default="runs/tiny/sft-full-main", help="Run that all rows start from.")
+    add("--steps", type=int, default=8, help="Steps of PPO in each row.")
+    add("--rollouts", type=int, default=512, help="Answers sampled per step.")
+    add("--seeds", type=int, default=3, help="Runs of each row, with seeds 0, 1, ...")
+    add("--only", nargs="*", default=[""], help="Run the rows that contain one of these texts.")
+    add("--out", default="runs/ppo-ablation.jsonl", help="File of finished rows, one per line.")
     args = p.parse_args(argv)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -184,8 +215,11 @@ def main(argv: list[str] | None = None) -> int:
             results.append(result)
             with open(out, "a") as file:
                 file.write(json.dumps(result) + "\n")
-            print(f"{row}, seed {seed}: exact match {result['exact_match']:.3f}, mean reward "
-                  f"{result['mean_reward']:.3f}, {result['seconds']:.0f} s", flush=True)  # fmt: skip
+            print(
+                f"{row}, seed {seed}: exact match {result['exact_match']:.3f}, mean reward "
+                f"{result['mean_reward']:.3f}, {result['seconds']:.0f} s",
+                flush=True,
+            )
     table(results)
     return 0
 

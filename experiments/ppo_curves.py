@@ -1,17 +1,18 @@
-"""What PPO did on the embedded model: a table of test scores before and after, and the curves.
+"""What PPO does to the embedded model: a table of test scores before and after, and the curves.
 
     for s in 0 1 2; do
         d=runs/tiny/curves-$s
-        python train_sft.py --tiny --seed $s --out $d/sft
+        python train_sft.py --tiny --seed $s --recipe original --out $d/sft
         python evaluate.py --model $d/sft
-        for r in report tuned; do
+        for r in original tuned; do
             python train_ppo.py --tiny --seed $s --recipe $r --init $d/sft --val-every 2 --out $d/$r
             python evaluate.py --model $d/$r
         done
     done
     python -m experiments.ppo_curves runs/tiny/curves-{0,1,2} --out results/tiny/ppo
 
-writes results/tiny/ppo.json (before, after, exact paired test, curves) and results/tiny/ppo.svg.
+The last command writes results/tiny/ppo.json (scores before and after, their exact paired test, the
+curves) and results/tiny/ppo.svg (the curves).
 """
 
 import json
@@ -19,12 +20,12 @@ import os
 from pathlib import Path
 
 from nanogsm import UserError
-from nanogsm.report import charts, scores
-from nanogsm.run import console
-from nanogsm.run import folder as runs
+from nanogsm.report import charts, eval_files, scores
+from nanogsm.run import console, flags, past
 from nanogsm.store import files
 
-CURVES = {
+RECIPES = ("original", "tuned")
+CURVES = {  # metric -> title of its panel
     "val_exact_match": "right, greedy, held-out problems",
     "reward": "right, sampled, training problems",
     "worked": "answers that show a calculation",
@@ -33,6 +34,7 @@ CURVES = {
 
 
 def read(path: Path) -> list[dict]:
+    """The rows of a .jsonl file."""
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
@@ -40,11 +42,13 @@ def read(path: Path) -> list[dict]:
 
 
 def answers(run: Path) -> dict[int, dict]:
-    """Problem -> row of the one evaluation on the test split that a run has."""
+    """{problem: row} of a run's evaluation on the test split. It must have exactly one."""
     found = sorted(run.glob("eval-test-*.jsonl"))
     if len(found) != 1:
-        raise UserError(f"{run} has {len(found)} evaluations, not 1: python evaluate.py --model {run}")
-    return scores.by_problem(*scores.read_rows(str(found[0])))
+        raise UserError(
+            f"{run} has {len(found)} evaluations, not 1: python evaluate.py --model {run}"
+        )
+    return scores.by_problem(*eval_files.read_rows(str(found[0])))
 
 
 def before_and_after(before: dict[int, dict], after: dict[int, dict]) -> dict:
@@ -61,11 +65,12 @@ def before_and_after(before: dict[int, dict], after: dict[int, dict]) -> dict:
 
 
 def collect(folder: Path, recipe: str) -> dict:
+    """Scores and curves of the run of a recipe in `folder`."""
     run = folder / recipe
-    record = runs.run_of(str(run))
+    record = past.run_of(str(run))
     settings = record[1]["args"] if record else {}
     if settings.get("recipe") != recipe or not os.path.samefile(settings["init"], folder / "sft"):
-        raise UserError(f"{run} is no run of --recipe {recipe} --init {folder / 'sft'}")
+        raise UserError(f"{run} is not a run of --recipe {recipe} --init {folder / 'sft'}")
     rows = read(run / "metrics.jsonl")
     steps = [row for row in rows if "reward" in row]
     return {
@@ -80,28 +85,31 @@ def collect(folder: Path, recipe: str) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = console.Parser(__doc__.split("\n")[0])
-    p.add_argument("folders", nargs="+", type=Path, help="each with the runs sft, report and tuned")
-    p.add_argument("--out", default="runs/ppo", help="path of the .json and the .svg, without ending")
+    p = flags.Parser(__doc__.split("\n")[0])
+    add = p.add_argument
+    add("folders", nargs="+", type=Path, help="Folders with the runs sft, original and tuned.")
+    add("--out", default="runs/ppo", help="Path of the .json and the .svg, without the ending.")
     args = p.parse_args(argv)
-    results = [collect(folder, recipe) for recipe in ("report", "tuned") for folder in args.folders]
+    results = [collect(folder, recipe) for recipe in RECIPES for folder in args.folders]
     print("| recipe | seed | before | after | points | fixed, broken | McNemar p | time | peak |")
     print("|---|---|---|---|---|---|---|---|---|")
     for r in results:
-        print(f"| {r['recipe']} | {r['seed']} | {100 * r['before']:.1f}% | {100 * r['after']:.1f}% "
-              f"[{100 * r['ci_low']:.1f}, {100 * r['ci_high']:.1f}] "
-              f"| {100 * (r['after'] - r['before']):+.1f} | {r['fixed']}, {r['broken']} "
-              f"| {r['mcnemar_p']:.2g} | {r['seconds'] / 60:.1f} min "
-              f"| {r['peak_memory'] / 2**30:.2f} GiB |")  # fmt: skip
-    panels = [
-        charts.Panel(title, [(r["recipe"], r["curves"][key]) for r in results], key != "response_tokens")
-        for key, title in CURVES.items()
-    ]
+        print(
+            f"| {r['recipe']} | {r['seed']} | {100 * r['before']:.1f}% | {100 * r['after']:.1f}% "
+            f"[{100 * r['ci_low']:.1f}, {100 * r['ci_high']:.1f}] "
+            f"| {100 * (r['after'] - r['before']):+.1f} | {r['fixed']}, {r['broken']} "
+            f"| {r['mcnemar_p']:.2g} | {r['seconds'] / 60:.1f} min "
+            f"| {r['peak_memory'] / 2**30:.2f} GiB |"
+        )
+    panels = []
+    for key, title in CURVES.items():
+        lines = [(r["recipe"], r["curves"][key]) for r in results]
+        panels.append(charts.Panel(title, lines, percent=key != "response_tokens"))
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     text = "[\n" + ",\n".join(json.dumps(r) for r in results) + "\n]\n"
     files.replace_file(Path(f"{out}.json"), text.encode())
-    files.replace_file(Path(f"{out}.svg"), charts.page(panels, ["tuned", "report"]).encode())
+    files.replace_file(Path(f"{out}.svg"), charts.page(panels, ["tuned", "original"]).encode())
     return 0
 
 

@@ -2,15 +2,15 @@
 
 import os
 
-# For bfloat16 products on a CPU, PyTorch compiles code for every shape and keeps the newest 1,024 pieces, in
-# two places. Batches are of ever new lengths, so a run would grow by gigabytes: a few are enough.
+# For bfloat16 products on a CPU, PyTorch compiles code for each shape and caches the newest 1,024
+# in two places. Batch lengths keep changing, so a run would grow by gigabytes. 64 are enough.
 for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(name, "64")
 
 
 class UserError(Exception):
-    """A mistake one line can explain: what is wrong and what to do about it.
+    """A mistake that one line can explain: what is wrong and what to do about it.
 
     Scripts print the message without a traceback and exit with status 2 (`console.entry`).
-    Everything else that escapes is a bug of ours and keeps its traceback.
+    Any other exception that escapes is a bug of ours and keeps its traceback.
     """

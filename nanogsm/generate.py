@@ -1,15 +1,15 @@
 """Batched sampling with a KV cache, from prompts to marked answers.
 
-Every row keeps its own length. Prompts start at slot 0 of the cache and each row writes its next token
-at its own position. So there is no left padding, and positions are simple:
+Every row keeps its own length. Prompts start at slot 0 of the cache and each row writes its next
+token at its own position. So there is no left padding, and positions are simple:
 
     slot      0   1   2   3   4   5   6   7
     row 0    p0  p1  p2  p3  r0  r1  .   .      its next token goes to slot 6
     row 1    p0  p1  r0  r1  r2  .   .   .      ... to slot 5; what lies beyond is masked
 
-A row that finishes is given to the next waiting prompt, so a batch never waits for its longest answer.
-Sampling has a temperature and nothing else: with top-k or top-p, PPO could not say how probable the
-sampled token was.
+A row that finishes is given to the next waiting prompt, so a batch never waits for its longest
+answer. Sampling has a temperature and nothing else: with top-k or top-p, PPO could not say how
+probable the sampled token was.
 """
 
 import math
@@ -28,16 +28,16 @@ from nanogsm.transformer import Config, Transformer, attend, attend_causally, ca
 PREFILL_TOKENS = 2048  # of prompts, padding included, that go through the model at once
 # How many tokens are decoded before the host looks at them: looking makes it wait for a GPU.
 STEPS_PER_LOOK = {"cpu": 1, "cuda": 8, "mps": 8}
-# How many rows attend together, over the slots that the longest of them has filled. On a CPU smaller
-# groups read fewer slots. A GPU wants one large kernel.
+# How many rows attend together, over the slots that the longest of them has filled. On a CPU
+# smaller groups read fewer slots. A GPU wants one large kernel.
 ROWS_PER_GROUP = {"cpu": 32, "cuda": 2**20, "mps": 2**20}
 
 
 class KVCache:
     """Keys and values of all layers, (L, B, K, S, N). A row's token at position p lies in slot p.
 
-    Its two `attend_...` methods return what Transformer.forward calls in every layer: a function that
-    stores the new keys and values and attends to all that the row has so far.
+    Its two `attend_...` methods return what Transformer.forward calls in every layer: a function
+    that stores the new keys and values and attends to all that the row has so far.
     """
 
     def __init__(self, config: Config, rows: int, slots: int, dtype, device):
@@ -48,11 +48,11 @@ class KVCache:
         self.v = torch.zeros_like(self.k)
 
     def attend_prompts(self, rows: list[int]) -> Callable:
-        """For whole prompts (n, T), which start at slot 0 of these rows. What padding writes is
-        overwritten by the answer, or masked."""
+        """For whole prompts (n, T), which start at slot 0 of these rows."""
 
         def attend_and_store(layer: int, q, k, v, scale, cap) -> Tensor:
             T = k.shape[2]
+            # Padding writes into slots, too. The answer overwrites them, or a mask hides them.
             self.k[layer][rows, :, :T] = k.to(self.k.dtype)  # (n, K, T, N)
             self.v[layer][rows, :, :T] = v.to(self.v.dtype)
             return attend_causally(q, k, v, self.config.window(layer), scale, cap)
@@ -65,7 +65,8 @@ class KVCache:
         rows = torch.arange(len(positions), device=positions.device)[:, None]
         slots = torch.arange(max(used), device=positions.device)[None]
         windows = {self.config.window(layer) for layer in range(self.config.num_hidden_layers)}
-        masks = {window: causal_mask(positions, slots, window) for window in windows}  # (B, 1, 1, S)
+        # One mask for each kind of layer, (B, 1, 1, S). It also hides what earlier answers left.
+        masks = {window: causal_mask(positions, slots, window) for window in windows}
         size = math.ceil(len(positions) / len(used))
 
         def attend_and_store(layer: int, q, k, v, scale, cap) -> Tensor:
@@ -81,8 +82,8 @@ class KVCache:
         return attend_and_store
 
     def keep(self, rows: list[int]) -> None:
-        """Keep these rows only, in this order: row i becomes what rows[i] was. Only rows that change
-        places are copied. No memory is given back."""
+        """Keep these rows only, in this order: row i becomes what rows[i] was."""
+        # Only rows that change places are copied. No memory is given back.
         new = [i for i, row in enumerate(rows) if row != i]
         old = [rows[i] for i in new]
         for x in (self.k, self.v):
@@ -93,9 +94,9 @@ class KVCache:
 # --------------------------------------------------------------------------------- choosing a token
 
 
-def choose(model: Transformer, hidden: Tensor, temperature: float, uniform: Tensor | None) -> Tensor:
-    """The next token of each row (b,): the likeliest, or, given uniform numbers (b,), a sampled one.
-    hidden (b, D)."""
+def choose(model: Transformer, hidden: Tensor, temperature: float, uniform: Tensor | None):
+    """The next token of each row (b,): the likeliest, or, given uniform numbers (b,), a sampled
+    one. hidden (b, D). On a CPU, fast/cpu.py makes the same choice faster."""
     logits = model.logits(hidden)  # (b, V)
     return logits.argmax(-1) if uniform is None else inverse_cdf(logits, temperature, uniform)
 
@@ -103,8 +104,9 @@ def choose(model: Transformer, hidden: Tensor, temperature: float, uniform: Tens
 def inverse_cdf(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
     """The token (b,) at which the cumulative probability passes uniform (b,); logits (b, V)."""
     probability = (logits.float() / temperature).softmax(-1)
-    if logits.device.type != "mps":  # MPS has no float64. Trap: summed in float32, the tail of
-        probability = probability.double()  # 256,000 small probabilities would be rounded away.
+    # Trap: summed in float32, the tail of 256,000 small probabilities would be rounded away.
+    if logits.device.type != "mps":  # which has no float64
+        probability = probability.double()
     cdf = probability.cumsum(-1)
     wanted = uniform.to(cdf.dtype)[:, None] * cdf[:, -1:]  # the sum is 1 only up to rounding
     return torch.searchsorted(cdf, wanted, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
@@ -120,28 +122,24 @@ class Completion(NamedTuple):
 
 @torch.no_grad()
 def generate(
-    model: Transformer,
-    prompts: list[list[int]],
-    stop_ids: frozenset[int],
-    max_new_tokens: int,
-    batch_size: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
+    model: Transformer, prompts: list[list[int]], stop_ids: frozenset[int], max_new_tokens: int,
+    batch_size: int = 64, temperature: float = 0.0, seed: int = 0,
     is_over: Callable[[list[int]], bool] = lambda ids: False,
     progress: Callable[[int, int], None] = lambda finished, tokens: None,
-) -> list[Completion]:
+) -> list[Completion]:  # fmt: skip
     """Complete every prompt (a list of ids), in the order given. Temperature 0 is greedy.
 
-    A row ends at a stop id, at max_new_tokens, or where is_over(its new ids) says so, which does not
-    count as truncated. Token i of request n is drawn with a uniform number fixed beforehand for
-    (n, i). So a completion does not depend on which others share its batch, rounding apart.
-    progress(finished requests, tokens so far) is called on the way; what it raises ends the sampling.
+    A row ends at a stop id, at max_new_tokens, or where is_over(its new ids) says so, which does
+    not count as truncated. progress(finished requests, tokens so far) is called on the way; what it
+    raises ends the sampling.
     """
     device, n = model.device, len(prompts)
     batch = min(batch_size, n)
     slots = max(map(len, prompts), default=0) + max_new_tokens
     cache = KVCache(model.config, batch, slots, model.product_dtype, device)
     if temperature:
+        # Token i of request n has its own number, uniform[n, i], whichever row it is decoded in. So
+        # a completion does not depend on the other requests in its batch, rounding apart.
         uniform = torch.rand(n, max_new_tokens, generator=torch.Generator().manual_seed(seed))
         uniform = uniform.to(device)
 
@@ -154,7 +152,7 @@ def generate(
     done: dict[int, Completion] = {}
 
     def uniform_numbers(rows: list[int], count: int) -> list[Tensor] | list[None]:
-        """For the next `count` tokens of these rows, (b,) each."""
+        # For the next `count` tokens of these rows, (b,) each.
         if not temperature:
             return [None] * count
         requests = torch.tensor([request[row] for row in rows])  # an idle row's -1 reads any number
@@ -163,7 +161,7 @@ def generate(
         return list(uniform[requests[:, None].to(device), columns.to(device)].T)
 
     def accept(row: int, ids: list[int]) -> None:
-        """Append a row's newest ids to its answer; free the row if the answer has ended."""
+        # Append a row's newest ids to its answer, and free the row if the answer has ended.
         r = request[row]
         if r < 0:
             return
@@ -199,6 +197,7 @@ def generate(
                 token, position = token[keep], position[keep]
                 request = [request[row] for row in keep]
 
+            # Decode one token per row, or several before the host looks at them.
             decoded = []
             groups = math.ceil(len(request) / ROWS_PER_GROUP[device.type])
             size = math.ceil(len(request) / groups)
@@ -206,7 +205,8 @@ def generate(
             used = [max(filled[i : i + size]) for i in range(0, len(filled), size)]
             numbers = uniform_numbers(list(range(len(request))), STEPS_PER_LOOK[device.type])
             for ahead, u in enumerate(numbers):
-                attention = cache.attend_next(position[:, None], [min(s + ahead, slots) for s in used])
+                upto = [min(filled_slots + ahead, slots) for filled_slots in used]
+                attention = cache.attend_next(position[:, None], upto)
                 hidden = model(token[:, None], positions=position[:, None], attend=attention)
                 token = choose_token(model, hidden[:, 0], temperature, u)
                 position = (position + 1).clamp(max=slots - 1)  # idle rows run on, but not out
@@ -218,11 +218,11 @@ def generate(
 
 
 def _prefill(model: Transformer, cache: KVCache, rows: list[int], prompts: list) -> Tensor:
-    """Run whole prompts into their rows of the cache, PREFILL_TOKENS at a time, which bounds the
-    activations. Returns the hidden states of their last tokens (b, D)."""
+    """Run whole prompts into their rows of the cache. Returns the hidden states of their last
+    tokens, (b, D), which predict the answers' first tokens."""
     last = []
     while rows:
-        n = max(1, PREFILL_TOKENS // max(map(len, prompts)))
+        n = max(1, PREFILL_TOKENS // max(map(len, prompts)))  # few at a time: small activations
         group, here, prompts, rows = prompts[:n], rows[:n], prompts[n:], rows[n:]
         T = max(map(len, group))
         ids = torch.tensor([p + [0] * (T - len(p)) for p in group], device=model.device)  # any pad
@@ -243,40 +243,27 @@ class Answer(NamedTuple):
 
 
 def answer(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    questions: list[str],
-    prompt: Prompt,
-    max_new_tokens: int,
-    batch_size: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
+    model: Transformer, tokenizer: Tokenizer, questions: list[str], prompt: Prompt,
+    max_new_tokens: int, batch_size: int = 64, temperature: float = 0.0, seed: int = 0,
     progress: Callable[[int, int], None] = lambda finished, tokens: None,
-) -> list[Answer]:
+) -> list[Answer]:  # fmt: skip
     """`generate` from question to text. An answer also ends where it asks itself a new question."""
     prompts = [data.encode(tokenizer, prompt, question)[0] for question in questions]
     is_over = lambda ids: data.starts_new_question(tokenizer, ids)  # noqa: E731
     completions = generate(
         model, prompts, tokenizer.stop_ids, max_new_tokens, batch_size, temperature, seed,
-        is_over, progress,
+        is_over=is_over, progress=progress,
     )  # fmt: skip
     return [Answer(p, *done, tokenizer.decode(done.ids)) for p, done in zip(prompts, completions)]
 
 
 def answer_and_mark(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    problems: list[Problem],
-    prompt: Prompt,
-    max_new_tokens: int,
-    batch_size: int = 64,
-    temperature: float = 0.0,
-    samples: int = 1,
-    seed: int = 0,
-    progress: Callable[[int, int], None] = lambda finished, tokens: None,
-) -> list[dict]:
-    """Answer every problem `samples` times. Returns one row per completion, ordered by problem, with
-    what is needed to count, compare and reread it."""
+    model: Transformer, tokenizer: Tokenizer, problems: list[Problem], prompt: Prompt,
+    max_new_tokens: int, batch_size: int = 64, temperature: float = 0.0, samples: int = 1,
+    seed: int = 0, progress: Callable[[int, int], None] = lambda finished, tokens: None,
+) -> list[dict]:  # fmt: skip
+    """Answer every problem `samples` times. Returns one row per completion, ordered by problem,
+    with what is needed to count, compare and reread it."""
     asked = [problem for problem in problems for _ in range(samples)]
     answers = answer(
         model, tokenizer, [problem.question for problem in asked], prompt, max_new_tokens,

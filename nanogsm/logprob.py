@@ -1,9 +1,10 @@
 """Log-probabilities of chosen tokens: what SFT's loss and all of PPO's ratios and KLs are made of.
 
-`definition` says what is computed. `token_logprobs` is what everybody calls: it selects the supervised
-positions before the projection onto the vocabulary, so nobody pays for the logits of prompt and
-padding, and fast/head.py computes the same numbers block by block, so nobody holds all logits at
-once. `next_token_logprobs` makes the shift between hidden states and the tokens they predict:
+`definition` says what is computed. `token_logprobs` is what everybody calls: it selects the
+supervised positions before the projection onto the vocabulary, so nobody pays for the logits of
+prompt and padding, and fast/head.py computes the same numbers block by block, so nobody holds all
+logits at once. `next_token_logprobs` makes the shift between hidden states and the tokens they
+predict:
 
     ids       <bos>  Question  ...  Answer:   72   <eos>      hidden state t has seen tokens 0 .. t
     predicts  Question  ...  Answer:    72   <eos>            and predicts token t + 1
@@ -20,7 +21,8 @@ from nanogsm.transformer import Vocabulary
 def definition(
     vocabulary: Vocabulary, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """hidden (n, D), targets (n,) -> log p(target) and the entropy of the distribution, (n,) each."""
+    """hidden (n, D), targets (n,) -> log p(target) and the entropy of the distribution, (n,)
+    each."""
     logits = vocabulary(hidden).float() / temperature  # (n, V)
     logp = logits.log_softmax(-1)
     chosen = logp.gather(-1, targets[:, None])[:, 0]
@@ -63,6 +65,4 @@ def next_token_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """`token_logprobs` of a batch: hidden (B, T, D), ids and mask (B, T) -> (B, T - 1). Column t is
     about the choice of token t + 1."""
-    return token_logprobs(
-        vocabulary, hidden[:, :-1], ids[:, 1:], mask[:, 1:], temperature, entropy
-    )
+    return token_logprobs(vocabulary, hidden[:, :-1], ids[:, 1:], mask[:, 1:], temperature, entropy)

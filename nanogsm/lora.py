@@ -4,8 +4,8 @@
                  |                                               |
                  +-- A (r, in) -- B (out, r) -- times alpha / r --+
 
-Only A and B are trained: r (in + out) numbers instead of in * out. A starts random and B at zero, so
-training starts exactly at the base model, and in the first step only B gets a gradient.
+Only A and B are trained: r (in + out) numbers instead of in * out. A starts random and B at zero,
+so training starts exactly at the base model, and in the first step only B gets a gradient.
 `merge` is a function called by name. Nothing happens as a side effect of eval().
 """
 
@@ -30,12 +30,11 @@ class Matrix(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus its low-rank change.
+    """A frozen linear layer plus its low-rank change. `base` may already be a LoRALinear."""
 
-    The adapter is float32 even on a bfloat16 base: at LoRA's learning rates most updates of a
-    bfloat16 weight would be lost in rounding. `base` may already be a LoRALinear. Adapters are
-    stacked, because merging the first into a bfloat16 weight would round it.
-    """
+    # The adapter is float32 even on a bfloat16 base: at LoRA's learning rates most updates of a
+    # bfloat16 weight would be lost in rounding. Adapters are stacked, because merging the first one
+    # into a bfloat16 weight would round it.
 
     def __init__(self, base: "nn.Linear | LoRALinear", a: Tensor, b: Tensor, scale: float):
         """a (r, in) and b (out, r) are the start, drawn or loaded; scale is alpha / r."""
@@ -64,7 +63,7 @@ class LoRALinear(nn.Module):
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) of one adapter of scale 1 that equals this adapter and those below it:
 
-            s1 B1 A1 + s2 B2 A2  =  (s1 B1 | s2 B2) (A1 over A2)        its rank is the ranks' sum
+        s1 B1 A1 + s2 B2 A2  =  (s1 B1 | s2 B2) (A1 over A2)        its rank is the ranks' sum
         """
         a, b = self.lora_A.weight, self.scale * self.lora_B.weight
         if isinstance(self.base, LoRALinear):
@@ -75,8 +74,9 @@ class LoRALinear(nn.Module):
 
 def add_lora(model: nn.Module, r: int, alpha: float, seed: int = 0) -> list[str]:
     """Freeze the model, including adapters it already has, and add a fresh adapter to every linear
-    layer of every block. Returns the names of these layers. (gemma-2b with r = 16: 126 layers,
-    19,611,648 trained parameters.) Raises UserError if r exceeds the rank of every matrix."""
+    layer of every block. Returns the names of these layers. Raises UserError if r exceeds the rank
+    of every matrix."""
+    # gemma-2b with r = 16: 126 layers, 19,611,648 trained parameters, 0.8% of the model.
     generator = torch.Generator().manual_seed(seed)
     names = [n for n, m in model.named_modules() if n.split(".")[-1] in TARGETS]
     most = max(min(model.get_submodule(name).weight.shape) for name in names)
@@ -106,11 +106,9 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Add all adapters to their base weights, in float32, rounded to the base's dtype once.
-
-    Trap: in bfloat16 the rounding can be as large as a small adapter's change. Keep the adapter
-    where exactness matters.
-    """
+    """Add all adapters to their base weights, in float32, rounded to the base's dtype once."""
+    # Trap: in bfloat16 the rounding can be as large as a small adapter's change. Keep the adapter
+    # where exactness matters.
     for name, layer in adapters(model).items():
         layer.weight.copy_(layer.weight.float() + layer.delta())
         while isinstance(layer, LoRALinear):

@@ -1,4 +1,5 @@
-"""Checkpoints <-> the network: config.json, weights and adapters; load_model, save_model, save_adapter.
+"""Checkpoints <-> the network: config.json, weights and adapters; load_model, save_model,
+save_adapter.
 
 A model folder is in the Hub's layout and an adapter folder in PEFT's, so transformers and peft read
 what is saved here, and we read theirs. What we do not compute is refused by name: otherwise a model
@@ -43,8 +44,8 @@ def _config_from(raw: dict) -> Config:
     if kind not in ("gemma", "gemma2", "gemma3_text"):
         raise ValueError(f"model_type {kind!r} is not gemma, gemma2 or gemma3_text (text only)")
     sizes = {
-        "vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**22, "num_hidden_layers": 1000,
-        "num_attention_heads": 2**12, "num_key_value_heads": 2**12, "head_dim": 2**12,
+        "vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**22, "head_dim": 2**12,
+        "num_hidden_layers": 1000, "num_attention_heads": 2**12, "num_key_value_heads": 2**12,
     }  # fmt: skip
     for name, limit in sizes.items():  # first of all: what follows counts up to them
         if type(raw[name]) is not int or not 0 < raw[name] <= limit:
@@ -110,7 +111,9 @@ def _check(config: Config) -> None:
     if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
         raise ValueError("heads must divide by key/value heads, and head_dim by 2")
     window = config.sliding_window
-    if "sliding_attention" in config.layer_types and not (type(window) is int and 0 < window < 2**31):
+    if "sliding_attention" in config.layer_types and not (
+        type(window) is int and 0 < window < 2**31
+    ):
         raise ValueError(f"there are local layers, and sliding_window is {window!r}")
     if not set(config.layer_types) <= config.rope.keys():
         raise ValueError("rope_parameters lack a kind of layer that layer_types names")
@@ -133,8 +136,13 @@ def _rope_from(raw: dict) -> dict[str, tuple[float, float]]:
     new = raw.get("rope_parameters")
     if new and "full_attention" in new:  # transformers 5, a table per kind of layer
         return {kind: theta_and_factor(r, 10_000.0) for kind, r in new.items() if r}
-    everywhere = theta_and_factor(new or raw.get("rope_scaling") or {}, raw.get("rope_theta") or 1e4)
-    local = (float(raw.get("rope_local_base_freq") or 1e4), 1.0)  # old: scaling is for global layers
+    everywhere = theta_and_factor(
+        new or raw.get("rope_scaling") or {}, raw.get("rope_theta") or 1e4
+    )
+    local = (
+        float(raw.get("rope_local_base_freq") or 1e4),
+        1.0,
+    )  # old: scaling is for global layers
     return {
         "full_attention": everywhere,
         "sliding_attention": local if raw["model_type"] == "gemma3_text" else everywhere,
@@ -150,12 +158,12 @@ def load_model(
     device: str = "cpu",
     merge: bool = False,
 ) -> tuple[Transformer, Tokenizer]:
-    """A model and its tokenizer. name: a Hub id, a folder in the Hub's layout, a run folder, or what
-    `hub.find_model` found.
+    """A model and its tokenizer. name: a Hub id, a folder in the Hub's layout, a run folder, or
+    what `hub.find_model` found.
 
-    dtype is that of the weights; None keeps the checkpoint's. A run that trained adapters comes back
-    as base plus adapters (float32). `merge` adds the adapters to the base instead, which rounds in a
-    16-bit dtype. Raises UserError for every mistake that a user can make.
+    dtype is that of the weights; None keeps the checkpoint's. A run that trained adapters comes
+    back as base plus adapters (float32). `merge` adds the adapters to the base instead, which
+    rounds in a 16-bit dtype. Raises UserError for every mistake that a user can make.
     """
     found = name if isinstance(name, hub.ModelFiles) else hub.find_model(str(name))
     tokenizer = Tokenizer(found.base)
@@ -203,9 +211,9 @@ def _load_weights(model: Transformer, folder: Path, dtype: torch.dtype, device: 
 
 
 def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path | str) -> None:
-    """Write a folder in the Hub's layout, which transformers reads as well, with weights in the dtype
-    that the base came in. The folder is whole or absent. Raises ValueError for a model with adapters:
-    merge them first."""
+    """Write a folder in the Hub's layout, which transformers reads as well, with weights in the
+    dtype that the base came in. The folder is whole or absent. Raises ValueError for a model with
+    adapters: merge them first."""
     if lora.adapters(model):
         raise ValueError("merge the adapters, or save them alone with save_adapter")
     with files.replaced_folder(folder) as beside:
@@ -215,6 +223,14 @@ def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path | str) -> 
                 files.write(beside / name, [(tokenizer.folder / name).read_bytes()])
         weights = {name: p.detach() for name, p in model.named_parameters()}
         files.write_tensors(beside / "model.safetensors", weights, model.config.dtype)
+
+
+def save_trained(model: Transformer, tokenizer: Tokenizer, folder: Path, base_model: str) -> None:
+    """Save what a run trained in its folder: adapter/ if the model has adapters, model/ if not."""
+    if lora.adapters(model):
+        save_adapter(model, folder / "adapter", base_model)
+    else:
+        save_model(model, tokenizer, folder / "model")
 
 
 # --------------------------------------------------------------------------------------- adapters
@@ -262,8 +278,8 @@ def save_adapter(model: nn.Module, folder: Path, base_model: str) -> None:
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Put a saved adapter, ours or PEFT's, on a model. Raises UserError if it is of a kind that we do
-    not compute, or belongs to another model."""
+    """Put a saved adapter, ours or PEFT's, on a model. Raises UserError if it is of a kind that we
+    do not compute, or belongs to another model."""
     file = Path(folder) / "adapter_model.safetensors"
     try:
         config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
@@ -315,7 +331,8 @@ def compute_in_float32(model: Transformer) -> None:
     """Let a model compute in float32 whatever its weights' dtype, for machines without bfloat16.
 
     The embedding is needed all the time, so it is cast once; other weights are cast as they are
-    used. All are copied out of the checkpoint's mapped file, or the file would stay in memory as well.
+    used. All are copied out of the checkpoint's mapped file, or the file would stay in memory as
+    well.
     """
     model.activations = torch.float32
     embedding = model.model.embed_tokens.weight
@@ -336,9 +353,9 @@ def twin(model: Transformer) -> Transformer:
 def frozen_copy(model: Transformer, bf16: bool) -> Transformer:
     """A copy with weights of its own, which never change.
 
-    bf16: linear weights are rounded to bfloat16 once, as autocast would do at every use. Other weights
-    are rounded only if that is lossless, as it is for a model that came in bfloat16. So the copy
-    computes the same as the model, to the bit, in half the memory.
+    bf16: linear weights are rounded to bfloat16 once, as autocast would do at every use. Other
+    weights are rounded only if that is lossless, as it is for a model that came in bfloat16. So the
+    copy computes the same as the model, to the bit, in half the memory.
     """
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     memo = {}  # id of a weight -> the weight that the copy has instead (see twin)

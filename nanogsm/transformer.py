@@ -1,8 +1,8 @@
 """The network: Gemma 1, 2 and 3 (text) in one file. It imports torch and nothing of ours.
 
-A Config decides which Gemma is built. Module names are the checkpoint's tensor names, so loading is a
-strict `load_state_dict` without a mapping table. Readers who know Llama should watch for the points
-below. If one is missed, everything still runs, and the logits are those of another model:
+A Config decides which Gemma is built. Module names are the checkpoint's tensor names, so loading is
+a strict `load_state_dict` without a mapping table. What differs from Llama is listed below. If one
+point is missed, everything still runs, and the logits are those of another model:
 
   all      Embeddings are multiplied by sqrt(hidden_size), rounded to the activations' dtype.
            RMSNorm multiplies by (1 + weight), in float32, and rounds last. Llama rounds first.
@@ -17,11 +17,10 @@ below. If one is missed, everything still runs, and the logits are those of anot
   Gemma 3  Queries and keys pass through RMSNorm before rotary. There is one global layer to five
            local ones, and each kind has its own rotary base. A window of W includes the query.
 
-Sources: the Gemma reports (arXiv 2403.08295, 2408.00118, 2503.19786). tests/test_model.py compares
-the logits of all three with transformers.
+Sources: the Gemma reports (arXiv 2403.08295, 2408.00118, 2503.19786) and the checkpoints.
 
-Shapes   B batch   T tokens   S cached positions   D hidden_size   F intermediate_size   V vocabulary
-         H query heads   K key/value heads   N head_dim
+Shapes   B batch   T tokens   S cached positions   D hidden_size   F intermediate_size
+         V vocabulary   H query heads   K key/value heads   N head_dim
 """
 
 import math
@@ -64,12 +63,8 @@ class Config:
     def norms_qk(self) -> bool:
         return self.model_type == "gemma3_text"
 
-    def window(self, layer: int) -> int | None:
-        """How far a layer looks back, or None for a layer that sees everything before it."""
+    def window(self, layer: int) -> int | None:  # None: it sees everything before it
         return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
-
-
-# -------------------------------------------------------------------------------------- the parts
 
 
 class RMSNorm(nn.Module):
@@ -86,21 +81,20 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias whose weight follows the activations' dtype. A frozen bfloat16
-    base can therefore serve a CPU that has no bfloat16 arithmetic."""
+    """A linear layer without bias whose weight follows the activations' dtype."""
 
     def __init__(self, size_in: int, size_out: int):
         super().__init__(size_in, size_out, bias=False)
 
     def reset_parameters(self) -> None:
-        """Does nothing. Weights come from a checkpoint, and drawing random ones takes time."""
+        pass  # weights come from a checkpoint, and drawing random ones takes time
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, _weight_for(x, self.weight))
 
 
 def _weight_for(x: Tensor, weight: Tensor) -> Tensor:
-    # Under autocast the cast is left to autocast, which keeps the copy for the next use.
+    # So a bfloat16 base can serve a CPU without bfloat16 arithmetic. Autocast casts by itself.
     return weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype)
 
 
@@ -114,35 +108,28 @@ class Vocabulary(NamedTuple):
         return self.capped(F.linear(hidden, _weight_for(hidden, self.weight)))
 
     def capped(self, logits: Tensor) -> Tensor:
-        """cap * tanh(logits / cap), in float32: near the cap, 1 - tanh^2 loses digits otherwise."""
+        # In float32: near the cap the derivative, 1 - tanh^2, is a small difference.
         return logits if self.cap is None else self.cap * torch.tanh(logits.float() / self.cap)
 
 
 def rotary(positions: Tensor, head_dim: int, base: float, factor: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotation of each (position, channel): positions (B, T) -> (B, 1, T, N)
-    float32. Channel i is paired with channel i + N/2 (half-split, not interleaved)."""
+    """cos and sin of the rotations: positions (B, T) -> (B, 1, T, N) float32, for N channels."""
     channels = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     frequency = 1.0 / base ** (channels / head_dim)  # (N/2,)
     angle = positions[:, None, :, None].float() / factor * frequency  # (B, 1, T, N/2)
+    # Channel i is paired with channel i + N/2. (Other models interleave: 2i with 2i + 1.)
     angle = torch.cat((angle, angle), dim=-1)  # (B, 1, T, N)
     return angle.cos(), angle.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each channel pair of x (B, H, T, N) by its angle."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x (B, H, T, N)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-# -------------------------------------------------------------------------------------- attention
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float | None):
-    """softmax(q k' * scale) v: q (B, H, T, N); k, v (B, K, S, N) -> (B, H, T, N).
-
-    mask (B or 1, 1, T, S) is True where a query may look. None means causal, with S = T. With `cap`,
-    scores become cap * tanh(scores / cap) before the mask.
-    """
+    """softmax(q k' * scale) v: q (B, H, T, N); k, v (B, K, S, N) -> (B, H, T, N). mask (B or 1, 1,
+    T, S) is True where a query may look; None means causal, with S = T."""
     (B, H, T, N), K = q.shape, k.shape[1]
     if cap is None and T == 1 and mask is not None:
         # One new token per row. The H/K query heads that share a key head take the place of the
@@ -153,16 +140,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
         k = k[:, :, None].expand(-1, -1, H // K, -1, -1).reshape(B, H, -1, N)
         v = v[:, :, None].expand(-1, -1, H // K, -1, -1).reshape(B, H, -1, N)
     if cap is None:
-        causal = mask is None
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
+    # Gemma 2 squeezes scores into (-cap, cap) before the mask. No fused kernel does that.
     scores = cap * torch.tanh(q @ k.transpose(2, 3) * (scale / cap))  # (B, H, T, S)
     scores = scores.masked_fill(~mask, -math.inf)
     return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
 
 def causal_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Which keys each query may see, by their positions: queries (B, T), keys (1, S) ->
-    (B, 1, T, S), True where it may look.
+    """Which keys a query may see, by positions: queries (B, T), keys (1, S) -> (B, 1, T, S) bool.
 
         no window  1 0 0 0    window 2  1 0 0 0
                    1 1 0 0              1 1 0 0
@@ -184,8 +170,7 @@ def attend_causally(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale, 
 
 
 def attend_rows(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window, scale, cap) -> Tensor:
-    """`attend_causally` for rows laid end to end, q (1, H, sum of lengths, N). Each row sees only
-    itself."""
+    """For rows laid end to end, q (1, H, sum of lengths, N). Each row sees only itself."""
     rows = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
     return torch.cat([attend_causally(*row, window, scale, cap) for row in rows], 2)
 
@@ -193,8 +178,8 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window, sca
 def end_to_end(ids: Tensor, lengths: list[int], model: "Transformer") -> tuple:
     """Take the padding out of ids (B, T): the rows become one long row of their real tokens.
 
-    Returns (ids (1, sum of lengths), their positions, the attention that keeps the rows apart, and
-    a function that puts the padding back: hidden (1, sum of lengths, D) -> (B, T, D), 0 at padding).
+    Returns (ids (1, sum of lengths), their positions, an attention that keeps the rows apart, and a
+    function that puts the padding back, as 0: hidden (1, sum of lengths, D) -> (B, T, D)).
     """
     B, T = ids.shape
     is_real = torch.arange(T) < torch.tensor(lengths)[:, None]  # (B, T)
@@ -213,8 +198,7 @@ def end_to_end(ids: Tensor, lengths: list[int], model: "Transformer") -> tuple:
 
 
 class Attention(nn.Module):
-    """x (B, T, D) -> (B, T, D). `attend(layer, q, k, v, scale, cap)` decides who sees whom: the
-    tokens of one row during training, the KV cache during generation."""
+    """x (B, T, D) -> (B, T, D). `attend(layer, q, k, v, scale, cap)` decides who sees whom."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -235,8 +219,9 @@ class Attention(nn.Module):
         if c.norms_qk:
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = (angle.to(q.dtype) for angle in angles)  # computed in float32, used in q's dtype
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # position enters here and nowhere else
         scale = c.query_pre_attn_scalar**-0.5
+        # In training a row's own tokens are attended to, in generation the KV cache.
         out = attend(self.layer, q, k, v, scale, c.attn_logit_softcapping)  # (B, H, T, N)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
@@ -279,12 +264,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`model(ids, lengths) -> hidden` (B, T, D), after the final norm. `model.logits(hidden)` has
-    the logits (..., V); training asks `model.vocabulary` for fewer of them (logprob.py).
+    """`model(ids, lengths) -> hidden` (B, T, D), after the final norm.
 
-    Rows are padded on the right. If their lengths are given, padding goes through no layer and comes
-    out as 0. Without lengths the causal mask hides padding from the real tokens before it, and what
-    comes out at padding means nothing.
+    Rows are padded on the right. With `lengths`, padding goes through no layer and comes out as 0.
+    Without, the causal mask hides it from real tokens, and what comes out there means nothing.
     """
 
     # Three seams. Each default is right by itself; load_model sets the faster form.
@@ -296,41 +279,37 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         V, D = config.vocab_size, config.hidden_size
-        self.model = nn.ModuleDict(  # named so because the checkpoint's names begin with "model."
-            dict(
-                # nn.Embedding draws random weights unless it is given some. Even on the meta device
-                # that would import PyTorch's compiler and cost 3 seconds at every start.
-                embed_tokens=nn.Embedding(V, D, _weight=torch.empty(V, D)),
-                layers=nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
-                norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
-            )
-        )
+        # nn.Embedding draws random weights unless it is given some. Even on the meta device that
+        # would import PyTorch's compiler and cost 3 seconds at every start.
+        embedding = nn.Embedding(V, D, _weight=torch.empty(V, D))
+        layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        norm = RMSNorm(D, config.rms_norm_eps)
+        # Called "model" because the checkpoint's tensor names begin with "model.".
+        self.model = nn.ModuleDict({"embed_tokens": embedding, "layers": layers, "norm": norm})
         self.activations: torch.dtype | None = None  # None: the dtype of the weights
 
     def forward(
-        self,
-        ids: Tensor,
-        lengths: list[int] | None = None,
-        positions: Tensor | None = None,
+        self, ids: Tensor, lengths: list[int] | None = None, positions: Tensor | None = None,
         attend: Callable | None = None,
-    ) -> Tensor:
-        """ids (B, T) -> hidden (B, T, D).
-
-        lengths: the number of real tokens in each row. positions (B or 1, T) default to 0, 1, 2, ...
-        in each row. attend: see Attention; by default each row sees itself, causally. Generation
-        passes its own positions and attend, which read and write the KV cache.
-        """
+    ) -> Tensor:  # fmt: skip
+        """ids (B, T), with lengths[b] real tokens in row b -> hidden (B, T, D). Generation passes
+        its own positions (B or 1, T) and attend, which read and write the KV cache."""
         c, put_back = self.config, None
         if lengths is not None:
             ids, positions, attend, put_back = end_to_end(ids, lengths, self)
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        attend = attend or self._attend_whole_rows
+        if attend is None:  # each row sees itself
+
+            def attend(layer: int, q, k, v, scale, cap) -> Tensor:
+                return attend_causally(q, k, v, c.window(layer), scale, cap)
+
         angles = {kind: rotary(positions, c.head_dim, *c.rope[kind]) for kind in set(c.layer_types)}
 
         weight = self.model.embed_tokens.weight
         x = self.lookup(ids, weight).to(self.activations or weight.dtype)  # (B, T, D)
         # The scale is rounded as x is: for gemma-2b sqrt(2048) = 45.2548, and 45.25 in bfloat16.
+        # Under full fine-tuning x is float32 even with autocast, so there it is 45.2548.
         x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype).item()
         for block, kind in zip(self.model.layers, c.layer_types, strict=True):
             if self.recompute and torch.is_grad_enabled():
@@ -341,12 +320,9 @@ class Transformer(nn.Module):
         hidden = self.model.norm(x)
         return put_back(hidden) if put_back else hidden
 
-    def _attend_whole_rows(self, layer: int, q, k, v, scale, cap) -> Tensor:
-        return attend_causally(q, k, v, self.config.window(layer), scale, cap)
-
     @property
     def vocabulary(self) -> Vocabulary:
-        """The embedding matrix, used once more; Gemma 2 caps the logits."""
+        # The embedding matrix once more: a token's row is both what goes in and what is looked for.
         return Vocabulary(self.model.embed_tokens.weight, self.config.final_logit_softcapping)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -358,9 +334,7 @@ class Transformer(nn.Module):
         return self.model.embed_tokens.weight.device
 
     @property
-    def product_dtype(self) -> torch.dtype:
-        """The dtype in which matrix products are computed here and now."""
-        kind = self.device.type
-        if torch.is_autocast_enabled(kind):
-            return torch.get_autocast_dtype(kind)
+    def product_dtype(self) -> torch.dtype:  # of matrix products, here and now
+        if torch.is_autocast_enabled(self.device.type):
+            return torch.get_autocast_dtype(self.device.type)
         return self.activations or self.model.embed_tokens.weight.dtype

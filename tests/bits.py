@@ -10,18 +10,20 @@ compares the weights, the metrics, the samples and the answers, and it prints a 
 SHA-256 for each. The clock, the memory and the environment are not compared.
 
 Exit status 1 means that something differs. A digest holds for one machine and one PyTorch: other
-hardware rounds differently. This takes about three minutes on one core. Pytest does not collect it.
+hardware rounds differently. This takes about three minutes. Pytest does not collect it.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -41,7 +43,7 @@ EVALUATE = "evaluate.py --device cpu --n 64 --max-new-tokens 48"
 # PPO starts from the run "sft". That run sees enough examples to answer some problems: without a
 # reward PPO would have nothing to learn, and there would be little to compare.
 RUNS = {
-    "sft": f"{SFT} --recipe tuned --max-examples 800 --val-every 20 --keep best",
+    "sft": f"{SFT} --recipe tuned --max-examples 1000 --val-every 20 --keep best",
     "lora": f"{SFT} --recipe RECIPE --lora --max-examples 160 --micro-batch 8 --accumulation 2"
     " --optim adamw --weight-decay 0.01",
     "ppo": f"{PPO} --recipe RECIPE --accumulation 1",
@@ -50,12 +52,11 @@ RUNS = {
     "lora-bf16": f"{SFT} --recipe tuned --lora --max-examples 48",
     "ppo-bf16": f"{PPO} --recipe tuned --accumulation 2 --checkpointing full",
 }
-GREEDY = ""
-SAMPLED = "--samples 4 --temperature 0.7"
 
 # These keys tell of the clock, the machine and the place, not of the result.
-IGNORED = ("seconds", "tokens_per_s", "peak_memory", "environment", "model")
-MISSING = "missing"
+# So does every key that begins with "seconds".
+IGNORED = ("tokens_per_s", "peak_memory", "environment", "model")
+MISSING = "missing"  # stands for the value of a key that a row or a side does not have
 
 
 # ----------------------------------------------------------------------------------- the two sides
@@ -91,12 +92,12 @@ def name_of_recipe(side: Path) -> str:
 
 
 def train_and_evaluate(side: Path, run: str, recipe: str) -> None:
-    in_bf16 = run.endswith("bf16")
-    precision = "--precision bf16" if in_bf16 else "--precision fp32"
+    precision = "bf16" if run.endswith("bf16") else "fp32"
     command = RUNS[run].replace("RECIPE", recipe)
-    python(side, f"{command} {precision} --out runs/{run}")
-    for decoding in (SAMPLED,) if in_bf16 else (GREEDY, SAMPLED):
-        python(side, f"{EVALUATE} {precision} --model runs/{run} --out runs/{run} {decoding}")
+    python(side, f"{command} --precision {precision} --out runs/{run}")
+    evaluate = f"{EVALUATE} --precision {precision} --model runs/{run} --out runs/{run}"
+    python(side, evaluate)
+    python(side, f"{evaluate} --samples 4 --temperature 0.7")
 
 
 # ------------------------------------------------------------------------------------ what is there
@@ -110,10 +111,12 @@ def things(folder: Path) -> dict[str, dict]:
     found = {}
     for file in sorted(folder.rglob("*.safetensors")):
         found[str(file.relative_to(folder))] = load_file(file)
-    for key, column in columns(folder / "metrics.jsonl").items():
-        found[f"metrics.jsonl {key}"] = {key: column}
-    for file in (folder / "samples.jsonl", *sorted(folder.glob("eval-*.jsonl"))):
-        found[file.name] = columns(file)
+    for file in sorted(folder.glob("*.jsonl")):
+        if file.name == "metrics.jsonl":
+            for key, column in columns(file).items():
+                found[f"{file.name} {key}"] = {key: column}
+        else:
+            found[file.name] = columns(file)
     for file in sorted(folder.glob("eval-*.json")):
         found[file.name] = without_ignored(json.loads(file.read_text()))
     return found
@@ -127,7 +130,8 @@ def columns(file: Path) -> dict[str, list]:
 
 
 def without_ignored(row: dict) -> dict:
-    return {key: value for key, value in row.items() if not key.startswith(IGNORED)}
+    kept = [key for key in row if key not in IGNORED and not key.startswith("seconds")]
+    return {key: row[key] for key in kept}
 
 
 # ---------------------------------------------------------------------------------- the comparison
@@ -152,47 +156,49 @@ def digest(values: dict) -> str:
 
 
 def numbers(value) -> list[float]:
-    """All numbers in a tensor or in a JSON value, in their order."""
+    """All numbers in a tensor or in a JSON value, in their order. NaN stands for all else."""
     if isinstance(value, torch.Tensor):
         return value.double().flatten().tolist()
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
         return [number for part in value for number in numbers(part)]
-    return [float(value)] if isinstance(value, (int, float)) else []
+    return [float(value)] if isinstance(value, (int, float)) else [math.nan]
 
 
 def how_far(old: dict, new: dict, keys: list[str]) -> str:
     """The first key that differs, and the largest difference of any of these keys."""
-    first = keys[0]
-    for side, values in (("old", new), ("new", old)):
-        if first not in values:
-            return f"DIFFERENT: only the {side} side has {first}"
+    first = f"DIFFERENT: first {keys[0]}"
     largest = 0.0
     for key in keys:
-        pair = numbers(old.get(key)), numbers(new.get(key))
-        if len(pair[0]) != len(pair[1]):
-            return f"DIFFERENT: first {first}; {key} has another size"
-        largest = max([largest, *(abs(a - b) for a, b in zip(*pair))])
-    return f"DIFFERENT: first {first}, largest difference {largest:.3g}"
+        if key not in old or key not in new:
+            return f"{first}; only the {'old' if key in old else 'new'} side has {key}"
+        a, b = numbers(old[key]), numbers(new[key])
+        if len(a) != len(b):
+            return f"{first}; {key} has {len(a)} values in old and {len(b)} in new"
+        distances = [abs(x - y) for x, y in zip(a, b)]
+        largest = max([largest, *(d for d in distances if not math.isnan(d))])
+    if largest == 0:
+        return f"{first}; no number differs, so it is a text, a type, a NaN or a zero's sign"
+    return f"{first}, largest difference {largest:.3g}"
 
 
-def compare(run: str, old: dict, new: dict, expected: set[str]) -> int:
-    """Print a line for each thing of a run. Return how many differ."""
-    wrong = 0
+def compare(run: str, old: dict, new: dict, expected: list[str]) -> list[str]:
+    """Print a line for each thing of a run. Return the verdicts."""
+    verdicts = []
     for thing in old | new:
         a, b = old.get(thing, {}), new.get(thing, {})
         changed = [k for k in a | b if packed(a.get(k, MISSING)) != packed(b.get(k, MISSING))]
-        on_purpose = [key for key in changed if key in expected]
         by_accident = [key for key in changed if key not in expected]
-        verdict = "equal"
         if by_accident:
             verdict = how_far(a, b, by_accident)
-            wrong += 1
-        elif on_purpose:
-            verdict = f"changed on purpose: {', '.join(on_purpose)}"
+        elif changed:
+            verdict = f"changed on purpose: {', '.join(changed)}"
+        else:
+            verdict = "equal"
         print(f"{run:<10}{thing:<44}{digest(a)}  {verdict}", flush=True)
-    return wrong
+        verdicts.append(verdict)
+    return verdicts
 
 
 def main() -> int:
@@ -200,11 +206,11 @@ def main() -> int:
     p.add_argument("commit", help="the old side: a commit, or a folder")
     p.add_argument("--here", default=str(ROOT), help="the new side (default: the working tree)")
     p.add_argument("--expect-changed", default="", metavar="KEY[,KEY]",
-                   help="keys that differ on purpose")  # fmt: skip
+                   help="metrics and figures that differ on purpose")  # fmt: skip
     args = p.parse_args()
+    expected = args.expect_changed.split(",")
     began = time.time()
-    expected = set(args.expect_changed.split(","))
-    compared = wrong = 0
+    verdicts = []
     with tempfile.TemporaryDirectory() as folder:
         old, new = Path(folder) / "old", Path(folder) / "new"
         export(args.commit, old)
@@ -213,12 +219,13 @@ def main() -> int:
         for run in RUNS:
             for side in (old, new):
                 train_and_evaluate(side, run, recipes[side])
-            was, now = things(old / "runs" / run), things(new / "runs" / run)
-            wrong += compare(run, was, now, expected)
-            compared += len(was | now)
-    verdict = f"{wrong} differ" if wrong else "all equal, but for what changed on purpose"
-    print(f"{compared} things compared in {time.time() - began:.0f} s: {verdict}")
-    return 1 if wrong else 0
+            before, after = things(old / "runs" / run), things(new / "runs" / run)
+            verdicts += compare(run, before, after, expected)
+    tally = Counter(verdict.split()[0] for verdict in verdicts)
+    seconds = time.time() - began
+    print(f"{len(verdicts)} things compared in {seconds:.0f} s: {tally['equal']} equal, "
+          f"{tally['changed']} changed on purpose, {tally['DIFFERENT:']} different")  # fmt: skip
+    return 1 if tally["DIFFERENT:"] else 0
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Random harm to our own readers: each input ends in a value or a UserError, soon, or it is a find.
+"""Random damage to what we read: every input must soon end in a value or a UserError.
 
     python tests/fuzz.py                          # a million inputs, ten minutes or more
     python tests/fuzz.py --inputs 20000 --seed 7
-    python tests/fuzz.py --replay FILE            # a find again, with its traceback
+    python tests/fuzz.py --replay FILE            # read a find again and show its traceback
 
-Read are completions (extract_answer, last_number, cut), problem files, config.json and weight indexes,
-made of a grammar of what matters to each and then damaged: values of the wrong kind, missing
-fields, flipped, repeated and cut bytes. A find is saved to fuzz-finds/; exit status 1 if there is
-one. Not collected by pytest; what was found is in the tests of each reader.
+The inputs are completions (extract_answer, last_number, cut), problem files, config.json and weight
+indexes. Each is composed of parts that matter to its reader and then damaged: values of the wrong
+type, missing fields, flipped, repeated and cut bytes. Any other outcome is a find. Finds are saved
+to fuzz-finds/, and the exit status is then 1. pytest does not collect this file. The tests of each
+reader contain what was found.
 """
 
 import argparse
@@ -29,20 +30,24 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nanogsm import UserError, data  # noqa: E402
-from nanogsm.model import Gemma, read_config  # noqa: E402
+from nanogsm.model import read_config  # noqa: E402
 from nanogsm.store import hub  # noqa: E402
+from nanogsm.transformer import Transformer  # noqa: E402
 
-SLOW = 1.0  # seconds; the readers take well under a millisecond
+SLOW = 1.0  # seconds; the readers need well under a millisecond
 CONFIGS = [json.loads((ROOT / f"tests/fixtures/{name}/config.json").read_text())
            for name in ("gemma1", "gemma2", "gemma3")]  # fmt: skip
 ATOMS = [
-    "####", "#", "###", " ", "  ", "$", "-", "--", "+", "1", "72", "1,234", "1,23", ",", ".", ".5", "7.",
-    "1e5", "\n", "\t", "\r", "Question:", "Quest", "ion:", "<<48/2=24>>", "=", "%", "²", "٣", "½", "−",
-    "\u2028", "\u00a0", "\x00", "\x1b[2J", "\ud800", "9" * 400, "," * 50, " " * 50, "e", "nan", "inf",
+    "####", "#", "###", " ", "  ", "$", "-", "--", "+", "1", "72", "1,234", "1,23", ",", ".", ".5",
+    "7.", "1e5", "\n", "\t", "\r", "Question:", "Quest", "ion:", "<<48/2=24>>", "=", "%", "²", "٣",
+    "½", "−", "\u2028", "\u00a0", "\x00", "\x1b[2J", "\ud800", "9" * 400, "," * 50, " " * 50, "e",
+    "nan", "inf",
 ]  # fmt: skip
-VALUES = [None, True, False, 0, -1, 1, 2, 3, 7, 2**31, 10**9, 10**30, 0.5, -0.5, 1e308, math.nan, math.inf,
-          "", "x", "7", "float32", "full_attention", "../../x", [], [1], ["full_attention"], {}, {"a": 1},
-          {"rope_type": "linear", "factor": 0}, "\x00", "9" * 300]  # fmt: skip
+VALUES = [
+    None, True, False, 0, -1, 1, 2, 3, 7, 2**31, 10**9, 10**30, 0.5, -0.5, 1e308, math.nan,
+    math.inf, "", "x", "7", "float32", "full_attention", "../../x", [], [1], ["full_attention"], {},
+    {"a": 1}, {"rope_type": "linear", "factor": 0}, "\x00", "9" * 300,
+]  # fmt: skip
 NAMES = [
     "model.safetensors", "a-00001-of-00002.safetensors", "../x.safetensors", "/etc/passwd",
     "a/b.safetensors", "", ".", "..", "x\x00.safetensors", "link.safetensors", "ä.safetensors",
@@ -55,12 +60,12 @@ def text(rng: random.Random) -> str:
 
 
 def absurd(rng: random.Random):
-    """A copy: what is put into a list of VALUES must not end up in VALUES, or in itself."""
+    """A copy, because a value that is put into a list of VALUES must not change VALUES."""
     return copy.deepcopy(rng.choice(VALUES))
 
 
 def damaged(rng: random.Random, raw: bytes) -> bytes:
-    """Now and then a few bytes flipped, cut out or doubled."""
+    """Sometimes flip, cut out or double a few bytes."""
     raw = bytearray(raw)
     for _ in range(rng.choice((0, 0, 0, 1, 3))):
         if raw:
@@ -82,7 +87,8 @@ def to_bytes(obj) -> bytes:
 def jsonl(rng: random.Random) -> bytes:
     lines = []
     for _ in range(rng.randrange(4)):
-        row = {"question": text(rng) or "?", "answer": rng.choice((text(rng), f"{text(rng)}\n#### 7"))}
+        question, answers = text(rng) or "?", (text(rng), f"{text(rng)}\n#### 7")
+        row = {"question": question, "answer": rng.choice(answers)}
         if rng.random() < 0.2:
             row[rng.choice(("question", "answer", "more"))] = absurd(rng)
         if rng.random() < 0.1:
@@ -120,8 +126,8 @@ def read_completion(raw: bytes, folder: Path) -> None:
     for value in (data.extract_answer(completion), data.last_number(completion)):
         assert value is None or (type(value) is float and math.isfinite(value)), value
     assert "Question:" not in data.cut(completion)
-    right, flexible = data.is_correct(completion, problem), data.is_correct_flexible(completion, problem)
-    assert type(right) is bool and type(flexible) is bool
+    assert type(data.is_correct(completion, problem)) is bool
+    assert type(data.is_correct_flexible(completion, problem)) is bool
 
 
 def read_problems(raw: bytes, folder: Path) -> None:
@@ -133,10 +139,10 @@ def read_problems(raw: bytes, folder: Path) -> None:
 def read_a_config(raw: bytes, folder: Path) -> None:
     (folder / "config.json").write_bytes(raw)
     found = read_config(folder)
-    if found.num_hidden_layers < 8:  # what is accepted can be built and, where it is small, run
+    if found.num_hidden_layers < 8:  # an accepted config can be built and, if small, run
         small = found.vocab_size * found.hidden_size < 10**5 and found.intermediate_size < 10**3
         with torch.device("cpu" if small else "meta"):
-            model = Gemma(found)
+            model = Transformer(found)
         if small:
             model(torch.zeros((1, 3), dtype=torch.long))
 
@@ -147,7 +153,7 @@ def read_index(raw: bytes, folder: Path) -> None:
         assert path.resolve().parent == folder.resolve(), path
 
 
-READERS = {  # name: (makes an input, reads it, its share)
+READERS = {  # name: (makes an input, reads it, its share of all inputs)
     "completion": (lambda rng: text(rng).encode("utf-8", "surrogatepass"), read_completion, 0.5),
     "problems": (jsonl, read_problems, 0.25),
     "config": (config, read_a_config, 0.1),
@@ -160,7 +166,7 @@ def hangs(number, frame):
 
 
 def attempt(name: str, raw: bytes, folder: Path) -> str:
-    """What came of it: "read", "refused", or the find in words."""
+    """The outcome: "read", "refused" or a description of the find."""
     began = time.perf_counter()
     signal.signal(signal.SIGALRM, hangs)
     signal.alarm(60)
@@ -185,14 +191,16 @@ def main() -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        (folder / "elsewhere").write_bytes(b"")  # a link's target that must never be followed
+        (folder / "elsewhere").write_bytes(b"")  # no reader may follow the link to it
         (folder / "model").mkdir()
         (folder / "model/link.safetensors").symlink_to(folder / "elsewhere")
         (folder / "model/a-00001-of-00002.safetensors").write_bytes(b"")
         if args.replay:
-            print(attempt(args.replay.name.split("-")[0], args.replay.read_bytes(), folder / "model"))
+            name = args.replay.name.split("-")[0]
+            print(attempt(name, args.replay.read_bytes(), folder / "model"))
             return 0
-        rng, counts, finds, began = random.Random(args.seed), collections.Counter(), set(), time.time()
+        rng, began = random.Random(args.seed), time.time()
+        counts, finds = collections.Counter(), set()
         names, shares = list(READERS), [share for *_, share in READERS.values()]
         for done in range(1, args.inputs + 1):
             name = rng.choices(names, shares)[0]

@@ -1,13 +1,14 @@
-"""Killed at random, continued, and equal to a run nobody killed, bit for bit.
+"""Kill training runs at random, continue them, and compare with a run that nobody killed.
 
     python tests/kill.py                 # 51 kills of full SFT, LoRA and PPO on the embedded model
     python tests/kill.py --kills 4 --seed 3
 
-Every second kill comes from outside after a random time, the others strike at a random disk
-operation of a checkpoint or of the end: before a write reaches the disk, before a rename, before an older
-file is deleted. A killed run is started again by the same command until it ends. Compared are all
-weights, the optimizer's state, and every row of metrics and samples (what the clock says aside).
-Exit status 1 if anything differs. Not collected by pytest.
+Every second kill comes from outside, after a random time. The others strike at a random disk
+operation of a checkpoint or of the end: before a write reaches the disk, before a rename, or before
+an older file is deleted. The same command then starts the killed run again, until it ends. All
+weights, the state of the optimizer, and every row of metrics and samples must be equal to the bit.
+Only what the clock and the memory say is not compared. Exit status 1 if anything differs. Pytest
+does not collect this file.
 """
 
 import argparse
@@ -26,8 +27,8 @@ from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--tiny", "--val-examples", "16", "--save-every", "2", "--max-new-tokens", "48"]
-SFT = [*SMALL, "--max-examples", "160", "--val-every", "4"]
-RUNS = {  # name: script and flags; "sft" comes first, the others start from it
+SFT = [*SMALL, "--recipe", "original", "--max-examples", "160", "--val-every", "4"]
+RUNS = {  # name: script and flags; "sft" comes first, because PPO starts from it
     "sft": ["train_sft.py", *SFT],
     "lora": ["train_sft.py", *SFT, "--lora"],
     "ppo": ["train_ppo.py", *SMALL, "--init", "sft", "--recipe", "tuned", "--critic", "separate",
@@ -35,14 +36,13 @@ RUNS = {  # name: script and flags; "sft" comes first, the others start from it
             "--val-every", "3"],
 }  # fmt: skip
 
-# Runs the script named in argv[2:] with two changes: the last checkpoint is kept for comparison, and
-# the argv[1]-th disk operation of ours is never reached (0: all are).
+# Runs the script in argv[2:] with two changes. The last checkpoint is kept for the comparison. The
+# process dies before its argv[1]-th disk operation (0: never).
 HARNESS = """
 import os, runpy, shutil, signal, sys
 sys.path.insert(0, os.environ["ROOT"])
 from pathlib import Path
-from nanogsm.run import folder as runs
-from nanogsm.store import files
+from nanogsm.run.folder import RunFolder
 left = int(sys.argv[1])
 def deadly(module, name):
     real = getattr(module, name)
@@ -53,16 +53,16 @@ def deadly(module, name):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **kw)
     setattr(module, name, wrapped)
-for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"), (Path, "rename"),
-                     (Path, "unlink"), (Path, "replace")):
+for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"),
+                     (Path, "rename"), (Path, "unlink"), (Path, "replace")):
     deadly(module, name)
-finish = runs.Run.finish
-def keep(run, summary):
-    # The newest: a run killed while it deleted the older one has both until its end.
-    newest = max(run.folder.glob("checkpoint/step-*[0-9]"), key=lambda p: int(p.name[5:]))
-    shutil.copytree(newest, Path(str(run.folder) + "-kept") / newest.name, dirs_exist_ok=True)
-    finish(run, summary)
-runs.Run.finish = keep
+finish = RunFolder.finish
+def keep(folder, summary):
+    # The newest one: a run that was killed while it deleted the older one has both until its end.
+    newest = max(folder.path.glob("checkpoint/step-*[0-9]"), key=lambda p: int(p.name[5:]))
+    shutil.copytree(newest, Path(str(folder.path) + "-kept") / newest.name, dirs_exist_ok=True)
+    finish(folder, summary)
+RunFolder.finish = keep
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -72,7 +72,9 @@ def start(command: list[str], out: str, place: Path, die_at: int = 0) -> subproc
     script, *flags = command
     argv = [sys.executable, "-c", HARNESS, str(die_at), str(ROOT / script), *flags, "--out", out]
     env = os.environ | {"ROOT": str(ROOT)}
-    return subprocess.Popen(argv, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env)
+    return subprocess.Popen(
+        argv, cwd=place, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
 
 
 def ended(process: subprocess.Popen) -> None:
@@ -81,8 +83,12 @@ def ended(process: subprocess.Popen) -> None:
         sys.exit(f"the run failed with status {process.returncode}: {error[-2000:]}")
 
 
+def without_clock(row: dict) -> dict:
+    return {k: v for k, v in row.items() if not k.startswith(("seconds", "peak_memory"))}
+
+
 def everything(folder: Path) -> dict:
-    """All that a run left behind and that the clock has no part in."""
+    """All that a run leaves behind, except what the clock and the memory say."""
     found = {}
     for place in (folder, Path(f"{folder}-kept")):
         for file in place.rglob("*.safetensors"):
@@ -91,18 +97,17 @@ def everything(folder: Path) -> dict:
                 found[key] = (str(array.dtype), array.shape, array.tobytes())
     for file in Path(f"{folder}-kept").rglob("state.json"):
         state = json.loads(file.read_text())["state"]
-        found["state"] = {k: v for k, v in state.items() if k != "figures"}  # the clock's, too
+        found["state"] = state | {"metrics": without_clock(state["metrics"])}
     for name in ("metrics.jsonl", "samples.jsonl"):
         rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-        clock = ("seconds", "peak_memory")
-        found[name] = [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]
+        found[name] = [without_clock(row) for row in rows]
     return found
 
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--kills", type=int, default=17, help="of each of the three runs")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--kills", type=int, default=17, help="Kills of each of the three runs.")
+    p.add_argument("--seed", type=int, default=0, help="Seed of the moments of death.")
     args = p.parse_args()
     rng, wrong = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as folder:
@@ -125,22 +130,28 @@ def main() -> int:
                     if process.returncode == 0:
                         break
                     if process.returncode != -signal.SIGKILL:
-                        sys.exit(f"{name}: status {process.returncode} after a kill: {error[-2000:]}")
+                        status = process.returncode
+                        sys.exit(f"{name}: status {status} after a kill: {error[-2000:]}")
                     from_outside += outside
                     in_disk_operation += not outside
                 ended(start(command, "cut", place))
                 cut = everything(place / "cut")
-                different = [k for k in whole.keys() | cut.keys() if whole.get(k) != cut.get(k)]
+                keys = whole.keys() | cut.keys()
+                different = [key for key in keys if whole.get(key) != cut.get(key)]
                 complete += 1
                 if different:
                     wrong += 1
-                    print(f"{name}: {len(different)} of {len(whole)} differ, the first is {different[0]}")
-                for gone in ("cut", "cut-kept"):
-                    shutil.rmtree(place / gone)
+                    first = different[0]
+                    print(f"{name}: {len(different)} of {len(whole)} differ, the first is {first}")
+                for finished in ("cut", "cut-kept"):
+                    shutil.rmtree(place / finished)
             rows = len(whole["metrics.jsonl"]) + len(whole["samples.jsonl"])
-            print(f"{name}: {from_outside} kills from outside, {in_disk_operation} in a disk operation, "
-                  f"{complete} runs came to their end; {len(whole) - 3} tensors, the state and {rows} "
-                  "rows compared", flush=True)  # fmt: skip
+            print(
+                f"{name}: {from_outside} kills from outside, {in_disk_operation} in a disk "
+                f"operation, {complete} runs finished; {len(whole) - 3} tensors, the state and "
+                f"{rows} rows compared",
+                flush=True,
+            )
     print("all equal" if not wrong else f"{wrong} runs differ")
     return 1 if wrong else 0
 

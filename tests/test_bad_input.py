@@ -1,7 +1,7 @@
-"""Whatever a user gets wrong ends in one line that says what and what to do, status 2, and no file.
+"""A user's mistake ends in one line that says what is wrong and what to do, status 2, and no file.
 
-The rest of the suite has the same for each part (damaged checkpoints, downloads, tokenizers, ...);
-here are the three scripts as they are started, every numeric flag, and files made to do harm.
+The other tests show the same for each part (damaged checkpoints, downloads, tokenizers, ...). Here
+are the three scripts as they are started, every numeric flag, and files made to do harm.
 """
 
 import json
@@ -21,7 +21,7 @@ import evaluate
 import train_ppo
 import train_sft
 from nanogsm import UserError
-from nanogsm.run import console
+from nanogsm.run import flags
 
 ROOT = Path(__file__).parents[1]
 MODEL = str(FIXTURES / "gemma3")
@@ -31,8 +31,10 @@ SCRIPTS = pytest.mark.parametrize("script", START, ids=lambda module: module.__n
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """An empty folder to stand in, with a good file of problems beside it."""
-    rows = [{"question": f"{i} + {i}?", "answer": f"It is {2 * i}.\n#### {2 * i}"} for i in range(8)]
+    """Work in an empty folder. A good file of problems lies next to it."""
+    rows = [
+        {"question": f"{i} + {i}?", "answer": f"It is {2 * i}.\n#### {2 * i}"} for i in range(8)
+    ]
     (tmp_path / "good.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -62,13 +64,13 @@ def refused(script, argv, says) -> None:
 def numeric_flags(script) -> list[tuple[str, type]]:
     parsers = []
 
-    class Spy(console.Parser):
-        def parse_args(self, argv=None):
+    class Spy(flags.Parser):
+        def parse_known_args(self, *_):  # parse_args calls it, too
             parsers.append(self)
             raise UserError("seen")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(console, "Parser", Spy)
+        patch.setattr(flags, "Parser", Spy)
         with pytest.raises(UserError, match="seen"):
             script.parse_args([])
     return [(a.option_strings[-1], a.type) for a in parsers[0]._actions if a.type in (int, float)]
@@ -87,7 +89,10 @@ def test_the_numeric_flags_are_found():
     assert {"--lora-r", "--lr", "--seed"} <= {flag for _, flag, _ in NUMBERS} and len(NUMBERS) > 150
 
 
-@pytest.mark.parametrize("script, flag, value", NUMBERS, ids=lambda v: getattr(v, "__name__", str(v)[:9]))
+SHORT_ID = lambda value: getattr(value, "__name__", str(value)[:9])  # noqa: E731
+
+
+@pytest.mark.parametrize("script, flag, value", NUMBERS, ids=SHORT_ID)
 def test_absurd_numbers_are_refused_by_name(script, flag, value, place):
     adapters = ["--lora"] * (script is train_sft and flag.startswith("--lora"))
     refused(script, [*usual(script, place), *adapters, flag, value], f"{flag}(:| is)")
@@ -104,7 +109,8 @@ def test_a_misspelt_flag_is_one_line(script, place):
         (train_sft, ["--merge"], "--merge goes with --lora"),
         (train_sft, ["--lora-r", "8"], "--lora-r goes with --lora"),
         (train_sft, ["--keep", "best", "--val-examples", "2"], "--keep best needs --val-every"),
-        (train_sft, ["--keep", "best", "--val-every", "1", "--val-examples", "0"], "nothing to choose by"),
+        (train_sft, ["--keep", "best", "--val-every", "1", "--val-examples", "0"],
+         "nothing to choose by"),
         (train_sft, ["--min-lr", "1", "--lr", "0.1"], "--min-lr"),
         (train_sft, ["--val-examples", "8"], "--val-examples 8 of 8"),
         (train_sft, ["--max-seq-length", "5"], "every example is longer than --max-seq-length 5"),
@@ -113,7 +119,7 @@ def test_a_misspelt_flag_is_one_line(script, place):
         (train_ppo, ["--critic", "none"], "--critic"),
         (train_ppo, ["--gamma", "1.1"], "--gamma"),
         (evaluate, ["--samples", "4"], "--samples above 1 needs --temperature"),
-        (evaluate, ["--split", "validation", "--n", "9"], "of 8 training problems"),
+        (evaluate, ["--split", "validation", "--n", "9"], "9 of 8 leaves none to train on"),
         (evaluate, ["--shots", "2"], "--shots"),
         (evaluate, ["--ask", " "], "--ask needs a question"),
         (evaluate, ["--compare", "a", "b"], "there is no a"),
@@ -163,14 +169,14 @@ def test_gsm8k_that_is_not_there(script, place):
         (b"[" * 100_000, "line 1: not a JSON object"),
     ],
 )
-def test_problems_that_are_none(script, content, says, place):
+def test_files_without_problems(script, content, says, place):
     (place / "bad.jsonl").write_bytes(content)
     refused(script, [*usual(script, place), "--data", str(place / "bad.jsonl")], says)
 
 
 @SCRIPTS
-def test_a_folder_that_is_no_runs_is_left_alone(script, place):
-    """A file where the run folder should be, and for training a folder with something else in it."""
+def test_a_folder_that_is_not_a_run_folder_is_left_alone(script, place):
+    """A file in its place, and for training a folder with something else in it."""
     (place / "file").write_text("mine")
     refused(script, [*usual(script, place), "--out", str(place / "file")], str(place / "file"))
     if script is not evaluate:
@@ -180,7 +186,7 @@ def test_a_folder_that_is_no_runs_is_left_alone(script, place):
 
 @SCRIPTS
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
-def test_a_read_only_folder_is_said(script, place):
+def test_a_read_only_folder_is_named(script, place):
     (place / "fixed").mkdir(mode=0o555)
     refused(script, [*usual(script, place), "--out", str(place / "fixed/run")], "fixed")
 
@@ -201,9 +207,9 @@ def header(tensors: dict, data: bytes = b"") -> bytes:
 EMBEDDING = "model.embed_tokens.weight"
 HOSTILE = {
     "nothing at all": b"",
-    "a length and no more": struct.pack("<Q", 8),
+    "a length and nothing else": struct.pack("<Q", 8),
     "a header longer than any memory": struct.pack("<Q", 2**63),
-    "a header that is no JSON": struct.pack("<Q", 4) + b"spam",
+    "a header that is not JSON": struct.pack("<Q", 4) + b"spam",
     "a shape larger than its bytes": header(
         {EMBEDDING: {"dtype": "F32", "shape": [384, 24], "data_offsets": [0, 4]}}, b"\0" * 4
     ),
@@ -238,11 +244,14 @@ def test_hostile_weights_are_one_line(script, kind, place):
     refused(script, argv, "model.safetensors")
 
 
-@pytest.mark.parametrize("target", ["/etc/passwd", "../../model.safetensors", "a/b.safetensors", "x.bin"])
+@pytest.mark.parametrize(
+    "target", ["/etc/passwd", "../../model.safetensors", "a/b.safetensors", "x.bin"]
+)
 def test_an_index_that_points_elsewhere_is_refused(target, place):
     model = copy_of("gemma3", place)
     (model / "model.safetensors").unlink()
-    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {EMBEDDING: target}}))
+    index = {"weight_map": {EMBEDDING: target}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(evaluate, usual(evaluate, place, str(model)), "not the plain name")
 
 
@@ -287,10 +296,16 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(place):
 def test_adapters_that_do_not_fit(change, says, place):
     adapter = place / "adapter"
     adapter.mkdir()
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": MODEL, "bias": "none"}
+    config = {
+        "peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": MODEL,
+        "bias": "none",
+    }  # fmt: skip
     (adapter / "adapter_config.json").write_text(json.dumps(config | change))
     name = "base_model.model.model.layers.0.self_attn.q_proj"
-    tensors = {f"{name}.lora_A.weight": torch.zeros(4, 24), f"{name}.lora_B.weight": torch.zeros(64, 4)}
+    tensors = {
+        f"{name}.lora_A.weight": torch.zeros(4, 24),
+        f"{name}.lora_B.weight": torch.zeros(64, 4),
+    }
     save_file(tensors, adapter / "adapter_model.safetensors")
     for script in (train_ppo, evaluate):
         refused(script, usual(script, place, str(adapter)), says)
@@ -308,9 +323,9 @@ def test_adapters_that_do_not_fit(change, says, place):
     ],
 )
 def test_status_2_and_one_printable_line_on_stderr(command, says, place):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / command[0]), *command[1:]], capture_output=True, text=True, timeout=60
-    )
+    argv = [sys.executable, str(ROOT / command[0]), *command[1:]]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == ""
-    assert says in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert says in done.stderr
     assert "\x1b" not in done.stderr and not list(Path().iterdir())

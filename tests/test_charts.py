@@ -1,4 +1,4 @@
-"""SVG charts are well-formed, show every point where it belongs, and neutralise text."""
+"""SVG charts are well-formed, show every point in its place, and escape text."""
 
 import math
 import xml.etree.ElementTree as ET
@@ -11,7 +11,8 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.mark.parametrize(
-    "low, high", [(0, 1), (0.246, 0.613), (36.4, 59.9), (-3, 5), (0, 0), (7, 7), (1e-9, 3e-9), (0, 123456)]
+    "low, high",
+    [(0, 1), (0.246, 0.613), (36.4, 59.9), (-3, 5), (0, 0), (7, 7), (1e-9, 3e-9), (0, 123456)],
 )
 def test_ticks_are_round_and_cover_the_range(low, high):
     found = charts.ticks(low, high)
@@ -41,12 +42,43 @@ def test_what_is_not_a_number_is_left_out_and_empty_panels_are_drawn():
 
 def test_lines_of_a_name_share_its_colour_and_text_is_escaped():
     name = "</text><script>"
-    panel = charts.Panel("<b>&", [("a", [(0, 0), (1, 1)]), (name, [(0, 1), (1, 0)]), ("a", [(0, 2), (1, 2)])])
+    panel = charts.Panel(
+        "<b>&", [("a", [(0, 0), (1, 1)]), (name, [(0, 1), (1, 0)]), ("a", [(0, 2), (1, 2)])]
+    )
     page = charts.page([panel], ["a", name])
     assert "<script" not in page and "&lt;b&gt;&amp;" in page
-    assert [line.get("class") for line in ET.fromstring(page).iter(f"{SVG}polyline")] == ["c0", "c1", "c0"]
+    assert [line.get("class") for line in ET.fromstring(page).iter(f"{SVG}polyline")] == [
+        "c0",
+        "c1",
+        "c0",
+    ]
+
+
+def labels(page: str, axis: str) -> dict[str, float]:
+    """Label -> its x coordinate, for the "x" or the "y" axis."""
+    texts = [text for text in ET.fromstring(page).iter(f"{SVG}text") if text.get("class") == axis]
+    return {text.text: float(text.get("x")) for text in texts}
 
 
 def test_shares_are_shown_as_percentages():
     page = charts.page([charts.Panel("t", [("a", [(0, 0.0), (1, 0.5)])], percent=True)], ["a"])
-    assert {"0%", "60%"} <= {text.text for text in ET.fromstring(page).iter(f"{SVG}text")}
+    assert list(labels(page, "y")) == ["0%", "20%", "40%", "60%"]
+
+
+@pytest.mark.parametrize(
+    "high, written",
+    [
+        (0.3, ["0", "0.1", "0.2", "0.3"]),
+        (1_500, ["0", "500", "1,000", "1,500"]),
+        (15_000, ["0", "5,000", "10,000", "15,000"]),
+        (1_500_000, ["0", "500,000", "1,000,000", "1,500,000"]),
+    ],
+)
+def test_labels_are_written_in_full_and_inside_the_picture(high, written):
+    page = charts.page([charts.Panel("t", [("a", [(0, 0.0), (15_000, high)])])], ["a"])
+    assert list(labels(page, "y")) == written
+    assert list(labels(page, "x")) == ["0", "5,000", "10,000", "15,000"]
+    digit = 6.7  # pixels, of the sans-serif fonts in use at 12 pixels
+    assert all(x - digit * len(label) >= 0 for label, x in labels(page, "y").items())  # ends at x
+    for label, x in labels(page, "x").items():  # its middle is at x
+        assert digit * len(label) / 2 <= x <= charts.WIDTH - digit * len(label) / 2

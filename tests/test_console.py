@@ -1,5 +1,5 @@
-"""What a script's user meets at its edges: a stop is patient, an error is one line, and the console line
-and the record of the machine say what is so."""
+"""How a script ends and what it shows: a stop waits for the end of a step, an error is one line,
+and the progress line and the record of the machine are true."""
 
 import errno
 import json
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from nanogsm import UserError
-from nanogsm.run import console
+from nanogsm.run import console, machine
 from nanogsm.run.console import Interrupt, Progress, graceful_stop, printable
 
 # ---- stopping
@@ -30,7 +30,7 @@ def test_signal_sets_a_flag_and_handlers_are_restored(default_signals, capfd, nu
         assert stop.requested == number and stop.exit_code == code
         assert "continue from step 7" in stop.message(7)
     assert signal.getsignal(number) is before
-    assert "a Ctrl-C from now on" in capfd.readouterr().err
+    assert "press Ctrl-C again to stop at once" in capfd.readouterr().err
 
 
 def test_second_ctrl_c_interrupts_at_once(default_signals):
@@ -40,7 +40,7 @@ def test_second_ctrl_c_interrupts_at_once(default_signals):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_second_sigterm_is_patient(default_signals):
+def test_second_sigterm_still_waits_for_the_step(default_signals):
     with graceful_stop() as stop:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
@@ -58,7 +58,7 @@ def test_ignored_signals_and_other_threads_are_left_alone(default_signals):
     assert isinstance(caught[0], Interrupt) and caught[0].requested is None
 
 
-# ---- the way out
+# ---- the way in and out
 
 
 def fail(error):
@@ -110,7 +110,7 @@ def test_bugs_keep_their_traceback():
             console.entry(lambda: fail(error))
 
 
-def test_reader_who_left_and_unprintable_output_are_no_errors(tmp_path, monkeypatch, capsys):
+def test_a_closed_pipe_and_unprintable_output_are_no_errors(tmp_path, monkeypatch, capsys):
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as pipe:
@@ -123,10 +123,10 @@ def test_reader_who_left_and_unprintable_output_are_no_errors(tmp_path, monkeypa
     assert (tmp_path / "out").read_text() == "\\ud800\\xe9\n"
 
 
-# ---- the console line
+# ---- the progress line
 
 
-def test_printable_neutralises_what_a_terminal_obeys():
+def test_printable_escapes_what_a_terminal_obeys():
     text = "\x1b[2J\rgone\x07\x9b31m\u202e\x7f\ud800 é 数\tx\n"
     assert printable(text) == "\\x1b[2J\\rgone\\x07\\x9b31m\\u202e\\x7f\\ud800 é 数\tx\n"
 
@@ -135,24 +135,26 @@ def test_progress_in_a_file_prints_first_last_and_sometimes(monkeypatch, capsys)
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with Progress(60) as progress:
-        for step in range(41, 61):  # a continued run: 40 steps were made by another process
+        for step in range(41, 61):  # a continued run: an earlier process did 40 steps
             clock[0] += 3
             progress.update(step, loss=0.5, tokens_per_s=12345.6, memory=3 * 2**29, em=None)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == "41/60 45/60 49/60 53/60 57/60 60/60".split()
     assert lines[0] == "step 41/60  loss 0.5  12,346 tokens/s  1.50 GiB"
-    assert lines[1].endswith("ETA 0:00:45")  # 15 steps of 3 s
+    # 15 steps of 3 s are left. The time stands early, where a narrow terminal still shows it.
+    assert lines[1].startswith("step 45/60  ETA 0:00:45  loss 0.5")
+    assert "ETA" not in lines[-1]
 
 
 def test_the_last_step_of_a_progress_line_is_printed_once(monkeypatch, capsys):
-    """A validation at the last step reports its own progress, which is no reason to flood a log."""
+    """A validation after the last step shows its own progress, which must not flood a log."""
     with Progress(60) as progress:
         for done in range(20):
             progress.update(60, validating=f"{done}/20")
     assert capsys.readouterr().out == "step 60/60  validating 0/20\n"
 
 
-def test_progress_on_a_terminal_is_one_line_and_notes_stand_above_it(monkeypatch, capsys):
+def test_progress_on_a_terminal_is_one_line_with_notes_above_it(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((20, 5)))
     with Progress(9) as progress:
@@ -167,13 +169,13 @@ def test_progress_on_a_terminal_is_one_line_and_notes_stand_above_it(monkeypatch
 
 
 def test_environment_and_peak_memory():
-    env = console.environment()
+    env = machine.environment()
     assert env["torch"].startswith(torch.__version__.split("+")[0]) and env["cores"] >= 1
     json.dumps(env)
-    before = console.peak_memory("cpu")
-    # 64 MiB more than the process ever held: the peak must move past them, whatever it holds now
+    before = machine.peak_memory("cpu")
+    # 64 MiB more than the process ever held: the peak must rise, whatever it holds now
     block = torch.ones(before // 4 + 2**24)
-    assert before < block.nbytes <= console.peak_memory("cpu") < before + 2 * block.nbytes
+    assert before < block.nbytes <= machine.peak_memory("cpu") < before + 2 * block.nbytes
     del block
 
 
@@ -185,12 +187,12 @@ def test_commit_is_that_of_our_checkout_or_absent(tmp_path, monkeypatch):
 
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "x")
-    monkeypatch.setattr(console, "__file__", str(tmp_path / "nanogsm/run/console.py"))
-    env = console.environment()
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "nanogsm/run/machine.py"))
+    env = machine.environment()
     assert len(env["commit"]) == 40 and env["dirty"] is False
     (tmp_path / "new").write_text("")
-    assert console.environment()["dirty"] is True
+    assert machine.environment()["dirty"] is True
     # Installed somewhere inside another project's checkout.
-    monkeypatch.setattr(console, "__file__", str(tmp_path / "venv/nanogsm/run/console.py"))
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "venv/nanogsm/run/machine.py"))
     (tmp_path / "venv").mkdir()
-    assert "commit" not in console.environment()
+    assert "commit" not in machine.environment()

@@ -1,7 +1,7 @@
-"""data.py: answers by table, prompts as hand-written text, ids and masks against the raw tokenizer
-library and transformers' chat template, and every way a user's own file can be wrong.
+"""data.py: answers from a table, prompts against hand-written text, ids and masks against the raw
+tokenizer library and transformers' chat template, and every way a user's own file can be wrong.
 
-The last two tests read real files and run where they are named:
+The last two tests read real files. They run if these variables name them:
 
     NANOGSM_DATA_DIR=gsm8k NANOGSM_GEMMA=folder-of-tokenizer.json pytest tests/test_data.py
 """
@@ -61,7 +61,7 @@ PAIRS = [
     ("Two lines\nand  two spaces", "- a list\n- of things\n#### -3"),
     ("café – 東京 🍎?", "🍎 costs €5\n#### 5"),
 ]
-# From DESIGN.md, by hand
+# Copied by hand
 INSTRUCTION = (
     "You are a helpful math assistant. Please provide a step-by-step derivation and end your "
     "answer with the final numerical result in the format '#### <number>'."
@@ -84,7 +84,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def raw() -> tokenizers.Tokenizer:
-    """The library by itself, which reads "<bos>" in a text as the token."""
+    """The library itself, which reads "<bos>" in a text as the token."""
     return tokenizers.Tokenizer.from_file(str(GEMMA / "tokenizer.json"))
 
 
@@ -112,7 +112,7 @@ def problems(n: int) -> list[Problem]:
 @pytest.mark.parametrize(
     "text, number",
     [
-        # DESIGN.md's table
+        # the rules
         ("#### 72.", 72),
         ("#### $72", 72),
         ("#### 72.00", 72),
@@ -138,7 +138,7 @@ def problems(n: int) -> list[Problem]:
         ("#### .5", 0.5),
         ("#### 72%", 72),
         ("#### 3-5", 3),
-        # commas are part of a number only where thousands have them
+        # commas are part of a number only between thousands
         ("#### 1,234,567.50", 1234567.5),
         ("#### 1,234, or so", 1234),
         ("#### 1,5", 1),
@@ -151,19 +151,19 @@ def problems(n: int) -> list[Problem]:
         ("#### ,234", None),
         ("#### -", None),
         ("#### $", None),
-        # white space and what stands around
+        # white space and other text around the number
         ("####\n72", 72),
         ("####\t72", 72),
         ("6 * 12 = 72\n#### 72\n\nDone: 100", 72),
         ("12 #### 72", 72),
-        # the number right after the marker, not just any later one
+        # only the number right after the marker counts
         ("#### the answer is 72", None),
         ("#### x\n#### 72", None),
         ("", None),
         ("####", None),
         ("### 72", None),
         ("# # # # 72", None),
-        # what float() or \d would have taken
+        # float() or \d would accept these
         ("#### ٧٢", None),
         ("#### ７２", None),
         ("#### 1_000", 1),
@@ -185,7 +185,7 @@ def test_extracted_answer(text, number):
         ("so it is $1,234.", 1234),
         ("it lost -3", -3),
         ("it lost -$3.50 today", -3.5),
-        # a minus is a sign, but after a digit a subtraction
+        # a minus is a sign, except after a digit, where it subtracts
         ("is -3", -3),
         ("-3", -3),
         ("(-3)", -3),
@@ -208,7 +208,7 @@ def test_last_number(text, number):
     assert last_number(text) == number
 
 
-LONG = 20_000  # characters: time that grew with the square would be seconds, and is milliseconds
+LONG = 20_000  # characters; quadratic time would be seconds, linear time is milliseconds
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ LONG = 20_000  # characters: time that grew with the square would be seconds, an
     ids=["spaces", "lines", "minus", "dollars", "mixed", "number", "groups", "commas", "digits"],
 )
 def test_answers_take_time_in_proportion_to_the_text(run, extracted, last):
-    began = time.process_time()  # of this process alone: others may have the machine
+    began = time.process_time()  # other processes on the machine do not count
     found = extract_answer("#### " + run), last_number("#### " + run)
     assert time.process_time() - began < 0.5
     assert found == (extracted, last)
@@ -287,12 +287,12 @@ def test_flexible_is_held_against_the_number_after_the_marker():
 # Prompts, as text
 
 
-def test_instruction_and_one_shot_are_the_reports():
+def test_instruction_and_one_shot_are_those_of_the_original_study():
     assert data.INSTRUCTION == INSTRUCTION
     assert data.ONE_SHOT == Problem(NATALIA, NATALIA_SOLVED, 0)
 
 
-# The answer, and the end token, follow each of these.
+# Each of these is followed by the answer and the end token.
 PLAIN = {
     (0, False): f"<bos>Question: {QUESTION}\nAnswer:",
     (0, True): f"<bos>{INSTRUCTION}\n\nQuestion: {QUESTION}\nAnswer:",
@@ -360,7 +360,7 @@ def test_end_token_is_supervised_and_last(tokenizer, prompt):
     assert ids[-1] == (EOS if prompt.style == "plain" else END)
     assert mask[-1] == 1
     assert ids.count(EOS) == (prompt.style == "plain")
-    # chat closes the user's turn and the model's, of each shot, too
+    # chat ends the user's turn and the model's turn, also in each shot
     assert ids.count(END) == (0 if prompt.style == "plain" else 2 + 2 * prompt.shots)
 
 
@@ -375,7 +375,7 @@ def test_supervised_ids_are_exactly_the_answer(tokenizer, raw, prompt):
         end = f" {answer}<eos>" if prompt.style == "plain" else f"{answer}<end_of_turn>"
         assert whole_text(raw, ids[mask].tolist()) == end
         length = len(encode(tokenizer, prompt, question)[0])
-        assert not mask[:length].any() and mask[length]  # the answer's first token is the first
+        assert not mask[:length].any() and mask[length]  # supervised from the answer's first token
 
 
 @every_prompt
@@ -413,7 +413,7 @@ def test_special_tokens_inside_a_problem_stay_text(tokenizer, raw, prompt):
 
 
 def test_show_puts_a_mask_bit_to_each_token(tokenizer):
-    # "▁May" with its space is one token: it belongs to the target
+    # "▁May" with its space is one token, and it belongs to the target
     ids, mask = encode(tokenizer, Prompt(), "?", "May")
     assert tokenizer.show(ids, mask).endswith("':'|0 '▁May'|1 '<eos>'|1")
     with pytest.raises(ValueError):
@@ -546,7 +546,7 @@ def test_windows_line_ends_are_allowed(tmp_path):
 def test_utf8_byte_order_mark_is_allowed_where_windows_editors_put_it(tmp_path):
     path = write(tmp_path, b"\xef\xbb\xbf" + f"{row('a')}\n{row('b')}\n".encode())
     assert [p.question for p in read_jsonl(path)] == ["a", "b"]
-    path = write(tmp_path, f"{row('a')}\n\ufeff{row('b')}\n")  # two files put together
+    path = write(tmp_path, f"{row('a')}\n\ufeff{row('b')}\n")  # two files joined
     with pytest.raises(UserError, match="line 2: not a JSON object"):
         read_jsonl(path)
 
@@ -587,7 +587,7 @@ def test_a_line_that_is_no_problem_is_named_by_number(tmp_path, bad):
 
 def test_a_misspelt_field_is_named(tmp_path):
     path = write(tmp_path, '{"question": "1?", "answr": "#### 1"}\n')
-    with pytest.raises(UserError, match="one a line; 'answer' is missing"):
+    with pytest.raises(UserError, match="one object per line; 'answer' is missing"):
         read_jsonl(path)
 
 
@@ -618,13 +618,16 @@ def test_a_new_question_is_seen_though_it_comes_a_character_at_a_time():
 
 
 def test_an_answer_that_nothing_could_match_is_refused(tmp_path):
-    """A completion is cut at "Question:", also in a word: the gold answer itself would be wrong."""
+    """A completion is cut at "Question:", even inside a word, so this answer itself would fail."""
     path = write(tmp_path, row(answer="Sub-Question: 2 + 3? 5\n#### 5"))
-    with pytest.raises(UserError, match='line 1: the answer has no "#### number" before "Question:"'):
+    said = 'line 1: the answer has no "#### number" before "Question:"'
+    with pytest.raises(UserError, match=said):
         read_jsonl(path)
 
 
-@pytest.mark.parametrize("end", ["1/2", "5 - 10", "1,5", "10:30", "2^3", "1e6", "3, 4", "1.23.45", "2*(3+4)"])
+@pytest.mark.parametrize(
+    "end", ["1/2", "5 - 10", "1,5", "10:30", "2^3", "1e6", "3, 4", "1.23.45", "2*(3+4)"]
+)
 def test_an_answer_that_goes_on_after_its_number_is_refused(tmp_path, end):
     path = write(tmp_path, row(answer=f"So\n#### {end}"))
     said = f'line 1: what follows "####" is not one number: {end!r}'
@@ -632,7 +635,9 @@ def test_an_answer_that_goes_on_after_its_number_is_refused(tmp_path, end):
         read_jsonl(path)
 
 
-@pytest.mark.parametrize("end", ["5", "-5", "$1,234.50", "5 apples", "5.", "5%", "5, as said", "5\n\n"])
+@pytest.mark.parametrize(
+    "end", ["5", "-5", "$1,234.50", "5 apples", "5.", "5%", "5, as said", "5\n\n"]
+)
 def test_an_answer_of_one_number_is_taken(tmp_path, end):
     assert len(read_jsonl(write(tmp_path, row(answer=f"So\n#### {end}")))) == 1
 
@@ -712,7 +717,7 @@ def test_a_validation_slice_that_leaves_nothing_is_refused(n):
 
 
 def test_samples_are_the_same_in_every_run_and_release():
-    # Recorded once: another sample would make results of two releases incomparable.
+    # Recorded once. With another sample, results of two releases could not be compared.
     assert [p.index for p in split_validation(problems(30), 5)[1]] == [5, 7, 8, 12, 13]
     assert [p.index for p in subset(problems(30), 5)] == [4, 6, 7, 11, 12]
     chosen = [p.index for p in subset(problems(1319), 256)]
@@ -734,7 +739,7 @@ def test_subset_is_sorted_without_repeats_and_at_most_all():
     everything = problems(50)
     indices = [p.index for p in subset(everything, 20)]
     assert len(indices) == 20 and indices == sorted(set(indices))
-    assert indices != list(range(20))  # a sample, not the head
+    assert indices != list(range(20))  # a sample, not simply the first ones
     assert subset(everything, 50) == subset(everything, 51) == everything
 
 
@@ -746,14 +751,14 @@ def test_digest_changes_with_a_character_and_with_the_order():
         [*original[:2], original[2]._replace(answer="#### 3")],
         [p._replace(index=i) for i, p in enumerate(original[::-1])],  # another order in the file
         original[:2],
-        # the same characters, divided otherwise
+        # the same characters, divided differently
         [Problem("question 0#", "### 0", 0), *original[1:]],
     ]
     assert len({digest(p) for p in [original, *changed]}) == 1 + len(changed)
-    assert digest(original[::-1]) == digest(original)  # however they were split since
+    assert digest(original[::-1]) == digest(original)  # the order in the list does not count
 
 
-# Real data, where there is some
+# Real data, if there is any
 
 DATA_DIR, REAL_GEMMA = os.environ.get("NANOGSM_DATA_DIR"), os.environ.get("NANOGSM_GEMMA")
 
@@ -765,11 +770,11 @@ def test_gsm8k_has_integer_answers_disjoint_splits_and_passes_its_own_check():
     assert train[0] == data.ONE_SHOT
     for problem in train + test:
         assert extract_answer(problem.answer).is_integer(), problem
-        assert is_correct(problem.answer, problem)  # so none is cut at a "Question:"
+        assert is_correct(problem.answer, problem)  # so no answer is cut at a "Question:"
     assert not {p.question for p in train} & {p.question for p in test}
 
 
-@pytest.mark.skipif(not (DATA_DIR and REAL_GEMMA), reason="needs NANOGSM_GEMMA, too")
+@pytest.mark.skipif(not (DATA_DIR and REAL_GEMMA), reason="also needs NANOGSM_GEMMA")
 def test_gsm8k_by_a_real_tokenizer(tmp_path):
     shutil.copy(Path(REAL_GEMMA) / "tokenizer.json", tmp_path)
     tokenizer, longest = Tokenizer(tmp_path), 0

@@ -1,5 +1,5 @@
-"""evaluate.py: statistics against numbers worked by hand, the comparison of two hand-made
-evaluations, and the whole script in process on the fixture model."""
+"""evaluate.py: prompts and file names, the whole script on the fixture model, and the comparison of
+two hand-made evaluations."""
 
 import json
 import os
@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 
 import evaluate
-from evaluate import main, parse_args, resolve, run_of
+from evaluate import main, parse_args, resolve
 from nanogsm import UserError, data, generate
 from nanogsm.data import Problem, Prompt
 from nanogsm.generate import Completion
-from nanogsm.report.scores import read_rows
+from nanogsm.report.eval_files import read_rows
+from nanogsm.run.past import run_of
 
 GEMMA = Path(__file__).parent / "fixtures" / "gemma3"
 FLOAT64_ROUNDING = 1e-12
 QUESTIONS = [("How many clips?", 72), ("Half of 24?", 12), ("3 boxes of 12?", 36), ("Minus 5?", -5)]
-# What `flags` below asks for, with --out: an untuned model's prompt and --max-new-tokens are named.
+# The result of `flags` below with --out. An untuned model's prompt and the limit are in the name.
 NAME = "eval-mine-4-plain-one-shot-instruction-max6"
 
 
@@ -39,11 +40,11 @@ def mine(tmp_path) -> str:
     return str(path)
 
 
-def run_folder(folder: Path, prompt: dict, model: bool = False, val_examples: int = 8) -> str:
-    """What a training run leaves: its prompt, what it held out, and its model if that is to be
-    loaded."""
+def run_folder(folder: Path, prompt: dict, model=False, val_examples=8, data="main") -> str:
+    """What a training run leaves: its prompt, its data, how many problems it held out, and its
+    model if the test loads it."""
     folder.mkdir(parents=True)
-    record = {"args": {"val_examples": val_examples, "data": "main"}, "info": {"prompt": prompt}}
+    record = {"args": {"val_examples": val_examples, "data": data}, "info": {"prompt": prompt}}
     (folder / "run_args.json").write_text(json.dumps(record))
     if model:
         shutil.copytree(GEMMA, folder / "model")
@@ -62,10 +63,10 @@ def flags(mine, out=None, model=GEMMA, **more) -> list[str]:
 
 
 def read(folder: Path, name: str) -> tuple[dict, list[dict]]:
-    """(figures, rows) as written."""
-    figures = json.loads((folder / f"{name}.json").read_text())
+    """(summary, rows) as written."""
+    summary = json.loads((folder / f"{name}.json").read_text())
     lines = (folder / f"{name}.jsonl").read_text().splitlines()
-    return figures, [json.loads(line) for line in lines]
+    return summary, [json.loads(line) for line in lines]
 
 
 # Prompt and file names
@@ -140,7 +141,7 @@ def test_run_is_asked_as_it_was_trained_and_results_go_to_its_folder(tmp_path):
     run = run_folder(tmp_path / "run", {"style": "chat", "shots": 0, "instruction": True})
     own = (Prompt("chat", 0, True), run, "eval-test-8")
     assert resolved("--model", run, "--n", "8") == own
-    # naming what is the run's own anyway changes nothing
+    # giving the run's own settings as flags changes nothing
     same = ("--style", "chat", "--shots", "0", "--instruction")
     assert resolved("--model", run, "--n", "8", *same) == own
 
@@ -161,10 +162,11 @@ def test_run_is_asked_as_it_was_trained_and_results_go_to_its_folder(tmp_path):
         (["--temperature", "1", "--samples", "4", "--seed", "3"], "eval-test-8-4x-t1-seed3"),
         (["--max-new-tokens", "64"], "eval-test-8-max64"),
         (
-            ["--data", "socratic", "--style", "chat", "--temperature", "0.7"] + ["--max-new-tokens", "64"],
+            ["--data", "socratic", "--style", "chat", "--temperature", "0.7"]
+            + ["--max-new-tokens", "64"],
             "eval-test-8-socratic-chat-zero-shot-1x-t0.7-seed0-max64",
         ),
-        (["--seed", "3"], "eval-test-8"),  # greedy: the seed is of no effect
+        (["--seed", "3"], "eval-test-8"),  # greedy: the seed has no effect
         (["--batch-size", "2"], "eval-test-8"),
     ],
 )
@@ -177,7 +179,7 @@ def test_out_chooses_the_folder_and_an_untuned_models_prompt_is_named_there(tmp_
     run, there = run_folder(tmp_path / "run", Prompt()._asdict()), ["--n", "8", "--out", "there"]
     assert resolved("--model", run, *there)[1:] == ("there", "eval-test-8")
     assert resolved("--model", run, "--shots", "1", *there)[2] == "eval-test-8-plain-one-shot"
-    # in there, nothing else would tell one prompt's result from another's
+    # in that folder only the name tells one prompt's result from another's
     assert resolved(*there)[1:] == ("there", "eval-test-8-plain-one-shot-instruction")
     assert resolved("--shots", "0", *there)[2] == "eval-test-8-plain-zero-shot-instruction"
 
@@ -230,7 +232,7 @@ def test_validation_of_a_run_is_exactly_what_it_held_out(tmp_path, monkeypatch, 
         with pytest.raises(UserError, match=f"held out 8 problems, not {n}: "):
             chosen("--split", "validation", "--n", n)
     assert len(chosen("--split", "validation")) == 8
-    assert len(chosen("--n", "7")) == 7  # the test split has no such bound
+    assert len(chosen("--n", "7")) == 7  # on the test split any number is allowed
     run = run_folder(tmp_path / "other", Prompt()._asdict(), val_examples=0)
     with pytest.raises(UserError, match="held out no problems to ask"):
         chosen("--split", "validation")
@@ -263,7 +265,7 @@ def test_validation_of_a_run_is_exactly_what_it_held_out(tmp_path, monkeypatch, 
         (["--data", "mian"], "--data mian"),
         (["--data", "none.jsonl"], "cannot read none.jsonl"),
         (["--device", "abacus"], "--device abacus"),
-        (["--split", "validation"], "of 4 training problems"),
+        (["--split", "validation"], "--val-examples 4 of 4"),
     ],
 )
 def test_bad_flags_are_user_errors_and_nothing_is_written(mine, tmp_path, argv, message):
@@ -294,6 +296,17 @@ def test_values_outside_the_choices_are_refused_by_the_parser(argv):
         parse_args(argv)
 
 
+@pytest.mark.parametrize(
+    "argv", [["runs/mine"], ["--n", "8", "runs/mine"], ["runs/mine", "--tiny"]]
+)
+def test_a_run_without_its_flag_is_refused_with_a_hint(argv):
+    with pytest.raises(UserError, match="arguments: runs/mine; .*give it as --model runs/mine "):
+        parse_args(argv)
+    with pytest.raises(UserError, match="unrecognized arguments: --what 3 ") as error:
+        parse_args(["--what", "3"])
+    assert "--model" not in str(error.value)
+
+
 def test_help_names_every_flag(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])
@@ -310,18 +323,18 @@ def test_help_names_every_flag(capsys):
 # The whole script
 
 
-def test_evaluation_of_the_fixture_writes_figures_and_a_row_a_problem(mine, tmp_path, capsys):
+def test_evaluation_of_the_fixture_writes_a_summary_and_a_row_per_problem(mine, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(flags(mine, out)) == 0
     assert sorted(p.name for p in out.iterdir()) == [f"{NAME}.json", f"{NAME}.jsonl"]
-    figures, rows = read(out, NAME)
+    summary, rows = read(out, NAME)
     contract = {"n", "correct", "accuracy", "ci_low", "ci_high", "flexible_accuracy", "truncated",
                 "tokens_per_s", "seed", "indices", "prompt", "model"}  # fmt: skip
-    assert contract <= figures.keys()
-    assert (figures["n"], figures["indices"], figures["seed"]) == (4, [0, 1, 2, 3], 0)
-    assert figures["model"] == str(GEMMA)
-    assert figures["prompt"] == {"style": "plain", "shots": 1, "instruction": True}
-    assert figures["tokens_per_s"] > 0
+    assert contract <= summary.keys()
+    assert (summary["n"], summary["indices"], summary["seed"]) == (4, [0, 1, 2, 3], 0)
+    assert summary["model"] == str(GEMMA)
+    assert summary["prompt"] == {"style": "plain", "shots": 1, "instruction": True}
+    assert summary["tokens_per_s"] > 0
     assert [r["index"] for r in rows] == [0, 1, 2, 3]
     assert [r["gold"] for r in rows] == [72, 12, 36, -5]
     for r, (question, _) in zip(rows, QUESTIONS):
@@ -333,10 +346,12 @@ def test_evaluation_of_the_fixture_writes_figures_and_a_row_a_problem(mine, tmp_
 
 
 def answers(monkeypatch, texts: list[str], truncated: list[bool] | None = None) -> list[dict]:
-    """Let the model answer these texts; what it was asked is recorded."""
+    """Make the model answer with these texts. Returns a list that records every call."""
     calls, tokenizer = [], data.Tokenizer(GEMMA)
 
-    def fake(model, prompts, stop_ids, max_new_tokens, batch_size=64, temperature=0.0, seed=0, **_):
+    def fake(
+        model, prompts, stop_ids, max_new_tokens, batch_size, temperature=0.0, seed=0, *_, **__
+    ):
         calls.append(
             {
                 "prompts": [tokenizer.decode(ids) for ids in prompts],
@@ -352,21 +367,21 @@ def answers(monkeypatch, texts: list[str], truncated: list[bool] | None = None) 
     return calls
 
 
-def test_figures_are_of_the_models_answers(mine, tmp_path, monkeypatch):
+def test_the_summary_counts_the_models_answers(mine, tmp_path, monkeypatch):
     texts = [" 70 + 2\n#### 72", " so 12", " #### 35\nQuestion: #### 36", " 1 2 3"]
     answers(monkeypatch, texts, [False, False, False, True])
     main(flags(mine, tmp_path / "out"))
-    figures, rows = read(tmp_path / "out", NAME)
+    summary, rows = read(tmp_path / "out", NAME)
     assert [r["correct"] for r in rows] == [True, False, False, False]
     assert [r["flexible"] for r in rows] == [True, True, False, False]
     assert [r["answer"] for r in rows] == [72, None, 35, None]
     assert [r["completion"] for r in rows] == texts
     # all these are single characters to the fixture's tokenizer, and the last has no end token
     assert rows[3]["tokens"] == len(" 1 2 3")
-    assert (figures["correct"], figures["accuracy"]) == (1, 0.25)
-    assert (figures["flexible_accuracy"], figures["truncated"]) == (0.5, 0.25)
+    assert (summary["correct"], summary["accuracy"]) == (1, 0.25)
+    assert (summary["flexible_accuracy"], summary["truncated"]) == (0.5, 0.25)
     total = sum(r["tokens"] for r in rows)
-    timed = figures["tokens_per_s"] * figures["seconds"]
+    timed = summary["tokens_per_s"] * summary["seconds"]
     assert timed == pytest.approx(total, rel=FLOAT64_ROUNDING)
 
 
@@ -400,14 +415,16 @@ def test_run_folder_is_evaluated_with_its_own_prompt_into_itself(mine, tmp_path,
     assert read(run, "eval-mine-4-max6")[0]["prompt"] == Prompt("chat", 0, False)._asdict()
 
 
-@pytest.mark.parametrize("what, was", [("model", "another"), ("data", "b/mine.jsonl"), ("precision", "bf16")])
+@pytest.mark.parametrize(
+    "what, was", [("model", "another"), ("data", "b/mine.jsonl"), ("precision", "bf16")]
+)
 def test_a_result_of_another_model_data_or_precision_is_not_overwritten(mine, tmp_path, what, was):
     assert evaluate.main(flags(mine, out=tmp_path / "out")) == 0
     (path,) = (tmp_path / "out").glob("*.json")
-    figures = json.loads(path.read_text()) | {what: was}
-    del figures["data_sha256"]  # as in earlier files, which know their data by name alone
-    path.write_text(json.dumps(figures))
-    with pytest.raises(UserError, match=f"is of {what} {was}, this is .*: choose another --out"):
+    summary = json.loads(path.read_text()) | {what: was}
+    del summary["data_sha256"]  # as in earlier files, which have only the data's name
+    path.write_text(json.dumps(summary))
+    with pytest.raises(UserError, match=f"is a result with {what} {was}: choose another --out"):
         evaluate.main(flags(mine, out=tmp_path / "out"))
     assert json.loads(path.read_text())[what] == was
 
@@ -417,7 +434,7 @@ def test_a_result_of_a_file_that_has_changed_is_not_overwritten(mine, tmp_path):
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     lines = Path(mine).read_text().splitlines()
     Path(mine).write_text("\n".join([lines[0].replace("?", "??", 1), *lines[1:]]))
-    with pytest.raises(UserError, match="is of other problems than those of .*: choose another --out"):
+    with pytest.raises(UserError, match="is a result with other problems: choose another --out"):
         evaluate.main(flags(mine, out=tmp_path / "out"))
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     Path(mine).write_text("\n".join(lines))
@@ -433,10 +450,23 @@ def test_a_damaged_earlier_result_is_one_line(mine, tmp_path, damaged):
         evaluate.main(flags(mine, out=tmp_path / "out"))
 
 
-def test_fewer_problems_than_asked_for_are_counted_as_they_are(mine, tmp_path, monkeypatch):
+def test_fewer_problems_than_asked_for_are_counted_and_said(mine, tmp_path, monkeypatch, capsys):
     answers(monkeypatch, ["#### 72"] * 4)
-    main(flags(mine, tmp_path / "out", n=100))
+    main(flags(mine, tmp_path / "out", n=5000))
     assert read(tmp_path / "out", NAME)[0]["n"] == 4  # in the name, too
+    note = "note: --n is 5,000, but there are only 4 problems\n"
+    assert capsys.readouterr().out.startswith(note)
+    main(flags(mine, tmp_path / "out", n=4))
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_a_run_asked_about_its_own_training_file_is_told_so(mine, tmp_path, capsys):
+    run = run_folder(tmp_path / "run", Prompt()._asdict(), data=mine, val_examples=1)
+    note = "note: the run was trained on all but 1 of these: see --split validation\n"
+    evaluate.choose_problems(parse_args(["--model", run, "--data", mine, "--n", "4"]))
+    assert capsys.readouterr().out == note
+    evaluate.choose_problems(parse_args(["--model", run, "--data", mine, "--split", "validation"]))
+    assert capsys.readouterr().out == ""
 
 
 def test_sampling_twice_gives_the_same_file_and_another_seed_another(mine, tmp_path):
@@ -445,11 +475,11 @@ def test_sampling_twice_gives_the_same_file_and_another_seed_another(mine, tmp_p
         main(flags(mine, tmp_path / folder, samples=2, temperature=1, seed=seed))
         kept[folder] = (tmp_path / folder / f"{name.format(seed)}.jsonl").read_bytes()
     assert kept["one"] == kept["two"] != kept["three"]
-    figures, rows = read(tmp_path / "one", name.format(0))
+    summary, rows = read(tmp_path / "one", name.format(0))
     assert [r["index"] for r in rows] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert any(a["completion"] != b["completion"] for a, b in zip(rows[::2], rows[1::2]))
-    assert (figures["n"], figures["samples"], figures["temperature"]) == (4, 2, 1)
-    assert {"pass@2", "maj@2"} <= figures.keys()
+    assert (summary["n"], summary["samples"], summary["temperature"]) == (4, 2, 1)
+    assert {"pass@2", "maj@2"} <= summary.keys()
 
 
 @pytest.mark.parametrize("temperature, seed", [("0.01", 2**31 - 1), ("100", 0)])
@@ -466,7 +496,7 @@ def test_ask_prints_an_answer_and_writes_nothing(tmp_path, capsys):
 
 def test_ask_names_the_words_the_embedded_model_has_never_seen(capsys):
     main(flags(None, model="tiny", ask="A wug has 3 apples and a wug has 4 more. How many apples?"))
-    assert capsys.readouterr().out.startswith("note: words this small model has never seen: wug\n")
+    assert capsys.readouterr().out.startswith("note: words this model has never seen: wug\n")
     main(flags(None, model="tiny", ask="Tom has 3 apples. How many apples?"))
     assert "never seen" not in capsys.readouterr().out
 
@@ -485,6 +515,17 @@ def test_ask_shows_the_completion_and_its_number(monkeypatch, capsys, text, show
     main(flags(None, ask="  How many clips? "))
     assert calls[0]["prompts"][0].endswith("Question: How many clips?\nAnswer:")
     assert capsys.readouterr().out == shown
+
+
+def test_ask_prints_every_sample(monkeypatch, capsys):
+    calls = answers(monkeypatch, [" 70 + 2\n#### 72", " I am not sure"])
+    main(flags(None, ask="How many clips?", samples=2, temperature=1, seed=3))
+    assert len(calls[0]["prompts"]) == 2 and len(set(calls[0]["prompts"])) == 1
+    assert (calls[0]["temperature"], calls[0]["seed"]) == (1, 3)
+    assert capsys.readouterr().out == (
+        "--- answer 1 of 2\n70 + 2\n#### 72\n-> 72\n"
+        "--- answer 2 of 2\nI am not sure\n-> no '#### number' in it\n"
+    )
 
 
 # Comparison
@@ -506,25 +547,26 @@ def write_rows(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def test_compare_counts_pairs_and_prints_what_changed_in_full(tmp_path, capsys):
+def test_compare_prints_the_table_and_then_every_changed_answer_in_full(tmp_path, capsys):
     # both right 0-2; only A 3; only B 4-9; both wrong 10, 11. 50 is A's alone, 60 is B's.
     right_a, right_b = {0, 1, 2, 3, 50}, {0, 1, 2, 4, 5, 6, 7, 8, 9}
     rows_a = [result(i, i in right_a, f"A says\nof {i}") for i in [*range(12), 50]]
     rows_b = [result(i, i in right_b, f"B says\nof {i}") for i in [60, *reversed(range(12))]]
     a, b = write_rows(tmp_path / "a.jsonl", rows_a), write_rows(tmp_path / "b.jsonl", rows_b)
     assert main(["--compare", a, b]) == 0
-    shown = capsys.readouterr().out
-    fixed, regressed = shown.split("=== regressed: A right where B is wrong: 1 ===")
-    regressed, table = regressed.split(f"\nA  {a}\nB  {b}\n12 problems in common\n")
-    assert "=== fixed: B right where A was wrong: 6 ===" in fixed
+    table, fixed = capsys.readouterr().out.split("\n=== fixed (A wrong, B right): 6 ===\n")
+    fixed, broken = fixed.split("\n=== broken (A right, B wrong): 1 ===\n")
     for i in range(4, 10):
         assert (
-            f"--- problem {i}, answer {i}\nWhat is question {i}?\n[A] A says\nof {i}\n[B] B says\nof {i}\n"
+            f"--- problem {i}, answer {i}\nWhat is question {i}?\n"
+            f"[A] A says\nof {i}\n[B] B says\nof {i}\n"
         ) in fixed
-    assert regressed.strip() == (
+    assert broken.strip() == (
         "--- problem 3, answer 3\nWhat is question 3?\n[A] A says\nof 3\n[B] B says\nof 3"
     )
     assert fixed.count("--- problem") == 6
+    paths, table = table.split("\n12 problems in common\n")
+    assert paths == f"A  {a}\nB  {b}"
     head, first, second, last = table.strip().splitlines()
     assert head.split() == ["B", "right", "B", "wrong"]
     assert first.split() == ["A", "right", "3", "1"]
@@ -534,10 +576,15 @@ def test_compare_counts_pairs_and_prints_what_changed_in_full(tmp_path, capsys):
 
 
 def test_compare_takes_the_plainest_then_the_largest_evaluation_of_a_folder(tmp_path, capsys):
-    """However new a quick look at a few problems is."""
+    """A newer evaluation of fewer problems does not count."""
     new = tmp_path / "run" / "eval-test-1319.jsonl"
     write_rows(new, [result(1, True)])
-    for name in ("eval-test-16", "eval-test-1319-plain-one-shot", "eval-validation-4000", "metrics"):
+    for name in (
+        "eval-test-16",
+        "eval-test-1319-plain-one-shot",
+        "eval-validation-4000",
+        "metrics",
+    ):
         write_rows(tmp_path / "run" / f"{name}.jsonl", [result(1, False)])
         os.utime(tmp_path / "run" / f"{name}.jsonl", (2_000_000_000, 2_000_000_000))
     other = write_rows(tmp_path / "b.jsonl", [result(1, False)])
@@ -573,7 +620,7 @@ def test_a_line_separator_inside_a_completion_ends_no_row(tmp_path):
     assert read_rows(str(path)) == (str(path), [row])
 
 
-def test_the_figures_file_stands_for_the_rows_beside_it(tmp_path):
+def test_the_summarys_file_stands_for_the_rows_next_to_it(tmp_path):
     path = Path(write_rows(tmp_path / "a.jsonl", [result(1, True)]))
     assert read_rows(str(path.with_suffix(".json"))) == read_rows(str(path))
     with pytest.raises(UserError, match="there is no .*b.jsonl"):
@@ -584,14 +631,16 @@ def test_compare_refuses_what_cannot_be_paired(tmp_path):
     good = write_rows(tmp_path / "good.jsonl", [result(1, True), result(2, True)])
     asked = result(2, True) | {"question": "What else?"}
     other = write_rows(tmp_path / "other.jsonl", [result(1, True), asked])
-    with pytest.raises(UserError, match=r"good\.jsonl and .*other\.jsonl are about different problems"):
+    with pytest.raises(
+        UserError, match=r"good\.jsonl and .*other\.jsonl are about different problems"
+    ):
         main(["--compare", good, other])
     apart = write_rows(tmp_path / "apart.jsonl", [result(7, True)])
     with pytest.raises(UserError, match="no problem in common"):
         main(["--compare", good, apart])
     sampled = write_rows(tmp_path / "sampled.jsonl", [result(1, True), result(1, False)])
     for pair in ([good, sampled], [sampled, good]):
-        with pytest.raises(UserError, match="several samples a problem"):
+        with pytest.raises(UserError, match="several samples per problem"):
             main(["--compare", *pair])
 
 
@@ -615,7 +664,9 @@ def test_compare_names_a_field_that_is_missing(tmp_path, key):
     del row[key]
     bad = write_rows(tmp_path / "bad.jsonl", [result(1, True), row])
     for pair in ([good, bad], [bad, good]):
-        with pytest.raises(UserError, match=f"an evaluation from .*bad.jsonl: a row has no '{key}'"):
+        with pytest.raises(
+            UserError, match=f"an evaluation from .*bad.jsonl: a row has no '{key}'"
+        ):
             main(["--compare", *pair])
 
 

@@ -1,32 +1,118 @@
-"""The pure parts of the PPO experiments in benchmarks/: pairing, tables, the patches' effect."""
+"""The PPO experiments in experiments/: pairing, tables, the ablation's rows and its patches."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import FIXTURES
 
 import train_ppo
 from experiments import ppo_ablation, ppo_curves
-from nanogsm import UserError
+from nanogsm import UserError, data
+from nanogsm.optim import AdamW
+
+
+def parsed(*flags):
+    return train_ppo.parse_args(["--tiny", "--device", "cpu", *flags])
+
+
+# ---- ppo_curves
 
 
 def test_pairing_counts_what_was_fixed_and_broken():
     before = {i: {"correct": i < 3} for i in range(10)}  # 3 right
-    after = {i: {"correct": i in (0, 4, 5, 6, 7, 8)} for i in range(10)}  # 1 kept, 2 broken, 5 fixed
+    # 1 stays right, 2 are broken, 5 are fixed
+    after = {i: {"correct": i in (0, 4, 5, 6, 7, 8)} for i in range(10)}
     found = ppo_curves.before_and_after(before, after)
     assert (found["before"], found["after"], found["fixed"], found["broken"]) == (0.3, 0.6, 5, 2)
-    assert found["mcnemar_p"] == pytest.approx(2 * (1 + 7 + 21) / 2**7)  # two-sided, of a fair coin
+    # Two-sided, of a fair coin that is tossed 7 times.
+    assert found["mcnemar_p"] == pytest.approx(2 * (1 + 7 + 21) / 2**7)
     with pytest.raises(UserError, match="different problems"):
         ppo_curves.before_and_after(before, {0: before[0]})
 
 
+def made_run(folder, args, correct, steps=()):
+    """A run folder with one evaluation on ten test problems, of which `correct` are right."""
+    folder.mkdir(parents=True)
+    info = {"prompt": data.Prompt()._asdict(), "commit": "abc"}
+    record = {"args": {"val_examples": 2, "seed": 0} | args, "info": info}
+    (folder / "run_args.json").write_text(json.dumps(record))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    rows = [
+        {"index": i, "correct": i < correct, "question": f"{i}?", "gold": 1.0, "completion": "1"}
+        for i in range(10)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "eval-test-10.jsonl").write_text(text)
+    (folder / "eval-test-10.json").write_text("{}")
+
+
+def test_curves_collects_a_run_of_each_recipe(tmp_path, capsys):
+    steps = [
+        {"step": 0, "val_exact_match": 0.25},
+        {"step": 1, "reward": 0.5, "worked": 0.5, "response_tokens": 40.0, "seconds": 2.0,
+         "peak_memory": 2**30},
+        {"step": 2, "reward": 0.75, "worked": 0.75, "response_tokens": 50.0, "seconds": 3.0,
+         "peak_memory": 2**31},
+    ]  # fmt: skip
+    start = tmp_path / "curves-0/sft"
+    made_run(start, {"recipe": "original"}, 3)
+    for recipe, correct in (("original", 4), ("tuned", 7)):
+        args = {"recipe": recipe, "init": str(start)}
+        made_run(tmp_path / "curves-0" / recipe, args, correct, steps)
+    argv = [str(tmp_path / "curves-0"), "--out", str(tmp_path / "out/ppo")]
+    assert ppo_curves.main(argv) == 0
+    found = json.loads((tmp_path / "out/ppo.json").read_text())
+    assert [(r["recipe"], r["before"], r["after"]) for r in found] == [
+        ("original", 0.3, 0.4),
+        ("tuned", 0.3, 0.7),
+    ]
+    assert found[1]["seconds"] == 5.0 and found[1]["peak_memory"] == 2**31
+    assert found[1]["curves"]["reward"] == [[1, 0.5], [2, 0.75]]
+    assert found[1]["curves"]["val_exact_match"] == [[0, 0.25]]
+    assert "| tuned | 0 | 30.0% | 70.0% [" in capsys.readouterr().out
+    svg = (tmp_path / "out/ppo.svg").read_text()
+    assert all(title in svg for title in ppo_curves.CURVES.values())
+    (tmp_path / "curves-0/tuned").rename(tmp_path / "curves-0/elsewhere")
+    with pytest.raises(UserError, match="tuned is not a run of --recipe tuned"):
+        ppo_curves.main(argv)
+
+
+# ---- ppo_ablation
+
+
 def test_every_row_of_the_ablation_is_a_command_that_parses():
     rows = ppo_ablation.rows()
-    assert {"report", "tuned", "report, but tuned's gamma", "tuned, but a separate critic"} <= rows.keys()
+    some = {"original", "tuned", "original, but tuned's gamma", "tuned, but a separate critic"}
+    assert some <= rows.keys()
     for row, (flags, _) in rows.items():
-        args = train_ppo.parse_args(["--tiny", *flags])
-        assert args.recipe == row.split(",")[0]
-    assert train_ppo.parse_args(["--tiny", *rows["report, but tuned's gamma"][0]]).gamma == 1.0
+        assert parsed(*flags).recipe == row.split(",")[0]
+    assert parsed(*rows["original, but tuned's gamma"][0]).gamma == 1.0
+
+
+def test_a_row_takes_one_setting_from_the_other_recipe_and_no_more():
+    """Both ways, and for every setting in which the recipes differ. Micro-batch and accumulation
+    are one setting: their product is the number of answers in an update."""
+    ours, theirs = vars(parsed("--recipe", "tuned")), vars(parsed("--recipe", "original"))
+    differ = {name for name in ours if ours[name] != theirs[name]} - {"recipe"}
+    rows, changed = ppo_ablation.rows(), set()
+    for row, (flags, _) in rows.items():
+        recipe, _, change = row.partition(", but ")
+        own, other = (ours, theirs) if recipe == "tuned" else (theirs, ours)
+        args = vars(parsed(*flags))
+        moved = {name for name in args if args[name] != own[name]}
+        if "'s " in change:
+            names = set(ppo_ablation.KNOBS[change.split("'s ")[1]])
+            assert moved and moved <= names and all(args[n] == other[n] for n in names), row
+            changed |= moved
+        elif "critic" in change:
+            assert moved == {"critic" if "separate" in change else "critic_warmup"}, row
+        else:
+            assert not moved, row  # the recipe itself, or a patched function
+    assert changed == differ
+    more = parsed(*rows["original, but tuned's answers an update"][0])
+    assert more.micro_batch * more.accumulation == 256
 
 
 def test_the_table_pairs_rows_with_their_recipe_seed_by_seed(capsys):
@@ -35,23 +121,25 @@ def test_the_table_pairs_rows_with_their_recipe_seed_by_seed(capsys):
                 "kl_sequence": 1.0, "response_tokens": 40}  # fmt: skip
 
     ppo_ablation.table([
-        result("report", 0, 0.40), result("report", 1, 0.50), result("report, but x", 0, 0.44),
-        result("report, but x", 1, 0.56), result("report, but y", 0, 0.41), result("report, but y", 1, 0.55),
-        result("report, but z", 0, 0.40), result("report, but z", 1, 0.50),
+        result("original", 0, 0.40), result("original", 1, 0.50),
+        result("original, but x", 0, 0.44), result("original, but x", 1, 0.56),
+        result("original, but y", 0, 0.41), result("original, but y", 1, 0.55),
+        result("original, but z", 0, 0.40), result("original, but z", 1, 0.50),
     ])  # fmt: skip
     # Differences of 4 and 6 points, 1 and 5: variances 2 and 8, pooled 5; 1.96 sqrt(5 / 2) = 3.1.
     table = capsys.readouterr().out
-    assert "| report, but x | 50.0 | +5.0 ± 3.1 |" in table
-    assert "| report, but y | 48.0 | +3.0 ± 3.1 |" in table
-    assert "| report, but z | 45.0 | the same |" in table
+    assert "| original, but x | 50.0 | +5.0 ± 3.1 |" in table
+    assert "| original, but y | 48.0 | +3.0 ± 3.1 |" in table
+    assert "| original, but z | 45.0 | the same |" in table
 
 
 def test_finished_rows_of_the_same_setting_are_not_run_again(tmp_path, monkeypatch, capsys):
     ran = []
+    numbers = ("exact_match", "mean_reward", "seconds", "kl_sequence", "response_tokens")
 
     def run(flags, seed, args, folder):
         ran.append((seed, args.steps))
-        return dict.fromkeys(("exact_match", "mean_reward", "seconds", "kl_sequence", "response_tokens"), 0.5)
+        return dict.fromkeys(numbers, 0.5)
 
     monkeypatch.setattr(ppo_ablation, "run", run)
     argv = ["--out", str(tmp_path / "rows.jsonl"), "--seeds", "2", "--only", "tuned's gamma"]
@@ -68,11 +156,54 @@ def test_whitening_by_update_gives_each_update_mean_0_and_variance_1(monkeypatch
     torch.manual_seed(0)
     mask = torch.rand(6, 7) < 0.7
     advantages = torch.where(mask, 3 + 2 * torch.randn(6, 7), 0.0)
-    updates = [[slice(0, 2), slice(2, 3)], [slice(3, 6)]]
-    rollout = train_ppo.Rollout(None, [], mask, None, None, advantages, None, updates, [])
+    before = advantages.clone()
+    rollout = train_ppo.Rollout(None, mask, *[None] * 5, indices=list(range(6)))
+    setup = SimpleNamespace(args=SimpleNamespace(micro_batch=2, accumulation=2))
     seen = []
-    monkeypatch.setattr(ppo_ablation, "real_update", lambda models, rollout, *_: seen.append(rollout))
-    ppo_ablation.whitened_by_update(None, rollout)
-    for rows in (slice(0, 3), slice(3, 6)):
-        part = seen[0].advantages[rows][mask[rows]]
+    monkeypatch.setattr(ppo_ablation, "real_update", lambda *given: seen.append(given))
+    ppo_ablation.whitened_by_update(setup, rollout, advantages, "returns", 3)
+    got = seen[0][2]
+    assert seen[0] == (setup, rollout, got, "returns", 3) and torch.equal(advantages, before)
+    for rows in (slice(0, 4), slice(4, 6)):
+        part = got[rows][mask[rows]]
         assert part.mean().abs() < 1e-6 and part.var(correction=0) == pytest.approx(1, abs=1e-4)
+    assert (got[~mask] == 0).all()
+
+
+def test_bfloat16_weights_are_rounded_after_every_step_while_the_patch_holds(monkeypatch):
+    p = torch.nn.Parameter(torch.full((4,), 1.0))
+    optimizer = AdamW([("w", p)], lr=1e-3, bits=32)
+
+    def update(setup, *rest):
+        p.grad = torch.ones(4)
+        setup.policy_optimizer.step()
+        return rest
+
+    monkeypatch.setattr(ppo_ablation, "real_update", update)
+    setup = SimpleNamespace(policy_optimizer=optimizer)
+    assert ppo_ablation.rounded_after_update(setup, 1, 2) == (1, 2)
+    assert (p == 1).all()  # 0.999 is nearest to 1 in bfloat16
+    update(setup)
+    assert (p < 1).all()
+
+
+def test_a_random_value_head_is_the_only_change_to_the_models(gemma):
+    args = parsed("--recipe", "original", "--init", str(FIXTURES / "gemma3"))
+    plain = train_ppo.build(gemma("gemma3")[0], args)
+    random = ppo_ablation.random_value_head(gemma("gemma3")[0], args)
+    assert not plain.value_head.weight.any() and random.value_head.weight.all()
+    for p, q in zip(plain.actor.parameters(), random.actor.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("row", [
+    "original, but whitened update by update", "tuned, but not whitened",
+    "original, but bfloat16 weights", "original, but a random value head",
+])  # fmt: skip
+def test_the_patch_of_a_row_is_what_train_ppo_calls(row):
+    _, patched = ppo_ablation.rows()[row]
+    before = train_ppo.update, train_ppo.build, train_ppo.whiten
+    with patched:
+        during = train_ppo.update, train_ppo.build, train_ppo.whiten
+    after = train_ppo.update, train_ppo.build, train_ppo.whiten
+    assert sum(a is not b for a, b in zip(before, during)) == 1 and after == before

@@ -1,4 +1,4 @@
-"""What files.py writes is whole or absent, whichever of its steps fails: the older one stands until then."""
+"""What files.py writes is whole or absent: whichever step fails, the old one is still there."""
 
 import json
 import os
@@ -44,9 +44,10 @@ def test_json_is_atomic_and_valid_without_nan(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_folder_that_cannot_be_replaced_is_what_it_was(tmp_path, monkeypatch, failing):
-    """Two renames, the older aside and the newer in: whichever fails, the older stands."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "weights").write_text("old")
+    """The old folder is renamed away and the new one into its place. Either may fail."""
+    weights = tmp_path / "model" / "weights"
+    weights.parent.mkdir()
+    weights.write_text("old")
     rename, calls = Path.rename, []
 
     def fails(self, to):
@@ -56,9 +57,9 @@ def test_a_folder_that_cannot_be_replaced_is_what_it_was(tmp_path, monkeypatch, 
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(KeyboardInterrupt), files.replaced_folder(tmp_path / "model") as beside:
-        (beside / "weights").write_text("new")
-    assert (tmp_path / "model" / "weights").read_text() == "old" and os.listdir(tmp_path) == ["model"]
+    with pytest.raises(KeyboardInterrupt), files.replaced_folder(tmp_path / "model") as new:
+        (new / "weights").write_text("new")
+    assert weights.read_text() == "old" and os.listdir(tmp_path) == ["model"]
 
 
 def test_a_folder_set_aside_by_a_killed_attempt_is_put_back(tmp_path):
@@ -66,7 +67,8 @@ def test_a_folder_set_aside_by_a_killed_attempt_is_put_back(tmp_path):
     (tmp_path / "model.old" / "weights").write_text("old")
     with pytest.raises(KeyboardInterrupt), files.replaced_folder(tmp_path / "model"):
         raise KeyboardInterrupt
-    assert (tmp_path / "model" / "weights").read_text() == "old" and os.listdir(tmp_path) == ["model"]
-    with files.replaced_folder(tmp_path / "model") as beside:
-        (beside / "weights").write_text("new")
-    assert (tmp_path / "model" / "weights").read_text() == "new" and os.listdir(tmp_path) == ["model"]
+    weights = tmp_path / "model" / "weights"
+    assert weights.read_text() == "old" and os.listdir(tmp_path) == ["model"]
+    with files.replaced_folder(tmp_path / "model") as new:
+        (new / "weights").write_text("new")
+    assert weights.read_text() == "new" and os.listdir(tmp_path) == ["model"]

@@ -1,7 +1,7 @@
 """hub.py finds the right folder, says in one line what is wrong, and never leaves half a file.
 
-No test reaches the internet: the Hub's client is replaced (it raises its real exceptions), its
-cache is a folder made here, and downloads come from a server on this machine.
+No test reaches the internet. The Hub's client is replaced and raises its real exceptions, its cache
+is a folder made here, and downloads come from a server on this machine.
 """
 
 import errno
@@ -26,7 +26,7 @@ from nanogsm.store import hub
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path, monkeypatch):
-    """An empty cache, no settings of the machine's, nowhere to go but 127.0.0.1."""
+    """An empty cache, none of the machine's settings, and no host except 127.0.0.1."""
     for name in ("HF_HUB_OFFLINE", "NANOGSM_DATA_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NANOGSM_CACHE", str(tmp_path / "cache"))
@@ -69,7 +69,7 @@ def message(call, *args, **kwargs) -> str:
 def test_plain_folder(tmp_path):
     folder = model_folder(tmp_path / "gemma")
     assert hub.find_model(str(folder)) == (folder, None, str(folder))
-    # what is written down must not depend on where the script was started
+    # the recorded name must not depend on the folder in which the script was started
     assert hub.find_model("gemma").name == str(folder)
 
 
@@ -80,7 +80,7 @@ def test_home_is_expanded(tmp_path, monkeypatch):
 
 
 def test_a_runs_adapter_wins_over_its_merged_model(tmp_path):
-    """The adapter is what was trained; the merged model is rounded."""
+    """The adapter holds the trained weights. Merging rounds them."""
     run, base = tmp_path / "run", model_folder(tmp_path / "base")
     model_folder(run / "model")
     assert hub.find_model(str(run)) == (run / "model", None, str(run / "model"))
@@ -93,7 +93,7 @@ def test_adapter_folder_and_its_base(tmp_path, monkeypatch):
     base = model_folder(tmp_path / "sft" / "model")
     adapter = adapter_folder(tmp_path / "adapter-only", str(tmp_path / "sft"))
     assert hub.find_model(str(adapter)) == (base, adapter, str(base))
-    # an adapter_config.json decides even with a config.json beside it
+    # an adapter_config.json decides, even next to a config.json
     fill(adapter, "config.json")
     assert hub.find_model(str(adapter)).adapter == adapter
     # a base on the Hub keeps its Hub id as the name
@@ -109,7 +109,7 @@ def test_broken_adapters(tmp_path):
     adapter_folder(adapter, str(tmp_path / "gone"))
     text = message(hub.find_model, str(adapter))
     assert "no such folder" in text and str(adapter / "adapter_config.json") in text
-    adapter_folder(adapter, str(adapter))  # its own base: must end, not recurse for ever
+    adapter_folder(adapter, str(adapter))  # its own base: this must end
     assert "another adapter" in message(hub.find_model, str(adapter))
     adapter_folder(adapter, str(model_folder(tmp_path / "base")))
     (adapter / "adapter_model.safetensors").unlink()
@@ -218,7 +218,7 @@ def test_link_out_of_the_folder_is_refused(tmp_path):
 
 
 def hf_cache(cache: Path, repo: str = "owner/name") -> Path:
-    """The cache as huggingface_hub 2.4 leaves it; returns the snapshot's folder."""
+    """A cache as huggingface_hub 2.4 makes it. Returns the snapshot's folder."""
     root = cache / f"models--{repo.replace('/', '--')}"
     fill(root / "blobs", "c", "t")
     fill(cache / "blobs" / "ab", "shared")
@@ -275,8 +275,8 @@ PARTIAL = errors.IncompleteSnapshotError("missing", snapshot_path="x")
 @pytest.mark.parametrize(
     "error, parts",
     [
-        (answer(errors.GatedRepoError, 403),
-         ["gated", "https://huggingface.co/owner/name", "hf auth login", "HF_TOKEN", "local folder"]),
+        (answer(errors.GatedRepoError, 403), ["gated", "https://huggingface.co/owner/name",
+         "hf auth login", "HF_TOKEN", "local folder"]),
         (answer(errors.RepositoryNotFoundError, 404), ["no such folder", "spelling", "HF_TOKEN"]),
         (NOT_HERE("not cached"), ["no network", "--model, --init"]),
         (caused_by(NOT_HERE("x"), answer(errors.HfHubHTTPError, 503)), ["(503)", "later"]),
@@ -314,10 +314,14 @@ def test_offline_errors(monkeypatch, error, part):
 
 
 def test_offline_setting_reaches_the_client(tmp_path, monkeypatch):
-    # it reads the variable only when imported; a notebook may set it later
+    # the client reads the variable only when it is imported; a notebook may set it later
     folder, asked = model_folder(tmp_path / "m"), []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download",  # fmt: skip
-                        lambda *a, **k: asked.append(k["local_files_only"]) or str(folder))
+
+    def snapshot_download(repo, *, local_files_only, **kwargs):
+        asked.append(local_files_only)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     for value in ("", "0", "1", "true"):
         monkeypatch.setenv("HF_HUB_OFFLINE", value)
         hub.find_model("owner/name")
@@ -367,7 +371,7 @@ def test_repository_without_safetensors(tmp_path, monkeypatch):
 
 
 def test_cached_model_is_found_without_network(tmp_path, monkeypatch):
-    monkeypatch.undo()  # the real client, on a cache of its own layout
+    monkeypatch.undo()  # the real client on a cache in its layout
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     snapshot = hf_cache(tmp_path / "hf")
@@ -382,12 +386,12 @@ def test_cached_model_is_used_when_the_hub_fails(tmp_path, monkeypatch):
 
     def snapshot_download(repo, *, local_files_only=False, **kwargs):
         if not local_files_only:
-            raise errors.HTTPError("proxy")  # one the client itself does not fall back on
+            raise errors.HTTPError("proxy")  # the client itself has no fallback for this
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert hub.find_model("owner/name").base == folder
-    (folder / "model.safetensors").unlink()  # half a copy is no copy
+    (folder / "model.safetensors").unlink()  # a partial copy does not count
     assert "no network" in message(hub.find_model, "owner/name")
 
 
@@ -404,7 +408,7 @@ CONTENT = b'{"question": "q", "answer": "#### 1"}\n' * 5000
 
 @contextmanager
 def server(reply):
-    """A server on this machine; reply(handler) answers each GET. Gives (url, paths asked for)."""
+    """A server on this machine. reply(handler) answers each GET. Yields (url, requested paths)."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -448,7 +452,7 @@ def small_file(monkeypatch):
 
 
 def test_data_files_table():
-    """Sizes and rows of the published files; the digests' first digits guard against a slip."""
+    """Sizes and rows of the published files, and the first digits of their digests."""
     table = {name: (f.bytes, f.rows, f.sha256[:8]) for name, f in hub.DATA_FILES.items()}
     assert table == {
         "train.jsonl": (4166206, 7473, "17f347dc"),
@@ -492,7 +496,7 @@ def test_data_dir_never_falls_through(tmp_path, small_file, monkeypatch):
 def test_download_once_then_cache(tmp_path, small_file, monkeypatch):
     with server(sends(CONTENT)) as (url, asked):
         monkeypatch.setattr(hub, "DATA_URLS", [url])
-        path = hub.data_file("train.jsonl", "")  # an empty NANOGSM_DATA_DIR is none
+        path = hub.data_file("train.jsonl", "")  # an empty NANOGSM_DATA_DIR counts as unset
         assert path == tmp_path / "cache" / "train.jsonl" and path.read_bytes() == CONTENT
         assert hub.data_file("train.jsonl") == path
         assert asked == ["/train.jsonl"]
@@ -524,7 +528,7 @@ def test_wrong_bytes_are_refused_and_the_next_source_asked(
         text = message(hub.data_file, "train.jsonl")
         for part in (f"{bad}train.jsonl", str(tmp_path / "cache"), "--data-dir", "127.0.0.1"):
             assert part in text
-        assert not list(tmp_path.rglob("*.jsonl*")), "something stayed behind"
+        assert not list(tmp_path.rglob("*.jsonl*")), "a partial file was left"
         monkeypatch.setattr(hub, "DATA_URLS", [bad, good])
         assert hub.data_file("train.jsonl").read_bytes() == CONTENT
 
@@ -561,7 +565,7 @@ def test_trickling_server_ends(small_file, monkeypatch):
 
     def reply(handler):
         sends(b"")(handler)
-        while not leave.wait(0.02):  # never silent for long: only the total can end it
+        while not leave.wait(0.02):  # never silent for long, so only the total limit ends it
             handler.wfile.write(b"x")
 
     monkeypatch.setattr(hub, "DOWNLOAD_TIMEOUT", 0.2)
@@ -584,7 +588,7 @@ def test_two_downloads_at_once_give_one_whole_file(tmp_path, small_file, monkeyp
     together, results = threading.Barrier(2), []
 
     def reply(handler):
-        together.wait(5)  # both have asked before either is answered
+        together.wait(5)  # both ask before either gets an answer
         sends(CONTENT)(handler)
 
     with server(reply) as (url, asked):

@@ -10,7 +10,7 @@ from conftest import FIXTURES
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanogsm import UserError, lora
+from nanogsm import UserError, lora, transformer
 from nanogsm.fast import checkpointing as checkpointing_file
 from nanogsm.fast import cpu, head
 from nanogsm.fast.checkpointing import CHECKPOINTING
@@ -185,6 +185,30 @@ def test_the_seams_defaults_give_the_same_hidden_states_and_gradients(gemma, nam
     assert torch.equal(fast, plain)
     for name, grad in plain_grads.items():
         assert (grad - fast_grads[name]).abs().max() <= 1e-6 * grad.abs().max(), name
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_attend_rows_may_be_replaced_by_one_launch_for_all_rows(gemma, name):
+    """The seam that a GPU needs: rows padded for attention alone, with a mask written out here."""
+    model, _ = gemma(name)
+    ids, lengths = torch.randint(5, 380, (3, 12), generator=_generator(0)), [12, 5, 9]
+    want, asked = model(ids, lengths), []
+
+    def attend_padded(q, k, v, lengths, window, scale, cap):
+        asked.append(window)
+        pad = lambda x: torch.nn.utils.rnn.pad_sequence(  # noqa: E731
+            [row[0].transpose(0, 1) for row in x.split(lengths, 2)], batch_first=True
+        ).transpose(1, 2)
+        T = max(lengths)
+        i, j = torch.arange(T)[:, None], torch.arange(T)[None]
+        mask = (j <= i) & (i - j < (window or T))
+        out = transformer.attend(pad(q), pad(k), pad(v), mask[None, None], scale, cap)
+        return torch.cat([row[:, :n] for row, n in zip(out, lengths)], 1)[None]
+
+    model.attend_rows = attend_padded
+    assert (model(ids, lengths) - want).abs().max() <= TIGHT
+    assert len(asked) == model.config.num_hidden_layers
+    assert (name == "gemma1") == (set(asked) == {None})
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)

@@ -1,5 +1,5 @@
-"""optim.py against torch.optim.AdamW, transformers' schedule, hand-worked bounds, and the failures
-that 8-bit moments are known for. benchmarks/adam8bit.py measures the same at more length."""
+"""optim.py against torch.optim.AdamW, transformers' schedule, hand-worked bounds and the known
+failures of 8-bit moments. benchmarks/adam8bit.py measures the same in longer runs."""
 
 import math
 
@@ -11,8 +11,8 @@ from nanogsm import UserError, optim
 from nanogsm.optim import AdamW, block_size, cosine_with_min_lr, dequantise, dither, quantise
 
 FLOAT32_ROUNDING = 1e-6
-# The largest |m| / sqrt(v) any sequence of gradients can reach in exact AdamW, by Cauchy-Schwarz:
-# (1 - b1) / sqrt(1 - b2) / sqrt(1 - b1**2 / b2) at the default betas.
+# The largest |m| / sqrt(v) that any sequence of gradients can reach in exact AdamW. By
+# Cauchy-Schwarz it is (1 - b1) / sqrt(1 - b2) / sqrt(1 - b1**2 / b2), here at the default betas.
 ADAM_BOUND = 0.1 / math.sqrt(0.001) / math.sqrt(1 - 0.81 / 0.999)
 
 
@@ -62,7 +62,7 @@ def test_schedule_equals_transformers():
 
 
 def test_schedule_by_hand():
-    # Without warm-up: lr at 0, the mean half way, cos(pi/4) at a quarter, min_lr from the end on.
+    # Without warm-up: lr at 0, cos(pi/4) at a quarter, the mean at half, min_lr from the end on.
     assert cosine_with_min_lr(0, 100, 1.0, 0.2) == 1.0
     assert cosine_with_min_lr(25, 100, 1.0, 0.2) == pytest.approx(0.6 + 0.4 * math.sqrt(0.5))
     assert cosine_with_min_lr(50, 100, 1.0, 0.2) == pytest.approx(0.6)
@@ -95,7 +95,7 @@ def test_32_bits_equal_torch_adamw_with_decay_on_matrices_only(monkeypatch):
 
 
 def test_first_8_bit_step_is_exact_in_every_chunk(monkeypatch):
-    # The update reads the moments before they are rounded, and there is no past yet.
+    # The update uses the moments before they are rounded, and there is no earlier step.
     monkeypatch.setattr(optim, "CHUNK", 1000)
     ours, theirs = parameter(50, 160), parameter(50, 160)
     ours.grad, theirs.grad = random_like(ours, 0), random_like(ours, 0)
@@ -139,7 +139,7 @@ def test_codes_are_within_one_step_over_the_decades(dtype, levels, decades, offs
     root = (x.double().abs() / 3e-5) ** 0.25
     relative = ((back - x) / x).abs()
     assert (relative <= (1 + 1.001 / (levels * root)) ** 4 - 1 + FLOAT32_ROUNDING).all()
-    assert relative[0] < FLOAT32_ROUNDING  # the block's largest is exact, whatever the offset
+    assert relative[0] < FLOAT32_ROUNDING  # the block's largest entry is exact at any offset
     assert relative[:50].max() < 0.13
     assert (back.sign() == x.sign()).all()
 
@@ -160,7 +160,7 @@ def test_dither_is_even_over_entries_and_over_steps():
     steps = torch.stack([dither(256, step) for step in range(1, 301)])
     assert steps.min() >= 0 and steps.max() < 1
     for line in (*steps, *steps.T):
-        # Every tenth of [0, 1) gets its share, within 2% of all (random: up to 6%).
+        # Each tenth of [0, 1) gets a tenth of the offsets, within 2% of all. Random ones: 6%.
         counts = torch.histc(line, 10, 0, 1) / line.numel()
         assert (counts - 0.1).abs().max() < 0.02
     assert torch.equal(dither(1000, 7)[:256], steps[6])
@@ -168,9 +168,8 @@ def test_dither_is_even_over_entries_and_over_steps():
 
 def test_dithered_rounding_is_right_on_average():
     x = torch.rand(4, 256, generator=torch.Generator().manual_seed(0))
-    rounded = [
-        dequantise(*quantise(x, torch.uint8, dither(x.numel(), step).view_as(x))) for step in range(200)
-    ]
+    offsets = [dither(x.numel(), step).view_as(x) for step in range(200)]
+    rounded = [dequantise(*quantise(x, torch.uint8, offset)) for offset in offsets]
     assert (torch.stack(rounded).mean(0) / x - 1).abs().max() < 0.01
 
 
@@ -184,7 +183,7 @@ def test_block_sizes():
     assert block_size((2048,)) is None  # a norm: too small
     assert block_size((64, 63)) is None
     assert block_size((64, 64)) == 64
-    assert block_size((4096, 8)) is None  # LoRA of rank 8: scales would eat the gain
+    assert block_size((4096, 8)) is None  # LoRA of rank 8: scales would cost the gain
     assert block_size((4096, 257)) is None  # prime
     assert block_size(()) is None
 
@@ -205,7 +204,7 @@ def test_a_row_is_untouched_by_what_happens_in_other_rows():
 
 
 def rare_word_gradients(step):
-    """16 words of width 640: row 5 is rare, and when it has a gradient, that is small."""
+    """16 words of width 640. Row 5 is rare: its gradient is usually 0 and otherwise small."""
     g = torch.randn(16, 640, generator=torch.Generator().manual_seed(step))
     g[5] *= 1e-5 if step % 40 == 20 else 0
     return g
@@ -221,8 +220,9 @@ def test_a_rare_row_keeps_its_pace_and_straddling_blocks_would_stop_it():
 
 
 def test_straddling_blocks_explode_if_v_can_round_to_zero(monkeypatch):
-    # What the rows and the floor protect from, shown with the plainest code there is for sqrt(v):
-    # 255 even steps, to nearest. In blocks that end with the row it merely is imprecise.
+    # Blocks in rows and the smallest code protect from this. It is shown with the simplest code for
+    # sqrt(v): 255 even steps, rounded to nearest. In blocks that end with the row that code is only
+    # imprecise.
     ours = quantise, dequantise
 
     def even_encode(x, dtype, offset):
@@ -257,18 +257,18 @@ def test_updates_stay_bounded_when_a_row_spans_decades(decades):
     eight = largest_updates(gradient, shape, 200, bits=8)
     assert exact.max() < ADAM_BOUND
     assert (eight / exact).max() < 2
-    if decades == 3:  # what real rows span (results/adam8bit.md): no entry is held back either
+    if decades == 3:  # as in real rows (results/adam8bit.md): no entry is held back either
         assert (eight / exact).min() > 0.5
 
 
 # Moments that follow
 
 
-def moments_after(gradients, betas, dithered=True):
-    """sqrt(v) of 8-bit moments over sqrt(v) of 32-bit ones, on average over the entries.
+def moments_after(gradients, betas):
+    """sqrt(v) of 8-bit moments divided by sqrt(v) of 32-bit ones, on average over the entries.
 
-    lr is 0. A loud first row entry in each row keeps the scales still: without it the scale alone
-    would follow and nothing could stick."""
+    lr is 0. A large first entry in each row keeps the scales constant. Without it the scale would
+    follow the gradients, and nothing could stick."""
     roots = []
     for bits in (8, 32):
         p = torch.nn.Parameter(torch.zeros(64, 64))
@@ -292,13 +292,13 @@ def quiet_then(factor, steps):
 def test_v_follows_gradients_that_grow_by_3_percent_or_vanish(factor, steps, monkeypatch):
     gradients = quiet_then(factor, steps)
     assert moments_after(gradients, (0.9, 0.99)) == pytest.approx(1, abs=0.012)
-    # Rounding to nearest is what would stick: this test can see it.
+    # With rounding to nearest v sticks, and this test notices.
     monkeypatch.setattr(optim, "dither", lambda n, step, device=None: torch.full((n,), 0.5))
     assert abs(moments_after(gradients, (0.9, 0.99)) - 1) > 0.02
 
 
 def test_8_bits_train_a_language_model_like_32_bits():
-    # Text where each pair of letters has its own likely successor (80%; otherwise any letter).
+    # In this text each pair of letters has its own likely successor (80%, otherwise any letter).
     generator = torch.Generator().manual_seed(0)
     letters = 29
     successor = torch.randint(letters, (letters, letters), generator=generator).tolist()
@@ -340,9 +340,9 @@ def test_state_bytes():
     wide, b_of_lora, norm = (512, 2048), (2048, 16), (2048,)
     named = [(str(s), torch.nn.Parameter(torch.zeros(s))) for s in (wide, b_of_lora, norm)]
     bytes_of = {n: AdamW([(n, p)], lr=1.0).state_bytes() for n, p in named}
-    # Two codes an entry and two float32 scales a block; 32-bit moments take 8 bytes an entry.
-    assert bytes_of[str(wide)] == 512 * 2048 * 2 + 512 * 8 * 8  # 2.03 bytes an entry: 25.4%
-    assert bytes_of[str(b_of_lora)] == 2048 * 16 * 2 + 2048 * 8  # 2.5 bytes an entry: 31.3%
+    # Two codes per entry and two float32 scales per block; 32-bit moments take 8 bytes per entry.
+    assert bytes_of[str(wide)] == 512 * 2048 * 2 + 512 * 8 * 8  # 2.03 bytes per entry: 25.4%
+    assert bytes_of[str(b_of_lora)] == 2048 * 16 * 2 + 2048 * 8  # 2.5 bytes per entry: 31.3%
     assert bytes_of[str(norm)] == 2048 * 8  # kept in float32
     assert AdamW(named, lr=1.0).state_bytes() == sum(bytes_of.values())
     assert AdamW(named, lr=1.0, bits=32).state_bytes() == sum(p.numel() * 8 for _, p in named)
@@ -411,6 +411,6 @@ def test_bf16_weights_lose_small_updates_and_float32_weights_keep_them():
         p.grad = random_like(p, 0).to(dtype)
         AdamW([("p", p)], lr=5e-7).step()
         moved[dtype] = (p != before).float().mean().item()
-    # A step of 5e-7 moves a bfloat16 weight only if it is over half a spacing: |w| < 2.4e-4.
+    # 5e-7 moves a bfloat16 weight only if it is more than half a spacing: |w| < 2.4e-4.
     assert 0 < moved[torch.bfloat16] < 0.02
     assert moved[torch.float32] > 0.99

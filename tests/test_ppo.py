@@ -1,8 +1,8 @@
 """train_ppo.py: its math against slow loops and numbers worked by hand, the promises about actor,
 reference and critic, a task that must be learnt, and whole runs."""
 
-import argparse
 import contextlib
+import inspect
 import itertools
 import json
 import math
@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -24,11 +25,13 @@ from nanogsm import UserError, data
 from nanogsm.lora import adapters, add_lora
 from nanogsm.model import load_model, save_adapter, save_model, set_checkpointing
 from nanogsm.optim import AdamW
+from nanogsm.run.health import health
+from nanogsm.run.loop import Run
 from train_ppo import (
-    build,
     gae,
     kl_estimates,
     masked_mean,
+    masked_share,
     policy_loss,
     token_rewards,
     value_loss,
@@ -36,6 +39,17 @@ from train_ppo import (
 )
 
 ROUNDING = 1e-6  # of float32
+PLAIN = contextlib.nullcontext
+HALF = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+MODES = [
+    pytest.param(PLAIN, False, id="full, float32"),
+    pytest.param(HALF, False, id="full, bfloat16"),
+    pytest.param(PLAIN, True, id="LoRA, float32"),
+    pytest.param(HALF, True, id="LoRA, bfloat16"),
+]
+
+
+# ------------------------------------------------------------------------------------- the helpers
 
 
 def random_mask(rows, columns, seed=0):
@@ -53,10 +67,118 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def settings(**changes):
+    """Arguments as train_ppo.parse_args returns them, with small batches."""
+    args = train_ppo.parse_args(["--recipe", "original", "--device", "cpu", "--precision", "fp32"])
+    small = {"micro_batch": 3, "accumulation": 2, "checkpointing": "none", "lora_r": 4}
+    args.__dict__.update({"lr": 1e-2, "value_lr": 1e-2, "val_examples": 2} | small | changes)
+    return args
+
+
+def answers(n=8, seed=0):
+    """Made-up answers of 1 to 12 tokens to prompts of 2 to 6, about half of them right."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw(low, high, size=()):
+        return torch.randint(low, high, size, generator=rng).tolist()
+
+    rows = []
+    for i in range(n):
+        prompt, response = draw(7, 300, (draw(2, 7),)), draw(7, 300, (draw(1, 13),))
+        example = data.Example(prompt + response, [0] * len(prompt) + [1] * len(response), i)
+        right = bool(draw(0, 2))
+        completion = "<<1+1=2>>2" if i == 0 else "2"
+        rows.append({"example": example, "score": float(right), "correct": right,
+                     "truncated": False, "completion": completion})  # fmt: skip
+    return rows
+
+
+def setup_of(gemma, autocast=PLAIN, **changes):
+    """train_ppo.set_up for a fixture model."""
+    args = settings(precision="bf16" if autocast is HALF else "fp32", **changes)
+    dtype = torch.bfloat16 if args.lora and autocast is HALF else torch.float32
+    base, tokenizer = gemma("gemma3", dtype)
+    models = train_ppo.build(base, args)
+    policy = AdamW(models.policy_weights().items(), args.lr)
+    value = AdamW(models.value_weights().items(), args.value_lr)
+    return train_ppo.Setup(models, policy, value, tokenizer, data.Prompt(), args, autocast)
+
+
+class Case(NamedTuple):
+    """A step up to its update: what the loop in train_ppo.train has by then."""
+
+    setup: train_ppo.Setup
+    rollout: train_ppo.Rollout
+    advantages: torch.Tensor  # whitened
+    returns: torch.Tensor
+    metrics: dict
+
+    @property
+    def models(self):
+        return self.setup.models
+
+
+def assessed(setup, rows) -> Case:
+    """Score answers, as the loop does."""
+    args, rollout = setup.args, train_ppo.score(setup, rows)
+    rewards = token_rewards(
+        rollout.scores, rollout.logp, rollout.ref_logp, rollout.mask, args.kl_coef
+    )
+    advantages, returns = gae(rewards, rollout.values, rollout.mask, args.gamma, args.lam)
+    metrics = train_ppo.rollout_metrics(rows, rollout, rewards, returns, args)
+    return Case(setup, rollout, train_ppo.whiten(advantages, rollout.mask), returns, metrics)
+
+
+def models_and_rollout(gemma, autocast=PLAIN, **changes) -> Case:
+    """Models at their start, with the made-up answers scored by them."""
+    return assessed(setup_of(gemma, autocast, **changes), answers())
+
+
+def all_micro_batches(case):
+    args = case.setup.args
+    size = args.micro_batch, args.accumulation
+    updates = train_ppo.micro_batches_of(len(case.rollout.indices), *size)
+    return [rows for update in updates for rows in update]
+
+
+def gradients(case):
+    """(metrics, largest |ratio - 1|, gradients by name) of all rows as one update."""
+    setup, rollout, advantages, returns, _ = case
+    critic = {f"critic.{n}": p for n, p in setup.models.value_weights().items()}
+    weights = setup.models.policy_weights() | critic
+    for p in weights.values():
+        p.grad = None
+    shares, errors = [], []
+    for rows in all_micro_batches(case):
+        share, error = train_ppo.backward_micro(
+            setup, rollout, advantages, returns, rows, rollout.mask.sum(), warming=False
+        )
+        shares.append(share)
+        errors.append(error.item())
+    metrics = {name: sum(share[name].item() for share in shares) for name in shares[0]}
+    grads = {n: p.grad for n, p in weights.items() if p.grad is not None}
+    return metrics, max(errors), grads
+
+
+def update(case, step):
+    return train_ppo.update(case.setup, case.rollout, case.advantages, case.returns, step)
+
+
+def sample(setup, problems, step=0):
+    return train_ppo.sample(setup, problems, step, lambda finished, tokens: None)
+
+
+def shake(models, scale=0.05):
+    """Move everything that is trained off its start, so that nothing is zero by chance."""
+    weights = [*models.policy_weights().values(), *models.value_weights().values()]
+    for i, p in enumerate(weights):
+        p.data += scale * noise(*p.shape, seed=i)
+
+
 # ------------------------------------------------------------------------------------ the rewards
 
 
-def test_the_score_stands_on_the_last_action_only_and_kl_on_every_action():
+def test_the_score_is_at_the_last_action_only_and_kl_at_every_action():
     mask = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 1], [1, 1, 1, 1]]).bool()
     score = torch.tensor([1.0, 0.5, 0.0])
     logp, ref = -torch.rand(3, 4), -torch.rand(3, 4)
@@ -94,10 +216,11 @@ def test_gae_is_the_discounted_sum_of_temporal_differences(gamma, lam):
             )
             want = want if mask[b, t] else 0.0
             assert advantages[b, t].item() == pytest.approx(want, abs=1e-5)
-            assert returns[b, t].item() == pytest.approx((want + v[t]) if mask[b, t] else 0.0, abs=1e-5)
+            want_return = want + v[t] if mask[b, t] else 0.0
+            assert returns[b, t].item() == pytest.approx(want_return, abs=1e-5)
 
 
-def test_without_discount_every_action_of_an_answer_has_the_answers_reward_as_return():
+def test_without_discount_the_return_of_every_action_is_the_answers_score():
     mask, values = random_mask(5, 8), noise(5, 8)
     score = noise(5, seed=3)
     rewards = token_rewards(score, values, values, mask, 0.5)
@@ -106,7 +229,7 @@ def test_without_discount_every_action_of_an_answer_has_the_answers_reward_as_re
     assert torch.allclose(advantages[mask], (returns - values)[mask], atol=1e-5)
 
 
-def test_what_stands_outside_the_mask_and_more_padding_change_nothing():
+def test_values_outside_the_mask_and_more_padding_change_nothing():
     mask, rewards, values = random_mask(6, 9), noise(6, 9), noise(6, 9, seed=1)
     want = gae(rewards, values, mask, 0.9, 0.8)
     noisy = gae(rewards.where(mask, 1e6), values.where(mask, -1e6), mask, 0.9, 0.8)
@@ -136,18 +259,18 @@ def test_whitening_is_over_all_actions_and_survives_constants():
     [
         (1.0, 2.0, -2.0, -2.0),
         (1.1, 2.0, -2.2, -2.2),
-        (1.5, 2.0, -2.4, 0.0),  # as far as it may go up
-        (0.5, 2.0, -1.0, -1.0),  # on the wrong side: pushed back
-        (0.5, -2.0, 1.6, 0.0),  # as far as it may go down
+        (1.5, 2.0, -2.4, 0.0),  # it went up as far as it may
+        (0.5, 2.0, -1.0, -1.0),  # it went the wrong way: pushed back
+        (0.5, -2.0, 1.6, 0.0),  # it went down as far as it may
         (1.5, -2.0, 3.0, 3.0),
     ],
 )
 def test_the_clipped_objective_by_hand(ratio, advantage, loss, slope):
-    """d loss / d logp = -ratio A where the clip does not hold."""
+    """d loss / d logp = -ratio A where the loss is not the clipped form."""
     logp = torch.tensor([[math.log(ratio) - 1.0]], requires_grad=True)
-    got, held = policy_loss(logp, torch.tensor([[-1.0]]), torch.tensor([[advantage]]), 0.2)
+    got, clipped = policy_loss(logp, torch.tensor([[-1.0]]), torch.tensor([[advantage]]), 0.2)
     got.sum().backward()
-    assert got.item() == pytest.approx(loss, rel=1e-5) and held.item() == (slope == 0)
+    assert got.item() == pytest.approx(loss, rel=1e-5) and clipped.item() == (slope == 0)
     assert logp.grad.item() == pytest.approx(slope, rel=1e-5, abs=1e-7)
 
 
@@ -155,16 +278,37 @@ def test_the_clipped_objective_by_hand(ratio, advantage, loss, slope):
     "value, old, target, loss, slope",
     [
         (0.5, 0.5, 1.0, 0.125, -0.5),
-        (0.9, 0.5, 1.0, 0.5 * 0.3**2, 0.0),  # further than 0.2 towards the target: held at 0.7
-        (0.1, 0.5, 1.0, 0.5 * 0.9**2, -0.9),  # away from it: pushed back in full
+        (0.9, 0.5, 1.0, 0.5 * 0.3**2, 0.0),  # moved 0.4 towards the return: counts as 0.7
+        (0.1, 0.5, 1.0, 0.5 * 0.9**2, -0.9),  # moved away from it: pushed back in full
     ],
 )
 def test_the_clipped_value_loss_by_hand(value, old, target, loss, slope):
     v = torch.tensor([[value]], requires_grad=True)
-    got, held = value_loss(v, torch.tensor([[old]]), torch.tensor([[target]]), 0.2)
+    got, clipped = value_loss(v, torch.tensor([[old]]), torch.tensor([[target]]), 0.2)
     got.sum().backward()
-    assert got.item() == pytest.approx(loss, rel=1e-5) and held.item() == (slope == 0)
+    assert got.item() == pytest.approx(loss, rel=1e-5) and clipped.item() == (slope == 0)
     assert v.grad.item() == pytest.approx(slope, rel=1e-5, abs=1e-7)
+
+
+def test_value_clipped_counts_only_values_that_moved_further_than_the_clip():
+    """`near` is old + (V - old), which rounding can make another number than V. Where it ends up
+    further from the return, the clipped form is the larger one, and the old rule counted that."""
+    old, value, target = (torch.tensor([[x]]) for x in (0.04, 0.17, 1.0))
+    near = old + (value - old).clamp(-0.2, 0.2)
+    assert (value - old).abs() < 0.2 and near != value
+    assert 0.5 * (near - target) ** 2 > 0.5 * (value - target) ** 2  # the old rule
+    loss, clipped = value_loss(value, old, target, 0.2)
+    assert not clipped.item()
+    assert torch.equal(loss, 0.5 * (near - target) ** 2)  # the loss stays the larger of the two
+
+    old, value, target = noise(40, 50), noise(40, 50, seed=1), noise(40, 50, seed=2)
+    free = 0.5 * (value - target) ** 2
+    clipped_form = 0.5 * (old + (value - old).clamp(-0.2, 0.2) - target) ** 2
+    loss, clipped = value_loss(value, old, target, 0.2)
+    moved_far = (value - old).abs() > 0.2
+    assert torch.equal(loss, torch.maximum(free, clipped_form))
+    assert torch.equal(clipped, moved_far & (clipped_form > free))
+    assert clipped.any() and (~clipped & (clipped_form > free)).any()
 
 
 def test_both_kl_estimates_have_the_kl_divergence_as_their_mean():
@@ -193,173 +337,108 @@ def test_no_kl_between_the_same():
     assert kl_estimates(p, p)[0].abs().max() == kl_estimates(p, p)[1].abs().max() == 0
 
 
-def test_parts_means_add_up_to_the_mean_of_the_whole():
+def test_the_shares_of_micro_batches_add_up_to_the_mean():
     mask, x = random_mask(7, 9), noise(7, 9)
     want = sum(x[mask].tolist()) / int(mask.sum())
     assert masked_mean(x, mask).item() == pytest.approx(want, rel=1e-5)
-    parts = [masked_mean(x[r], mask[r], mask.sum()) for r in (slice(0, 1), slice(1, 5), slice(5, 7))]
-    assert sum(parts).item() == pytest.approx(want, rel=1e-5)
-    assert masked_mean(x.where(mask, math.nan), mask).isfinite()
+    rows = (slice(0, 1), slice(1, 5), slice(5, 7))
+    shares = [masked_share(x[r], mask[r], mask.sum()) for r in rows]
+    assert sum(shares).item() == pytest.approx(want, rel=1e-5)
+    noisy = x.where(mask, math.nan)
+    assert masked_mean(noisy, mask).isfinite() and masked_share(noisy, mask, 3).isfinite()
 
 
-def test_explained_variance_of_a_perfect_a_constant_and_a_wrong_guess():
+def test_explained_variance_of_a_perfect_a_constant_and_a_wrong_critic():
     mask, returns = random_mask(6, 9), noise(6, 9)
-    score = lambda values: train_ppo.explained_variance(values, returns, mask)  # noqa: E731
-    assert score(returns) == pytest.approx(1.0)
-    assert score(torch.full_like(returns, 3.0)) == pytest.approx(0.0, abs=1e-5)
-    assert score(-returns) == pytest.approx(-3.0, rel=1e-4)
+    explained = lambda values: train_ppo.explained_variance(values, returns, mask)  # noqa: E731
+    assert explained(returns) == pytest.approx(1.0)
+    assert explained(torch.full_like(returns, 3.0)) == pytest.approx(0.0, abs=1e-5)
+    assert explained(-returns) == pytest.approx(-3.0, rel=1e-4)
 
 
 # ----------------------------------------------------------------------- actor, reference, critic
 
 
-def settings(**changes):
-    """The fields of parse_args' result that the functions below read."""
-    args = train_ppo.parse_args(["--device", "cpu", "--precision", "fp32"])
-    args.__dict__.update(micro_batch=3, accumulation=2, checkpointing="none", lora_r=4, val_examples=2)
-    args.__dict__.update(changes)
-    return args
-
-
-PLAIN = contextlib.nullcontext
-HALF = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
-MODES = [
-    pytest.param(PLAIN, False, id="full, float32"),
-    pytest.param(HALF, False, id="full, bfloat16"),
-    pytest.param(PLAIN, True, id="LoRA, float32"),
-    pytest.param(HALF, True, id="LoRA, bfloat16"),
-]
-
-
-def answers(n=8, seed=0):
-    """Made-up answers of 1 to 12 tokens to prompts of 2 to 6, about half of them right."""
-    rng = torch.Generator().manual_seed(seed)
-    draw = lambda low, high, size=(): torch.randint(low, high, size, generator=rng).tolist()  # noqa: E731
-    rows = []
-    for i in range(n):
-        prompt, response = draw(7, 300, (draw(2, 7),)), draw(7, 300, (draw(1, 13),))
-        example = data.Example(prompt + response, [0] * len(prompt) + [1] * len(response), i)
-        right = bool(draw(0, 2))
-        rows.append({"example": example, "score": float(right), "correct": right, "truncated": False,
-                     "completion": "<<1+1=2>>2" if i == 0 else "2"})  # fmt: skip
-    return rows
-
-
-def models_and_rollout(gemma, autocast=PLAIN, **changes):
-    args = settings(**changes)
-    args.precision = "bf16" if autocast is HALF else "fp32"
-    base, _ = gemma("gemma3", torch.bfloat16 if args.lora and autocast is HALF else torch.float32)
-    models = build(base, args)
-    rollout, figures = train_ppo.assess(models, answers(), 0, args, autocast)
-    return args, models, rollout, figures
-
-
-def micro_batches_of(rollout):
-    return [micro_batch for update in rollout.updates for micro_batch in update]
-
-
-def gradients(models, rollout, args, autocast=PLAIN, warming=False):
-    """(figures by name, largest |ratio - 1|, gradients by name) of all rows as one update."""
-    weights = models.policy_weights() | {f"critic.{n}": p for n, p in models.value_weights().items()}
-    for p in weights.values():
-        p.grad = None
-    shares = [
-        train_ppo.backward_micro(models, rollout, part, rollout.mask.sum(), args, autocast, warming)
-        for part in micro_batches_of(rollout)
-    ]
-    figures = dict(zip(train_ppo.FIGURES, sum(share[0] for share in shares).tolist()))
-    grads = {n: p.grad for n, p in weights.items() if p.grad is not None}
-    return figures, max(share[1].item() for share in shares), grads
-
-
-def optimizers_of(models, lr=1e-2):
-    return AdamW(models.policy_weights().items(), lr), AdamW(models.value_weights().items(), lr)
-
-
-def shake(models, scale=0.05):
-    """Move everything that is trained off its start, so that nothing is zero by chance."""
-    for i, p in enumerate([*models.policy_weights().values(), *models.value_weights().values()]):
-        p.data += scale * noise(*p.shape, seed=i)
-
-
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 @pytest.mark.parametrize("autocast, lora", MODES)
 def test_the_first_ratio_is_exactly_one_and_kl_exactly_zero(gemma, autocast, lora, critic):
-    """With rows of uneven length, cut into micro-batches; and the critic's first guess is 0."""
-    args, models, rollout, figures = models_and_rollout(gemma, autocast, lora=lora, critic=critic)
-    assert len({len(row["example"].ids) for row in answers()}) > 4
-    assert figures["kl"] == figures["kl_sequence"] == 0 and figures["value"] == 0
-    assert (rollout.logp[rollout.mask] < 0).all()
-    figures, largest, _ = gradients(models, rollout, args, autocast)
-    assert largest == figures["clipped"] == figures["approx_kl"] == 0
+    """With rows of different lengths, cut into micro-batches. The critic's first value is 0."""
+    case = models_and_rollout(gemma, autocast, lora=lora, critic=critic)
+    assert len(set(case.rollout.batch.lengths)) > 4
+    assert case.metrics["kl"] == case.metrics["kl_sequence"] == case.metrics["value"] == 0
+    assert (case.rollout.logp[case.rollout.mask] < 0).all()
+    metrics, largest, _ = gradients(case)
+    assert largest == metrics["clipped"] == metrics["approx_kl"] == 0
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
-def test_the_first_value_loss_is_that_of_the_rollouts_own_guesses(gemma, critic):
+def test_the_first_value_loss_is_that_of_the_rollouts_own_values(gemma, critic):
     """An action's value is read at the token before it, in the rollout and in the update alike."""
-    args = settings(critic=critic)
-    args.precision = "fp32"
-    models = build(gemma("gemma3")[0], args)
+    setup = setup_of(gemma, critic=critic)
+    models = setup.models
     shake(models)
-    rollout, _ = train_ppo.assess(models, answers(), 0, args, PLAIN)
+    case = assessed(setup, answers())
+    values, mask = case.rollout.values, case.rollout.mask
     with torch.no_grad():
-        hidden = models.critic(rollout.ids)
-    by_hand = hidden @ models.head.weight[0] + models.head.bias  # (N, T); of action t the value stands at t
-    assert torch.allclose(rollout.values, by_hand[:, :-1] * rollout.mask, atol=1e-5)
-    late = by_hand[:, 1:][rollout.mask]
-    assert (late - rollout.values[rollout.mask]).abs().max() > 0.01  # one token on it is another
-    figures, *_ = gradients(models, rollout, args)
-    want = (0.5 * (rollout.values - rollout.returns) ** 2)[rollout.mask].mean().item()
-    assert figures["value_loss"] == pytest.approx(want, rel=1e-4) and figures["value_clipped"] == 0
+        hidden = models.critic(case.rollout.batch.ids)
+    # (N, T): the value of action t is at token t
+    by_hand = hidden @ models.value_head.weight[0] + models.value_head.bias
+    assert torch.allclose(values, by_hand[:, :-1] * mask, atol=1e-5)
+    late = by_hand[:, 1:][mask]
+    assert (late - values[mask]).abs().max() > 0.01  # one token later it is another value
+    metrics, *_ = gradients(case)
+    want = (0.5 * (values - case.returns) ** 2)[mask].mean().item()
+    assert metrics["value_loss"] == pytest.approx(want, rel=1e-4)
+    assert metrics["value_clipped"] == 0
 
 
 @pytest.mark.parametrize("autocast, lora", MODES)
 def test_the_first_gradient_is_that_of_reinforce(gemma, autocast, lora):
-    args, models, rollout, _ = models_and_rollout(
-        gemma, autocast, lora=lora, critic="separate", entropy_coef=0.0
-    )
-    *_, got = gradients(models, rollout, args, autocast)
+    case = models_and_rollout(gemma, autocast, lora=lora, critic="separate", entropy_coef=0.0)
+    *_, got = gradients(case)
+    models, mask = case.models, case.rollout.mask
     weights = models.policy_weights()
     for p in weights.values():
         p.grad = None
-    for rows in micro_batches_of(rollout):
-        ids = rollout.ids[rows]
+    for rows in all_micro_batches(case):
+        ids = case.rollout.batch.ids[rows]
         with autocast():
             logits = models.actor.logits(models.actor(ids)[:, :-1]).float()
         logp = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-        weighted = logp * rollout.advantages[rows] * rollout.mask[rows]
-        (-weighted.sum() / rollout.mask.sum()).backward()
+        weighted = logp * case.advantages[rows] * mask[rows]
+        (-weighted.sum() / mask.sum()).backward()
+    off = 1e-5 if autocast is PLAIN else 0.06  # roundings of 2^-9 on the way through all layers
     for name, p in weights.items():
         if p.grad is not None:
-            off = 1e-5 if autocast is PLAIN else 0.06  # roundings of 2^-9 on the way through all layers
             assert (got[name] - p.grad).norm() <= off * p.grad.norm() + 1e-6, name
 
 
-def test_the_reference_is_what_the_actor_was_and_stays_so(gemma):
+def test_the_reference_starts_as_the_actor_and_never_changes(gemma):
     for lora in (False, True):
-        args, models, rollout, _ = models_and_rollout(gemma, lora=lora, critic="separate", lr=1e-2)
-        before = {n: p.clone() for n, p in models.reference.named_parameters()}
-        figures = train_ppo.update(models, rollout, optimizers_of(models), args, PLAIN, step=5)
-        after = dict(models.reference.named_parameters())
-        assert before.keys() == after.keys() and all(torch.equal(p, after[n]) for n, p in before.items())
-        assert figures["updates"] == 2 * 2 and figures["first_ratio_error"] == 0
-        _, figures = train_ppo.assess(models, answers(), 0, args, PLAIN)
-        assert figures["kl"] > 1e-4
+        case = models_and_rollout(gemma, lora=lora, critic="separate")
+        before = {n: p.clone() for n, p in case.models.reference.named_parameters()}
+        metrics = update(case, step=5)
+        after = dict(case.models.reference.named_parameters())
+        assert before.keys() == after.keys()
+        assert all(torch.equal(p, after[n]) for n, p in before.items())
+        assert metrics["updates"] == 2 * 2 and metrics["first_ratio_error"] == 0
+        assert assessed(case.setup, answers()).metrics["kl"] > 1e-4
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 @pytest.mark.parametrize("lora", [False, True])
-def test_the_critics_warm_up_leaves_the_actor_as_it_was_to_the_bit(gemma, lora, critic):
-    args, models, rollout, _ = models_and_rollout(gemma, lora=lora, critic=critic, critic_warmup=3)
+def test_critic_warm_up_leaves_the_actor_unchanged_to_the_bit(gemma, lora, critic):
+    case = models_and_rollout(gemma, lora=lora, critic=critic, critic_warmup=3)
+    models = case.models
     actor = {n: p.clone() for n, p in models.actor.named_parameters()}
     value = {n: p.clone() for n, p in models.value_weights().items()}
-    optimizers = optimizers_of(models)
-    train_ppo.update(models, rollout, optimizers, args, PLAIN, step=2)
+    update(case, step=2)
     assert all(torch.equal(p, actor[n]) for n, p in models.actor.named_parameters())
-    assert optimizers[0].step_count == 0  # its bias correction starts with its first real step
-    # Head, then B, then A: each has a gradient once the one before it is no longer zero.
+    # Bias correction starts with the policy's first real step.
+    assert case.setup.policy_optimizer.step_count == 0
+    # Value head, then B, then A: each has a gradient once the one before it is no longer zero.
     assert all(not torch.equal(p, value[n]) for n, p in models.value_weights().items())
-    train_ppo.update(models, rollout, optimizers, args, PLAIN, step=3)
+    update(case, step=3)
     assert any(not torch.equal(p, actor[n]) for n, p in models.actor.named_parameters())
 
 
@@ -367,79 +446,84 @@ def test_the_critics_warm_up_leaves_the_actor_as_it_was_to_the_bit(gemma, lora, 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("how", ["light", "full"])
 def test_checkpointing_changes_no_gradient_of_actor_or_critic(gemma, lora, critic, how):
-    """Both forwards come before the one backward: with one set of weights whose adapters are
+    """Both forwards come before the one backward. With one set of weights whose adapters are
     switched, backward would recompute the actor with the critic's."""
-    args, models, rollout, _ = models_and_rollout(gemma, lora=lora, critic=critic)
-    shake(models)
-    *_, want = gradients(models, rollout, args)
-    for model in (models.actor, models.critic):
+    case = models_and_rollout(gemma, lora=lora, critic=critic)
+    shake(case.models)
+    *_, want = gradients(case)
+    for model in (case.models.actor, case.models.critic):
         set_checkpointing(model, how)
-    *_, got = gradients(models, rollout, args)
-    assert got.keys() == want.keys() and len(want) >= len(models.policy_weights())
+    *_, got = gradients(case)
+    assert got.keys() == want.keys() and len(want) >= len(case.models.policy_weights())
     for name in want:
         assert want[name].abs().max() > 0 and (got[name] - want[name]).abs().max() < 1e-5, name
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
-def test_micro_batches_row_order_and_padding_change_neither_gradient_nor_figures(gemma, critic):
+def test_micro_batches_row_order_and_padding_change_neither_gradient_nor_metrics(gemma, critic):
     found = []
     for micro_batch, order in ((1, 1), (3, 1), (8, -1)):
-        args = settings(micro_batch=micro_batch, accumulation=9, critic=critic, lora=True)
-        models = build(gemma("gemma3")[0], args)
-        shake(models)
-        rollout, figures = train_ppo.assess(models, answers()[::order], 0, args, PLAIN)
-        more, _, grads = gradients(models, rollout, args)
-        found.append((figures | more, grads))
-    for figures, grads in found[1:]:
-        for key, value in figures.items():
+        setup = setup_of(gemma, micro_batch=micro_batch, accumulation=9, critic=critic, lora=True)
+        shake(setup.models)
+        case = assessed(setup, answers()[::order])
+        metrics, _, grads = gradients(case)
+        found.append((case.metrics | metrics, grads))
+    for metrics, grads in found[1:]:
+        for key, value in metrics.items():
             assert value == pytest.approx(found[0][0][key], abs=1e-4), key
         for name, grad in grads.items():
             assert (grad - found[0][1][name]).abs().max() < 1e-5, name
 
 
 def test_an_update_is_the_same_however_it_is_cut(gemma):
-    """Two updates of eight answers: 8 x 1, 4 x 2, 1 x 8. (SGD would show it as well; AdamW's first
-    steps are nearly signs, so weights with tiny gradients may differ.)"""
+    """Two updates of eight answers: 8 x 1, 4 x 2, 1 x 8. AdamW's first steps are nearly signs, so
+    weights with tiny gradients may differ."""
     moved = []
     for micro_batch in (8, 4, 1):
-        args = settings(micro_batch=micro_batch, accumulation=8 // micro_batch, epochs=1)
-        models = build(gemma("gemma3")[0], args)
-        rollout, _ = train_ppo.assess(models, answers(16), 0, args, PLAIN)
-        assert [len(update) for update in rollout.updates] == [8 // micro_batch] * 2
-        figures = train_ppo.update(models, rollout, optimizers_of(models, 1e-3), args, PLAIN, 0)
-        moved.append((figures, torch.cat([p.detach().flatten() for p in models.actor.parameters()])))
-    for figures, weights in moved[1:]:
-        assert figures["grad_norm"] == pytest.approx(moved[0][0]["grad_norm"], rel=1e-3)
-        assert figures["policy_loss"] == pytest.approx(moved[0][0]["policy_loss"], abs=1e-4)
-        assert ((weights - moved[0][1]).abs() < 1e-4).float().mean() > 0.99
+        size = {"micro_batch": micro_batch, "accumulation": 8 // micro_batch}
+        setup = setup_of(gemma, epochs=1, lr=1e-3, value_lr=1e-3, **size)
+        updates = train_ppo.micro_batches_of(16, **size)
+        assert [len(micro_batches) for micro_batches in updates] == [8 // micro_batch] * 2
+        metrics = update(assessed(setup, answers(16)), step=0)
+        weights = torch.cat([p.detach().flatten() for p in setup.models.actor.parameters()])
+        moved.append((metrics, weights))
+    first_metrics, first_weights = moved[0]
+    for metrics, weights in moved[1:]:
+        assert metrics["grad_norm"] == pytest.approx(first_metrics["grad_norm"], rel=1e-3)
+        assert metrics["policy_loss"] == pytest.approx(first_metrics["policy_loss"], abs=1e-4)
+        assert ((weights - first_weights).abs() < 1e-4).float().mean() > 0.99
 
 
-def test_rows_are_cut_within_their_update_and_each_once(gemma):
-    args, models, *_ = models_and_rollout(gemma, micro_batch=2, accumulation=2)
-    rows = answers(11)
-    rollout, _ = train_ppo.assess(models, rows, 0, args, PLAIN)
-    assert [len(update) for update in rollout.updates] == [2, 2, 2]
-    assert micro_batches_of(rollout) == [slice(i, min(i + 2, 11)) for i in range(0, 11, 2)]
-    ids = [row[:n].tolist() for row, n in zip(rollout.ids, rollout.lengths, strict=True)]
-    assert ids == [row["example"].ids for row in rows]  # in the order drawn, nothing cut off
+def test_micro_batches_stay_within_their_update_and_have_each_row_once(gemma):
+    updates = train_ppo.micro_batches_of(11, 2, 2)
+    assert [len(update) for update in updates] == [2, 2, 2]
+    rows = [micro_batch for update in updates for micro_batch in update]
+    assert rows == [slice(i, min(i + 2, 11)) for i in range(0, 11, 2)]
+    uneven = train_ppo.micro_batches_of(7, 2, 2)  # no micro-batch has rows of two updates
+    assert uneven == [[slice(0, 2), slice(2, 4)], [slice(4, 6), slice(6, 7)]]
+    rollout = assessed(setup_of(gemma, micro_batch=2, accumulation=2), answers(11)).rollout
+    ids, _, lengths = rollout.batch
+    got = [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)]
+    assert got == [row["example"].ids for row in answers(11)]  # in the order drawn, nothing cut off
 
 
 def test_the_drawing_at_the_top(gemma):
-    """Three prompt tokens, three of the answer and the end: the columns of mask, reward, log-prob."""
-    args, models, *_ = models_and_rollout(gemma, kl_coef=0.0, gamma=1.0, lam=0.0)
+    """Three prompt tokens, three answer tokens and the end: columns of mask, reward, log-prob."""
+    setup = setup_of(gemma, kl_coef=0.0, gamma=1.0, lam=0.0)
+    models = setup.models
     example = data.Example([2, 11, 12, 13, 14, 15, 1], [0, 0, 0, 1, 1, 1, 1], 0)
     longer = data.Example([2, 11, 12, 13, 14, 15, 16, 1], [0, 0, 0, 1, 1, 1, 1, 1], 1)
     row = {"score": 1.0, "correct": True, "truncated": False, "completion": ""}
-    rows = [row | {"example": e} for e in (longer, example)]
-    models.head.bias.data += 0.25  # so lambda 0 leaves an advantage at the last action only
-    rollout, _ = train_ppo.assess(models, rows, 0, args, PLAIN)
+    models.value_head.bias.data += 0.25  # so lambda 0 leaves an advantage at the last action only
+    case = assessed(setup, [row | {"example": e} for e in (longer, example)])
+    rollout = case.rollout
     assert rollout.mask[1].tolist() == [False, False, True, True, True, True, False]
-    assert rollout.returns[1].tolist() == [0, 0, 0.25, 0.25, 0.25, 1.0, 0]
+    assert case.returns[1].tolist() == [0, 0, 0.25, 0.25, 0.25, 1.0, 0]
     assert rollout.values[1].tolist() == [0, 0, 0.25, 0.25, 0.25, 0.25, 0]
     with torch.no_grad():
-        logits = models.actor.logits(models.actor(torch.tensor([example.ids])))[0].log_softmax(-1)
+        logits = models.actor.logits(models.actor(torch.tensor([example.ids])))[0]
     for column in range(2, 6):
-        want = logits[column, example.ids[column + 1]].item()
+        want = logits.log_softmax(-1)[column, example.ids[column + 1]].item()
         assert rollout.logp[1, column].item() == pytest.approx(want, abs=1e-5)
 
 
@@ -448,24 +532,25 @@ def test_the_entropy_bonus_pushes_towards_entropy(gemma, lora):
     """Its gradient alone, against one written out with all logits."""
     grads = []
     for coef in (0.0, 0.5):
-        args, models, rollout, _ = models_and_rollout(gemma, lora=lora, entropy_coef=coef)
-        grads.append(gradients(models, rollout, args)[2])
-    for p in models.policy_weights().values():
+        case = models_and_rollout(gemma, lora=lora, entropy_coef=coef)
+        grads.append(gradients(case)[2])
+    actor, weights = case.models.actor, case.models.policy_weights()
+    for p in weights.values():
         p.grad = None
-    logp = models.actor.logits(models.actor(rollout.ids)[:, :-1]).log_softmax(-1)
+    logp = actor.logits(actor(case.rollout.batch.ids)[:, :-1]).log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1)
-    (-0.5 * entropy[rollout.mask].mean()).backward()
-    for name, p in models.policy_weights().items():
+    (-0.5 * entropy[case.rollout.mask].mean()).backward()
+    for name, p in weights.items():
         assert (grads[1][name] - grads[0][name] - p.grad).abs().max() < 1e-5, name
 
 
 def test_the_value_loss_is_weighted_by_its_coefficient(gemma):
-    """In the shared trunk, whose head no longer is at zero."""
+    """In the shared trunk, once the value head is no longer zero."""
     grads = []
     for coef in (0.0, 1.0, 3.0):
-        args, models, rollout, _ = models_and_rollout(gemma, value_coef=coef)
-        models.head.weight.data += 0.1
-        grads.append(gradients(models, rollout, args)[2])
+        case = models_and_rollout(gemma, value_coef=coef)
+        case.models.value_head.weight.data += 0.1
+        grads.append(gradients(case)[2])
     for name, plain in grads[0].items():
         once, thrice = grads[1][name] - plain, grads[2][name] - plain
         assert (thrice - 3 * once).abs().max() < 1e-5, name
@@ -475,64 +560,89 @@ def test_the_value_loss_is_weighted_by_its_coefficient(gemma):
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_critic_learns_what_the_answers_were_worth(gemma, lora, critic):
-    args, models, rollout, before = models_and_rollout(
-        gemma, lora=lora, critic=critic, gamma=1.0, lam=1.0, kl_coef=0.0, value_clip=9.0, value_coef=5.0,
-        epochs=12, clip=1e-6,
+    case = models_and_rollout(
+        gemma, lora=lora, critic=critic, gamma=1.0, lam=1.0, kl_coef=0.0, value_clip=9.0,
+        value_coef=5.0, epochs=12, clip=1e-6,
     )  # fmt: skip
-    rollout = rollout._replace(advantages=torch.zeros_like(rollout.advantages))  # the critic alone
-    train_ppo.update(models, rollout, optimizers_of(models, 1e-2), args, PLAIN, step=9)
-    _, after = train_ppo.assess(models, answers(), 0, args, PLAIN)
-    assert before["explained_variance"] == pytest.approx(0.0, abs=1e-5)
-    assert after["explained_variance"] > 0.5
+    update(case._replace(advantages=torch.zeros_like(case.advantages)), step=9)  # the critic alone
+    after = assessed(case.setup, answers())
+    assert case.metrics["explained_variance"] == pytest.approx(0.0, abs=1e-5)
+    assert after.metrics["explained_variance"] > 0.5
+
+
+def test_the_metrics_of_a_rollout_by_hand():
+    """Two answers, of two actions and of one."""
+    mask = torch.tensor([[False, True, True], [False, True, False]])
+    batch = data.Batch(torch.zeros(2, 4, dtype=torch.long), None, [4, 3])
+    logp = torch.tensor([[9.0, -1.0, -2.0], [9.0, -3.0, 9.0]])
+    ref_logp = torch.tensor([[0.0, -1.5, -1.0], [0.0, -3.0, 0.0]])  # log-ratios 0.5, -1 and 0
+    entropy = torch.tensor([[9.0, 0.5, 1.0], [9.0, 3.0, 9.0]])
+    values = torch.tensor([[0.0, 0.5, 0.25], [0.0, 0.0, 0.0]])
+    scores = torch.tensor([1.0, 0.0])
+    rollout = train_ppo.Rollout(batch, mask, logp, ref_logp, entropy, values, scores, [5, 6])
+    answered = [
+        {"correct": True, "truncated": False, "completion": "<<1+1=2>>2"},
+        {"correct": True, "truncated": True, "completion": "2 and so on"},
+    ]
+    rewards = token_rewards(scores, logp, logp, mask, 0.0)
+    _, returns = gae(rewards, values, mask, 1.0, 0.0)
+    args = settings(gamma=1.0, lam=0.0)
+    got = train_ppo.rollout_metrics(answered, rollout, rewards, returns, args)
+    # With lambda 0 the returns are 0.25, 1 and 0. With lambda 1 they are 1, 1 and 0.
+    variance = lambda a, b, c: (a * a + b * b + c * c) / 3 - ((a + b + c) / 3) ** 2  # noqa: E731
+    want = {
+        "reward": 0.5, "reward_std": 0.5, "exact_match": 1.0, "truncated": 0.5, "worked": 0.5,
+        "response_tokens": 1.5, "tokens": 7, "kl_sequence": -0.25, "entropy": 1.5, "value": 0.25,
+        "return": 1.25 / 3, "kl": (math.exp(-0.5) - 1 + 0.5 + math.e - 1 - 1) / 3,
+        "explained_variance": 1 - variance(0.5, 0.75, 0) / variance(1, 1, 0),
+    }  # fmt: skip
+    assert got == pytest.approx(want, rel=1e-5)
 
 
 def test_the_temperature_of_sampling_is_that_of_every_logprob(gemma):
-    args, models, rollout, figures = models_and_rollout(gemma, temperature=0.5)
+    case = models_and_rollout(gemma, temperature=0.5)
+    actor, (ids, _, _) = case.models.actor, case.rollout.batch
     with torch.no_grad():
-        logits = models.actor.logits(models.actor(rollout.ids)[:, :-1]) / 0.5
-    want = logits.log_softmax(-1).gather(-1, rollout.ids[:, 1:, None])[..., 0]
-    assert (rollout.logp - want)[rollout.mask].abs().max() < 1e-5
-    _, largest, _ = gradients(models, rollout, args)
-    assert largest == 0 and figures["kl"] == 0
+        logits = actor.logits(actor(ids)[:, :-1]) / 0.5
+    want = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    assert (case.rollout.logp - want)[case.rollout.mask].abs().max() < 1e-5
+    _, largest, _ = gradients(case)
+    assert largest == 0 and case.metrics["kl"] == 0
 
 
 def test_sampling_in_bfloat16_rounds_a_weight_once_and_not_at_every_token(gemma):
-    """The head among them: float32, and read anew for each token."""
-    args, models, *_ = models_and_rollout(gemma, HALF)
-    _, tokenizer = gemma("gemma3")
-    tokenizer.stop_ids = frozenset()
-    weights = {p.data_ptr(): 0 for p in models.actor.parameters() if p.dim() == 2}
+    """The vocabulary among them: it is float32, and used for each token."""
+    setup = setup_of(gemma, HALF, max_new_tokens=6)
+    setup.tokenizer.stop_ids = frozenset()
+    weights = {p.data_ptr(): 0 for p in setup.models.actor.parameters() if p.dim() == 2}
 
     class Casts(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, given=(), kw=None):
-            if operation is torch.ops.aten._to_copy.default and given[0].data_ptr() in weights:
+            is_cast = operation is torch.ops.aten._to_copy.default
+            if is_cast and given[0].data_ptr() in weights:
                 weights[given[0].data_ptr()] += 1
             return operation(*given, **(kw or {}))
 
-    args.max_new_tokens = 6
-    with HALF(), Casts():
-        train_ppo.answer(models, tokenizer, data.Prompt(), [data.Problem("2?", "#### 2", 0)], args, 0,
-                         lambda *_: None)  # fmt: skip
+    with Casts():
+        sample(setup, [data.Problem("2?", "#### 2", 0)])
     assert set(weights.values()) == {1}
 
 
-def test_an_answer_that_was_cut_gets_nothing_whatever_the_reward_says(gemma, monkeypatch):
+def test_a_truncated_answer_scores_0_whatever_the_reward_says(gemma, monkeypatch):
     monkeypatch.setattr(train_ppo, "reward", lambda text, problem: 1)
-    args, models, *_ = models_and_rollout(gemma)
-    _, tokenizer = gemma("gemma3")
-    tokenizer.stop_ids = frozenset(range(0, 384, 3))
-    args.max_new_tokens = 3
-    problems = [data.Problem(f"{i}?", "#### 2", i) for i in range(20)]
-    rows = train_ppo.answer(models, tokenizer, data.Prompt(), problems, args, 0, lambda *_: None)
-    cut = [row for row in rows if row["truncated"]]
-    assert 0 < len(cut) < 20 and all(row["score"] == (not row["truncated"]) for row in rows)
+    setup = setup_of(gemma, max_new_tokens=3)
+    setup.tokenizer.stop_ids = frozenset(range(0, 384, 3))
+    rows = sample(setup, [data.Problem(f"{i}?", "#### 2", i) for i in range(20)])
+    truncated = [row for row in rows if row["truncated"]]
+    assert 0 < len(truncated) < 20
+    assert all(row["score"] == (not row["truncated"]) for row in rows)
     for row in rows:
-        e = row["example"]
-        assert (e.ids[-1] in tokenizer.stop_ids) == (not row["truncated"]) and e.mask[-1] == 1
+        ids, mask, _ = row["example"]
+        assert (ids[-1] in setup.tokenizer.stop_ids) == (not row["truncated"]) and mask[-1] == 1
 
 
-def test_at_the_reports_rate_bfloat16_weights_hardly_move_and_float32_ones_do():
-    """recipes: lr 5e-7 is below the rounding of nearly every weight of a bfloat16 matrix."""
+def test_at_the_original_rate_bfloat16_weights_hardly_move_and_float32_ones_do():
+    """5e-7 is below the rounding of nearly every weight of a bfloat16 matrix."""
     start = 0.02 * noise(200, 500)
     moved = {}
     for dtype in (torch.bfloat16, torch.float32):
@@ -550,38 +660,43 @@ def test_at_the_reports_rate_bfloat16_weights_hardly_move_and_float32_ones_do():
 LETTERS = tuple("abcdefghijklm")
 
 
-def learn(gemma, monkeypatch, steps=40, spoil=None, **changes):
-    """Reward for an answer that begins with a letter up to m: the share that does, after some steps."""
-    monkeypatch.setattr(train_ppo, "reward", lambda text, _: float(text.strip()[:1].lower() in LETTERS))
+def learn(gemma, monkeypatch, steps=40, spoil=None):
+    """Reward answers that begin with a letter up to m. Returns the share that does, after some
+    steps."""
+    starts_well = lambda text, _: float(text.strip()[:1].lower() in LETTERS)  # noqa: E731
+    monkeypatch.setattr(train_ppo, "reward", starts_well)
     if spoil:
         monkeypatch.setattr(train_ppo, *spoil)
-    args = settings(rollouts=64, rollout_batch=64, micro_batch=64, accumulation=1, epochs=2, seed=1,
-                    max_new_tokens=1, lr=2e-2, value_lr=1e-2, gamma=1.0, lam=1.0, kl_coef=0.0,
-                    entropy_coef=0.0, critic="shared", value_coef=0.1, **changes)  # fmt: skip
-    base, tokenizer = gemma("gemma3")
-    tokenizer.stop_ids = frozenset(range(base.config.vocab_size))  # every token ends its answer
-    base.model.embed_tokens.weight.data *= 0.3  # a flatter start: something to explore
-    models = build(base, args)
-    optimizers = optimizers_of(models, args.lr)
+
+    def flatter(name, dtype):
+        """A start with something to explore, for which every token ends its answer."""
+        base, tokenizer = gemma(name, dtype)
+        tokenizer.stop_ids = frozenset(range(base.config.vocab_size))
+        base.model.embed_tokens.weight.data *= 0.3
+        return base, tokenizer
+
+    setup = setup_of(
+        flatter, rollouts=64, rollout_batch=64, micro_batch=64, accumulation=1, epochs=2, seed=1,
+        max_new_tokens=1, lr=2e-2, value_lr=2e-2, gamma=1.0, lam=1.0, kl_coef=0.0,
+        entropy_coef=0.0, critic="shared", value_coef=0.1,
+    )  # fmt: skip
     problems = [data.Problem(f"{i} + {i}?", "#### 7", i) for i in range(8)]
     for step in range(steps):
-        chosen = train_ppo.problems_of_step(problems, step, args.rollouts, 0)
-        rows = train_ppo.answer(models, tokenizer, data.Prompt(), chosen, args, step, lambda *_: None)
-        rollout, figures = train_ppo.assess(models, rows, tokenizer.pad_id, args, PLAIN)
-        train_ppo.update(models, rollout, optimizers, args, PLAIN, step)
-        if figures["reward"] > 0.97:
+        chosen = train_ppo.problems_of_step(problems, step, setup.args.rollouts, 0)
+        case = assessed(setup, sample(setup, chosen, step))
+        update(case, step)
+        if case.metrics["reward"] > 0.97:
             break
-    return figures["reward"]
+    return case.metrics["reward"]
 
 
 def test_a_simple_task_is_learnt(gemma, monkeypatch):
     assert learn(gemma, monkeypatch) > 0.95
 
 
-def test_and_it_is_not_learnt_with_the_advantages_turned_round(gemma, monkeypatch):
-    whitened = train_ppo.whiten
-    turned = lambda x, mask: -whitened(x, mask)  # noqa: E731
-    assert learn(gemma, monkeypatch, steps=15, spoil=("whiten", turned)) < 0.2
+def test_and_it_is_not_learnt_with_the_advantages_sign_flipped(gemma, monkeypatch):
+    flipped = lambda x, mask: -whiten(x, mask)  # noqa: E731
+    assert learn(gemma, monkeypatch, steps=15, spoil=("whiten", flipped)) < 0.2
 
 
 # ------------------------------------------------------------------------------------- whole runs
@@ -590,11 +705,14 @@ def test_and_it_is_not_learnt_with_the_advantages_turned_round(gemma, monkeypatc
 @pytest.fixture
 def flags(tmp_path):
     """Arguments of a short run on a dozen problems and the random fixture model."""
-    rows = [{"question": f"{i} + {i}?", "answer": f"It is {2 * i}.\n#### {2 * i}"} for i in range(12)]
+    rows = [
+        {"question": f"{i} + {i}?", "answer": f"It is {2 * i}.\n#### {2 * i}"} for i in range(12)
+    ]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return [
-        "--init", str(FIXTURES / "gemma3"), "--data", str(tmp_path / "sums.jsonl"), "--steps", "4",
-        "--rollouts", "6", "--rollout-batch", "4", "--micro-batch", "2", "--accumulation", "2",
+        "--recipe", "original", "--init", str(FIXTURES / "gemma3"),
+        "--data", str(tmp_path / "sums.jsonl"), "--steps", "4", "--rollouts", "6",
+        "--rollout-batch", "4", "--micro-batch", "2", "--accumulation", "2",
         "--max-new-tokens", "5", "--val-examples", "2", "--val-every", "2", "--save-every", "1",
         "--lr", "1e-3", "--value-lr", "1e-2", "--device", "cpu", "--precision", "fp32",
         "--checkpointing", "none",
@@ -603,8 +721,8 @@ def flags(tmp_path):
 
 @pytest.fixture
 def rewarding(monkeypatch):
-    """A reward that a random model earns now and then, an odd number of characters, and an end that
-    it comes upon: every third token."""
+    """A reward that a random model sometimes earns: an odd number of characters. And an end that it
+    sometimes finds: every third token."""
     monkeypatch.setattr(train_ppo, "reward", lambda text, _: len(text) % 2)
     monkeypatch.setattr(data.Tokenizer, "_configured_stops", lambda _: set(range(7, 384, 3)))
 
@@ -622,56 +740,61 @@ def result(folder):
     return {(f.name, k): t for f in files for k, t in load_file(f).items()}
 
 
+def stop_in_update_of(step, monkeypatch):
+    """SIGTERM as the updates of a step (from 0) begin."""
+    real = train_ppo.update
+
+    def interrupted(setup, rollout, advantages, returns, at):
+        if at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(setup, rollout, advantages, returns, at)
+
+    monkeypatch.setattr(train_ppo, "update", interrupted)
+
+
+def assert_same_run(one, other):
+    """Equal metrics, samples and weights, to the bit."""
+    assert metrics(one) == metrics(other)
+    assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
+    a, b = result(one), result(other)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 KINDS = [[], ["--lora", "--critic", "separate"], ["--critic", "separate", "--critic-warmup", "2"]]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["full", "LoRA", "full, critic apart"])
+@pytest.mark.parametrize("kind", KINDS, ids=["full", "LoRA", "full, separate critic"])
 def test_a_stopped_run_continues_bit_for_bit(flags, rewarding, kind, tmp_path, monkeypatch, capsys):
     assert train_ppo.main([*flags, *kind, "--out", str(tmp_path / "whole")]) == 0
-    real = train_ppo.update
-
-    def interrupted(*args, **kw):
-        if args[-1] == 1:  # in the second step's updates
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args, **kw)
-
-    monkeypatch.setattr(train_ppo, "update", interrupted)
-    assert train_ppo.main([*flags, *kind, "--out", str(tmp_path / "cut")]) == 143
-    monkeypatch.setattr(train_ppo, "update", real)
+    with monkeypatch.context() as patched:
+        stop_in_update_of(1, patched)
+        assert train_ppo.main([*flags, *kind, "--out", str(tmp_path / "cut")]) == 143
     assert "continue from step 2" in capsys.readouterr().out
     assert train_ppo.main([*flags, *kind, "--out", str(tmp_path / "cut")]) == 0
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
-    want, got = result(tmp_path / "whole"), result(tmp_path / "cut")
-    assert want.keys() == got.keys() and all(torch.equal(want[k], got[k]) for k in want)
-    samples = [(tmp_path / run / "samples.jsonl").read_text() for run in ("whole", "cut")]
-    assert samples[0] == samples[1]
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
     steps = [row["step"] for row in metrics(tmp_path / "cut") if "reward" in row]
     assert steps == [1, 2, 3, 4]
 
 
-def test_how_an_update_is_cut_and_where_the_data_lie_may_change_on_the_way(
+def test_how_an_update_is_cut_and_where_the_data_are_may_change_on_the_way(
     flags, rewarding, tmp_path, monkeypatch
 ):
-    """And the size of an update may not. Answers and rewards stay the same, weights but for rounding."""
+    """The size of an update may not. Answers and rewards stay the same, weights up to rounding."""
     flags = [*flags, "--optim", "adamw"]
     assert train_ppo.main([*flags, "--out", str(tmp_path / "whole")]) == 0
-    real = train_ppo.update
-
-    def interrupted(*args, **kw):
-        if args[-1] == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args, **kw)
-
-    monkeypatch.setattr(train_ppo, "update", interrupted)
-    assert train_ppo.main([*flags, "--out", str(tmp_path / "cut")]) == 143
-    monkeypatch.setattr(train_ppo, "update", real)
+    with monkeypatch.context() as patched:
+        stop_in_update_of(1, patched)
+        assert train_ppo.main([*flags, "--out", str(tmp_path / "cut")]) == 143
     at = flags.index("--data") + 1
     flags[at] = str(shutil.move(flags[at], tmp_path / "moved.jsonl"))
     flags += ["--out", str(tmp_path / "cut"), "--rollout-batch", "3"]
-    with pytest.raises(UserError, match=r"\(answers_an_update was 4, now 2\)"):
+    with pytest.raises(UserError, match=r"\(batch was 4, now 2\)"):
         train_ppo.main([*flags, "--micro-batch", "1"])
     assert train_ppo.main([*flags, "--micro-batch", "1", "--accumulation", "4"]) == 0
-    whole, cut = ([r["reward"] for r in metrics(tmp_path / k) if "reward" in r] for k in ("whole", "cut"))
+    whole, cut = (
+        [row["reward"] for row in metrics(tmp_path / run) if "reward" in row]
+        for run in ("whole", "cut")
+    )
     assert whole == cut and len(cut) == 4
     want, got = result(tmp_path / "whole"), result(tmp_path / "cut")
     start = load_file(FIXTURES / "gemma3" / "model.safetensors")
@@ -680,38 +803,124 @@ def test_how_an_update_is_cut_and_where_the_data_lie_may_change_on_the_way(
         assert 0 < moved and (want[key] - got[key]).abs().max() <= 0.02 * moved, key
 
 
-def test_a_stop_while_answers_are_sampled_saves_and_continues(flags, rewarding, tmp_path, monkeypatch):
+def test_a_stop_while_answers_are_sampled_saves_and_continues(
+    flags, rewarding, tmp_path, monkeypatch
+):
+    """In the middle of the second step's sampling. Its checkpoint is that of the first step, and it
+    exists because of the stop: no other is due."""
+    flags = [*flags, "--save-every", "100"]
     assert train_ppo.main([*flags, "--out", str(tmp_path / "whole")]) == 0
-    real, calls = train_ppo.generate.generate, []
+    real, calls, finished = train_ppo.generate.generate, [], []
 
     def interrupted(*args, progress, **kw):
         calls.append(None)
-        if len(calls) == 3:  # the first is the validation at step 0
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args, progress=progress, **kw)
 
-    monkeypatch.setattr(train_ppo.generate, "generate", interrupted)
-    assert train_ppo.main([*flags, "--out", str(tmp_path / "cut")]) == 143
+        def watched(answered, tokens):
+            if len(calls) == 3 and answered:  # the first call is the validation at step 0
+                finished.append(answered)
+                os.kill(os.getpid(), signal.SIGTERM)
+            progress(answered, tokens)
+
+        return real(*args, progress=watched, **kw)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_ppo.generate, "generate", interrupted)
+        assert train_ppo.main([*flags, "--out", str(tmp_path / "cut")]) == 143
+    assert len(finished) == 1 and 0 < finished[0] < 6  # some answers were there, and some were not
     assert [row["step"] for row in metrics(tmp_path / "cut") if "reward" in row] == [1]
+    assert os.listdir(tmp_path / "cut/checkpoint") == ["step-1"]
     assert train_ppo.main([*flags, "--out", str(tmp_path / "cut")]) == 0
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_an_update_never_sees_watch(flags, rewarding, tmp_path, monkeypatch):
+    """A stop that is requested during an update waits for its end. Otherwise half of the update
+    would be in the checkpoint."""
+    given = {*inspect.signature(train_ppo.update).parameters, *train_ppo.Setup._fields}
+    assert not {"watch", "run", "stop", "progress"} & given
+    updating, shares = [], []
+    real_update, real_micro, real_watch = train_ppo.update, train_ppo.backward_micro, Run.watch
+
+    def update(*args):
+        updating.append(True)
+        result = real_update(*args)
+        updating.clear()
+        return result
+
+    def backward_micro(*args):
+        shares.append(args)
+        if len(shares) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_micro(*args)
+
+    def watch(run, *progress):
+        assert not updating
+        return real_watch(run, *progress)
+
+    monkeypatch.setattr(train_ppo, "update", update)
+    monkeypatch.setattr(train_ppo, "backward_micro", backward_micro)
+    monkeypatch.setattr(Run, "watch", watch)
+    assert train_ppo.main([*flags, "--out", str(tmp_path / "run")]) == 143
+    assert len(shares) == 2 * 3  # 2 epochs over 6 answers in micro-batches of 2
+    assert os.listdir(tmp_path / "run/checkpoint") == ["step-1"]
+    assert [row["updates"] for row in metrics(tmp_path / "run") if "reward" in row] == [4]
+
+
+def test_the_loop_hands_the_update_what_the_formulas_say(flags, rewarding, tmp_path, monkeypatch):
+    """Rewards, GAE and whitening of a whole rollout, by slow loops in float64."""
+    real, seen = train_ppo.update, []
+
+    def update(setup, rollout, advantages, returns, step):
+        seen.append((rollout, advantages, returns))
+        return real(setup, rollout, advantages, returns, step)
+
+    monkeypatch.setattr(train_ppo, "update", update)
+    more = ["--steps", "2", "--kl-coef", "0.3", "--gamma", "0.9", "--lam", "0.8"]
+    assert train_ppo.main([*flags, *more, "--out", str(tmp_path / "run")]) == 0
+    rollout, advantages, returns = seen[1]  # in the first step there is no KL yet
+    assert rollout.scores.unique().tolist() == [0, 1]
+    by_hand = {}
+    for b in range(6):
+        steps = rollout.mask[b].nonzero()[:, 0].tolist()
+        kl = (rollout.logp[b].double() - rollout.ref_logp[b].double()).tolist()
+        value = rollout.values[b].double().tolist()
+        last = steps[-1]
+        for t in steps:
+            advantage = 0.0
+            for k in range(t, last + 1):
+                reward = -0.3 * kl[k] + (rollout.scores[b].item() if k == last else 0.0)
+                next_value = value[k + 1] if k < last else 0.0
+                advantage += (0.9 * 0.8) ** (k - t) * (reward + 0.9 * next_value - value[k])
+            by_hand[b, t] = advantage
+            assert returns[b, t].item() == pytest.approx(advantage + value[t], abs=1e-5)
+    mean = sum(by_hand.values()) / len(by_hand)
+    deviation = math.sqrt(sum((a - mean) ** 2 for a in by_hand.values()) / len(by_hand))
+    assert rollout.mask.sum() == len(by_hand) and (advantages[~rollout.mask] == 0).all()
+    for place, advantage in by_hand.items():
+        want = (advantage - mean) / deviation
+        assert advantages[place].item() == pytest.approx(want, abs=1e-4)
+    assert any(abs(x) > 1e-3 for x in (rollout.logp - rollout.ref_logp)[rollout.mask].tolist())
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_problems(
     flags, rewarding, tmp_path, monkeypatch
 ):
     real, calls = train_ppo.reward, []
-    monkeypatch.setattr(  # six answers a step: the seventh is of step 2
-        train_ppo, "reward", lambda *given: calls.append(1) or (math.inf if len(calls) > 6 else real(*given))
-    )
-    monkeypatch.setattr(data.Tokenizer, "_configured_stops", lambda _: set(range(1, 384)))  # none is cut
-    with pytest.raises(UserError, match=r"norm nan at step 2; problems \[\d+, \d+.*: lower --lr"):
+
+    def reward(*given):
+        calls.append(given)
+        return math.inf if len(calls) > 6 else real(*given)  # six answers per step
+
+    monkeypatch.setattr(train_ppo, "reward", reward)
+    every_token = set(range(1, 384))  # so that no answer is truncated
+    monkeypatch.setattr(data.Tokenizer, "_configured_stops", lambda _: every_token)
+    with pytest.raises(UserError, match=r"norm nan.* at step 2; problems \[\d+, \d+.*: lower --lr"):
         train_ppo.main([*flags, "--out", str(tmp_path / "run")])
     assert [p.name for p in (tmp_path / "run/checkpoint").iterdir()] == ["step-1"]
     assert not (tmp_path / "run/model").exists()
 
 
-def test_a_run_does_not_go_on_from_another_start(flags, rewarding, tmp_path):
+def test_a_run_does_not_continue_from_another_start(flags, rewarding, tmp_path):
     start = tmp_path / "start"
     shutil.copytree(FIXTURES / "gemma3", start)
     argv = [*flags, "--init", str(start), "--out", str(tmp_path / "run")]
@@ -724,8 +933,9 @@ def test_a_run_does_not_go_on_from_another_start(flags, rewarding, tmp_path):
         train_ppo.main(argv)
 
 
-def test_a_dry_run_says_what_is_trained_and_how_much_memory_it_wants(flags, tmp_path, capsys):
-    train_ppo.main([*flags, "--lora", "--critic", "separate", "--dry-run", "--out", str(tmp_path / "run")])
+def test_a_dry_run_says_what_is_trained_and_how_much_memory_it_needs(flags, tmp_path, capsys):
+    more = ["--lora", "--critic", "separate", "--dry-run", "--out", str(tmp_path / "run")]
+    train_ppo.main([*flags, *more])
     out = capsys.readouterr().out
     assert "43,008 of the policy, 43,033 of the critic" in out and "in all" in out
     assert not (tmp_path / "run").exists()
@@ -739,14 +949,16 @@ def test_the_result_is_a_run_folder_that_evaluates_and_loads(flags, rewarding, t
     moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), start.parameters())]
     assert all(moved)
     problems = flags[flags.index("--data") + 1]
-    argv = ["--model", out, "--data", problems, "--n", "4", "--max-new-tokens", "4", "--device", "cpu"]
-    assert evaluate.main(argv) == 0
+    argv = ["--model", out, "--data", problems, "--n", "4", "--max-new-tokens", "4"]
+    assert evaluate.main([*argv, "--device", "cpu"]) == 0
     rows = [row for row in metrics(tmp_path / "run") if "reward" in row]
-    varied = next(row for row in rows if row["reward_std"])  # else the variance explained is undefined
-    for name in ("reward", "exact_match", "kl", "kl_sequence", "approx_kl", "entropy", "policy_loss",
-                 "value_loss", "clipped", "value_clipped", "explained_variance", "grad_norm",
-                 "response_tokens", "truncated", "worked", "moved", "tokens",
-                 "first_ratio_error"):  # fmt: skip
+    varied = next(row for row in rows if row["reward_std"])  # else nothing is to be explained
+    for name in (
+        "reward", "exact_match", "kl", "kl_sequence", "approx_kl", "entropy", "policy_loss",
+        "value_loss", "clipped", "value_clipped", "explained_variance", "grad_norm", "updates",
+        "value_grad_norm", "value", "return", "response_tokens", "truncated", "worked", "moved",
+        "tokens", "first_ratio_error",
+    ):  # fmt: skip
         assert math.isfinite(varied[name]), name
     assert rows[0]["first_ratio_error"] == 0 and rows[0]["kl"] == 0 and rows[0]["moved"] > 0.9
 
@@ -772,8 +984,8 @@ def test_lora_from_an_adapter_starts_there_and_ends_as_one_adapter(flags, reward
 
 
 def test_a_small_adapter_to_start_from_is_not_rounded_away(flags, tmp_path, monkeypatch):
-    """Folded into a bfloat16 base a change below half its last bit would be gone, and PPO would start
-    somewhere else than where fine-tuning ended and evaluation measures."""
+    """Merged into a bfloat16 base, a change below half its last bit would be lost. PPO would then
+    start from another model than the one that was fine-tuned and evaluated."""
     base, _ = load_model(FIXTURES / "gemma3", torch.bfloat16)
     add_lora(base, 4, 8.0)
     for i, layer in enumerate(adapters(base).values()):
@@ -787,7 +999,8 @@ def test_a_small_adapter_to_start_from_is_not_rounded_away(flags, tmp_path, monk
     ids = torch.randint(7, 300, (2, 9))
     logits = lambda model: model.logits(model(ids)).float()  # noqa: E731
     with torch.no_grad():
-        tuned, start = logits(load_model(tmp_path / "sft", torch.bfloat16)[0]), logits(started[0])
+        start = logits(started[0])
+        tuned = logits(load_model(tmp_path / "sft", torch.bfloat16)[0])
         merged = logits(load_model(tmp_path / "sft", torch.bfloat16, merge=True)[0])
     assert torch.equal(start, tuned) and not torch.equal(merged, tuned)
 
@@ -796,8 +1009,10 @@ def test_a_missing_start_says_what_to_do_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"no runs/sft-full-main yet.*python train_sft.py makes"):
         train_ppo.main([])
-    with pytest.raises(UserError, match=r"runs/tiny/sft-full-main yet.*train_sft.py --tiny"):
+    with pytest.raises(UserError, match=r"runs/tiny/sft-full-main yet.*train_sft.py --tiny makes"):
         train_ppo.main(["--tiny"])
+    with pytest.raises(UserError, match=r"no runs/sft-lora-main yet.*train_sft.py --lora makes"):
+        train_ppo.main(["--lora", "--init", "runs/sft-lora-main"])
     assert not list(tmp_path.iterdir())
 
 
@@ -822,11 +1037,14 @@ def test_bad_flags_are_named(flags, given, says, tmp_path):
 
 
 def test_the_plan_says_what_the_updates_really_are(flags, capsys):
-    for rollouts, said in (("6", "2 x 2 updates of 4 (the last: 2), in"), ("8", "2 x 2 updates of 4, in"),
-                           ("3", "2 x 1 updates of 3, in")):  # fmt: skip
+    for rollouts, updates in (
+        ("6", "2 x 2 updates of 4 (the last: 2), in"),
+        ("8", "2 x 2 updates of 4, in"),
+        ("3", "2 x 1 updates of 3, in"),
+    ):
         train_ppo.main([*flags, "--rollouts", rollouts, "--dry-run"])
         out = capsys.readouterr().out
-        assert said in out and "note" not in out
+        assert updates in out and "note" not in out
 
 
 def test_other_held_out_problems_than_the_starts_are_noted(flags, capsys, tmp_path):
@@ -842,7 +1060,7 @@ def test_other_held_out_problems_than_the_starts_are_noted(flags, capsys, tmp_pa
     assert "note" not in capsys.readouterr().out
 
 
-def test_a_start_hands_on_what_it_held_out_of_the_same_problems_and_its_longer_answers(tmp_path):
+def test_a_start_passes_on_what_it_held_out_of_the_same_problems_and_its_longer_answers(tmp_path):
     def parsed(of_data, theirs, limit):
         args = {"val_examples": 5, "data": theirs, "max_new_tokens": limit}
         record = {"args": args, "info": {"prompt": data.Prompt()._asdict()}}
@@ -857,39 +1075,57 @@ def test_a_start_hands_on_what_it_held_out_of_the_same_problems_and_its_longer_a
     assert parsed("mine.jsonl", "mine.jsonl", 400) == (5, 400)
 
 
-def test_seed_is_the_reports_recipe():
-    args = train_ppo.parse_args(["--device", "cpu"])
+def test_original_is_the_recipe_of_the_original_study():
+    args = train_ppo.parse_args(["--recipe", "original", "--device", "cpu"])
     assert (args.lr, args.kl_coef, args.value_coef, args.entropy_coef) == (5e-7, 0.05, 0.1, 0.01)
     assert (args.clip, args.gamma, args.lam, args.epochs, args.steps) == (0.2, 0.99, 0.95, 2, 100)
-    assert (args.rollouts, args.rollout_batch, args.micro_batch, args.accumulation) == (512, 32, 2, 8)
-    assert (args.optim, args.critic_warmup, args.init) == ("adamw8bit", 0, "runs/sft-full-main")
-    assert (args.out, args.critic) == ("runs/ppo-full-main", "shared")
-    tiny = train_ppo.parse_args(["--tiny", "--lora", "--device", "cpu"])
-    assert (tiny.lr, tiny.gamma, tiny.init) == (5e-5, 0.99, "runs/tiny/sft-full-main")
-    assert tiny.micro_batch * tiny.accumulation == 16 and tiny.out == "runs/tiny/ppo-lora-main"
+    assert (args.rollouts, args.rollout_batch) == (512, 32)
+    assert (args.micro_batch, args.accumulation) == (2, 8)
+    assert (args.optim, args.critic_warmup, args.critic) == ("adamw8bit", 0, "shared")
+    assert (args.init, args.out) == ("runs/sft-full-main", "runs/ppo-full-main")
+    tiny = train_ppo.parse_args(["--recipe", "original", "--tiny", "--device", "cpu"])
+    assert (tiny.init, tiny.out) == ("runs/tiny/sft-full-main", "runs/tiny/ppo-full-main")
+    lora = train_ppo.parse_args(["--recipe", "original", "--tiny", "--lora", "--device", "cpu"])
+    assert (lora.lr, lora.gamma, lora.out) == (5e-5, 0.99, "runs/tiny/ppo-lora-main")
+    assert lora.micro_batch * lora.accumulation == 16
 
 
 def test_problems_come_in_fresh_permutations_without_a_gap():
     drawn = [train_ppo.problems_of_step(list(range(10)), step, 4, seed=3) for step in range(10)]
-    row = [p for step in drawn for p in step]
+    problems = [p for step in drawn for p in step]
     for epoch in range(4):
-        assert sorted(row[10 * epoch : 10 * epoch + 10]) == list(range(10))
-    assert row[:10] != row[10:20]
+        assert sorted(problems[10 * epoch : 10 * epoch + 10]) == list(range(10))
+    assert problems[:10] != problems[10:20]
     assert train_ppo.problems_of_step(list(range(10)), 7, 4, seed=3) == drawn[7]
 
 
 def test_health_is_said_in_words():
-    args = argparse.Namespace(critic_warmup=0)
     good = {
         "first_ratio_error": 0.0, "truncated": 0.0, "kl_sequence": 1.0, "clipped": 0.01, "step": 9,
         "explained_variance": 0.2, "entropy": 0.3, "reward": 0.4, "reward_std": 0.5, "moved": 1.0,
     }  # fmt: skip
-    assert train_ppo.health(good, args) == []
+    assert health(good, critic_warmup=0) == []
     bad = [
         ("first_ratio_error", 0.1, "ratio"), ("truncated", 0.5, "cut"), ("clipped", 0.4, "clip"),
         ("kl_sequence", 99.0, "nats"), ("explained_variance", -3.0, "critic"),
         ("entropy", 0.0, "explore"), ("reward_std", 0.0, "every reward"), ("moved", 0.01, "moved"),
     ]  # fmt: skip
     for name, value, word in bad:
-        said = train_ppo.health(good | {name: value}, args)
-        assert len(said) == 1 and word in said[0], name
+        lines = health(good | {name: value}, critic_warmup=0)
+        assert len(lines) == 1 and word in lines[0], name
+    # While the critic warms up, it may be bad, and the policy does not move.
+    assert health(good | {"moved": 0.0, "explained_variance": -3.0}, critic_warmup=9) == []
+
+
+def test_an_older_run_is_finished_or_refused(flags, tmp_path, capsys):
+    """A folder that an earlier version began has no format. It cannot continue here."""
+    run = tmp_path / "run"
+    run.mkdir()
+    record = {"args": {"val_examples": 2}, "info": {"prompt": data.Prompt()._asdict()}}
+    (run / "run_args.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="started by an earlier version"):
+        train_ppo.main([*flags, "--out", str(run)])
+    (run / "summary.json").write_text(json.dumps({"steps": 4, "reward": 0.5}))
+    assert train_ppo.main([*flags, "--out", str(run)]) == 0
+    assert "is already finished (reward 0.5)" in capsys.readouterr().out
+    assert json.loads((run / "run_args.json").read_text()) == record

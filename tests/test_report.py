@@ -1,4 +1,4 @@
-"""report.py: a page from hand-made evaluations, some of whose text is hostile."""
+"""The HTML page, made from hand-made evaluations. Some of their text is hostile."""
 
 import json
 from html.parser import HTMLParser
@@ -13,24 +13,34 @@ from nanogsm.report.scores import summarise
 HOSTILE = "<script>alert(1)</script>\x1b[2J</pre></details> <<2*3=7>>\n#### 7"
 
 
-def stage(folder: Path, answers: dict[int, tuple[str, float | None]], ppo: bool = False, probes=False) -> str:
+def stage(
+    folder: Path, answers: dict[int, tuple[str, float | None]], ppo: bool = False, probes=False
+) -> str:
     """A finished run with an evaluation: problem -> (completion, its number); 6 is right."""
     folder.mkdir()
     rows = [
-        {"index": i, "question": f"What is {i} & <b>?", "gold": 6.0, "answer": answer, "flexible": False,
-         "correct": answer == 6.0, "truncated": False, "tokens": 9, "completion": completion}
+        {"index": i, "question": f"What is {i} & <b>?", "gold": 6.0, "answer": answer,
+         "flexible": False, "correct": answer == 6.0, "truncated": False, "tokens": 9,
+         "completion": completion}
         for i, (completion, answer) in answers.items()
     ]  # fmt: skip
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "eval-test-4.jsonl").write_text(lines)
     (folder / "eval-test-4.json").write_text(json.dumps(summarise(rows, 1)))
     if probes:
-        (folder / "eval-probes-2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+        (folder / "eval-probes-2.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows[:2])
+        )
     args = {"val_examples": 4, "recipe": "tuned", "lr": 1e-3} | ({"kl_coef": 0.01} if ppo else {})
-    record = {"args": args, "info": {"prompt": {"style": "plain", "shots": 0, "instruction": False}}}
+    record = {
+        "args": args,
+        "info": {"prompt": {"style": "plain", "shots": 0, "instruction": False}},
+    }
     (folder / "run_args.json").write_text(json.dumps(record))
     key = "reward" if ppo else "loss"
-    metrics = [{"step": s, key: 1 / s, "seconds": 2.0, "tokens": 100, "grad_norm": None} for s in (1, 2, 3)]
+    metrics = [
+        {"step": s, key: 1 / s, "seconds": 2.0, "tokens": 100, "grad_norm": None} for s in (1, 2, 3)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     return str(folder)
 
@@ -45,7 +55,9 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.seen.append(tag)
-        assert not [k for k, v in attributes if k in ("src", "href") or k.startswith("on")], "loads or runs"
+        assert not [k for k, v in attributes if k in ("src", "href") or k.startswith("on")], (
+            "loads or runs"
+        )
         if tag not in ("meta", "path", "rect", "polyline"):
             self.open.append(tag)
 
@@ -59,9 +71,22 @@ class Tags(HTMLParser):
 
 @pytest.fixture
 def two(tmp_path) -> list[str]:
-    before = {0: (HOSTILE, 7.0), 1: ("no idea", None), 2: ("<<1+1=2>>\n#### 2", 2.0), 3: ("#### 6", 6.0)}
-    after = {0: ("<<2*3=6>>\n#### 6", 6.0), 1: ("#### 6", 6.0), 2: ("#### 1", 1.0), 3: ("#### 5", 5.0)}
-    return [stage(tmp_path / "sft", before, probes=True), stage(tmp_path / "ppo", after, True, True)]
+    before = {
+        0: (HOSTILE, 7.0),
+        1: ("no idea", None),
+        2: ("<<1+1=2>>\n#### 2", 2.0),
+        3: ("#### 6", 6.0),
+    }
+    after = {
+        0: ("<<2*3=6>>\n#### 6", 6.0),
+        1: ("#### 6", 6.0),
+        2: ("#### 1", 1.0),
+        3: ("#### 5", 5.0),
+    }
+    return [
+        stage(tmp_path / "sft", before, probes=True),
+        stage(tmp_path / "ppo", after, True, True),
+    ]
 
 
 def test_the_page_is_whole_loads_nothing_and_runs_nothing(two, tmp_path, capsys):
@@ -71,7 +96,8 @@ def test_the_page_is_whole_loads_nothing_and_runs_nothing(two, tmp_path, capsys)
     tags = Tags(page)
     assert not tags.open and "script" not in tags.seen and "\x1b" not in page
     said = "".join(tags.text)
-    assert "<script>alert(1)</script>\\x1b[2J</pre></details> <<2*3=7>>" in said  # shown as it was written
+    # The hostile text is shown as it was written.
+    assert "<script>alert(1)</script>\\x1b[2J</pre></details> <<2*3=7>>" in said
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
 
 
@@ -80,20 +106,22 @@ def test_scores_changes_and_mistakes_are_counted(two):
     cells = lambda *texts: "".join(f"<td>{t}</td>" for t in texts)  # noqa: E731
     assert cells("sft", "25.0%") in page and cells("ppo", "50.0%") in page
     assert cells("2 of 4", "+25.0", "1") in page  # two fixed, one broken: p = 1
-    assert "eval-test-4.jsonl" in page and "These differ" not in page
+    assert "eval-test-4.jsonl" in page and "The rows differ" not in page
     assert "Fixed from sft to ppo: 2" in page and "Broken from sft to ppo: 1" in page
-    assert "They were: arithmetic 1, no answer 1" in page and "They became: guessed 1" in page
+    assert "Mistakes of sft: arithmetic 1, no answer 1." in page
+    assert "Mistakes of ppo: guessed 1." in page
     assert cells("guessed", 0, 2, "shows no calculation at all") in page
     assert "arithmetic: &lt;&lt;2*3=7&gt;&gt;" in page
     assert "<h2>Probes</h2>" in page
 
 
-def test_curves_are_drawn_of_what_there_is(two):
+def test_a_curve_is_drawn_for_each_metric_that_has_values(two):
     stages = [report.read_stage(folder) for folder in two]
     page = report.curves_section(stages)
-    assert page.index("<h2>SFT, by step") < page.index("training loss") < page.index("<h2>PPO, by step")
-    assert page.index("<h2>PPO, by step") < page.index("reward of sampled")
-    assert page.count("tokens a second") == 2 and "gradient norm" not in page  # of which no figure is known
+    sft, ppo = page.index("<h2>SFT: metrics by step"), page.index("<h2>PPO: metrics by step")
+    assert sft < page.index("training loss") < ppo < page.index("reward of sampled answers")
+    assert page.count("tokens per second") == 2
+    assert "gradient norm" not in page  # all its values are null
     assert report.curves_section([stages[0]._replace(metrics=[])]) == ""
 
 
@@ -103,19 +131,19 @@ def test_an_evaluation_named_by_its_file_has_its_runs_curves_too(two):
 
 
 def test_stages_about_different_problems_are_refused(two, tmp_path):
-    """By their questions: the indices of two data files are the same."""
+    """Their questions tell: the indices of two data files are the same."""
     rows = Path(two[1], "eval-test-4.jsonl")
     rows.write_text(rows.read_text().replace('"question": "', '"question": "Another: '))
     with pytest.raises(UserError, match="eval-test-4.jsonl are about different problems"):
         report.main(two)
     assert not list(tmp_path.glob("report*"))
-    # Nothing in common with the one before it, but with the first.
+    # The last has nothing in common with the one before it, only with the first.
     between = stage(tmp_path / "between", {8: ("#### 6", 6.0)})
     with pytest.raises(UserError, match="sft.*ppo.* are about different problems"):
         report.main([two[0], between, two[1]])
 
 
-def test_what_cannot_be_reported_is_said(two, tmp_path):
+def test_what_cannot_be_shown_is_refused(two, tmp_path):
     with pytest.raises(UserError, match="no evaluation yet"):
         (tmp_path / "bare").mkdir()
         report.main([str(tmp_path / "bare")])
@@ -129,6 +157,6 @@ def test_what_cannot_be_reported_is_said(two, tmp_path):
     with pytest.raises(UserError, match="several samples"):
         report.main(two[:1])
     Path(two[1], "eval-test-4.json").write_text("{}")
-    with pytest.raises(UserError, match="cannot report on"):
+    with pytest.raises(UserError, match="cannot show .*: evaluate it again"):
         report.main(two[1:])
     assert not (tmp_path / "report.html").exists()

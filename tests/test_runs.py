@@ -18,7 +18,7 @@ import torch
 
 from nanogsm import UserError
 from nanogsm.run.console import graceful_stop
-from nanogsm.run.folder import Run
+from nanogsm.run.folder import RunFolder
 from nanogsm.store import files
 
 ARGS = {"lr": 1e-5, "steps": 8, "save_every": 1}
@@ -26,16 +26,22 @@ ARGS = {"lr": 1e-5, "steps": 8, "save_every": 1}
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
-    """Only a power cut needs fsync; what that relies on is the order, tested by itself."""
+    """Only a power cut needs fsync. It relies on the order of calls, which has its own test."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
-def open_run(folder, args=ARGS, **options) -> Run:
-    return Run(folder, args, {"torch": "x"}, **options)
+def open_run(folder, args=ARGS, **options) -> RunFolder:
+    return RunFolder(folder, args, {"torch": "x"}, **options)
 
 
 def rows(folder, name="metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def contents(folder) -> dict[str, bytes]:
+    """All files below a folder, except the lock, which every process writes."""
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 def next_weight(w: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -43,7 +49,7 @@ def next_weight(w: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def train(folder, until: int, then_finish=False, stop=None) -> torch.Tensor:
-    """A toy training loop: its result depends on every step, the order and the RNG."""
+    """A toy training loop. Its result depends on every step, their order and the random state."""
     with open_run(folder) as run:
         generator, w, done = torch.Generator().manual_seed(0), torch.zeros(300), 0
         if found := run.load_checkpoint():
@@ -74,7 +80,7 @@ def expected(until: int) -> tuple[list[dict], torch.Tensor]:
 
 
 def forked(work) -> int:
-    """The pid of a child process that runs `work` and ends without any of Python's clean-up."""
+    """Run `work` in a child process that ends without Python's clean-up. Returns its pid."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -95,7 +101,7 @@ def exit_code(pid: int) -> int:
 
 def test_continued_run_equals_uninterrupted_one(tmp_path):
     train(tmp_path / "r", 3)
-    with open_run(tmp_path / "r") as run:  # rows after the checkpoint, as a killed process leaves
+    with open_run(tmp_path / "r") as run:  # a killed process leaves rows after the checkpoint
         run.log({"step": 4, "mean": -1})
         run.sample({"step": 4})
     w = train(tmp_path / "r", 8)
@@ -150,7 +156,7 @@ def die_at(count: int) -> None:
 
 
 def test_death_before_any_disk_operation_is_survived(tmp_path):
-    """From 2 saved steps to 3, and on to the end: die at the 1st, 2nd, ... system call."""
+    """From 2 saved steps to 3 and to the end, dying at the 1st, 2nd, ... system call."""
     train(tmp_path / "start", 2)
     for count in itertools.count():
         folder = tmp_path / str(count)
@@ -191,7 +197,7 @@ def test_death_while_overwriting_leaves_a_usable_folder(tmp_path, finished):
 
 
 def test_a_file_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
-    """What a power cut leaves depends on this order."""
+    """What remains after a power cut depends on this order."""
     calls, rename = [], os.rename
 
     def name_of(fd):
@@ -225,9 +231,10 @@ def test_every_flipped_byte_and_any_truncation_is_detected(tmp_path, name):
         with open_run(tmp_path / "r") as run, pytest.raises(UserError) as caught:
             run.load_checkpoint()
         message = str(caught.value)
-        assert str(path) in message or name == "checksums.json"  # there: the file it disowns
+        # With damaged checksums, the message names the file that does not match them.
+        assert str(path) in message or name == "checksums.json"
         assert "--overwrite" in message and "\n" not in message
-        assert len(rows(tmp_path / "r")) == 2  # nothing was cut on the strength of a bad file
+        assert len(rows(tmp_path / "r")) == 2  # no log is cut because of a damaged file
     path.unlink()
     with open_run(tmp_path / "r") as run, pytest.raises(UserError, match="missing"):
         run.load_checkpoint()
@@ -240,10 +247,8 @@ def test_damage_says_that_an_older_checkpoint_can_be_used(tmp_path):
     train(tmp_path / "r", 3)
     shutil.copytree(tmp_path / "older", steps / "step-2")
     (steps / "step-3/tensors.safetensors").write_bytes(b"")
-    with (
-        open_run(tmp_path / "r") as run,
-        pytest.raises(UserError, match="has 0 bytes instead of .* delete .*step-3 to continue from step 2"),
-    ):
+    advice = "has 0 bytes instead of .* delete .*step-3 to continue from step 2"
+    with open_run(tmp_path / "r") as run, pytest.raises(UserError, match=advice):
         run.load_checkpoint()
     shutil.rmtree(steps / "step-3")
     assert torch.equal(train(tmp_path / "r", 4), expected(4)[1])
@@ -309,7 +314,7 @@ def test_full_disk_keeps_the_older_checkpoint(tmp_path, monkeypatch, failing_wri
 
 
 def test_real_write_failure_keeps_the_older_checkpoint(tmp_path):
-    """The system itself refuses to write: a limit on file sizes."""
+    """The system itself refuses to write, because of a limit on file sizes."""
     train(tmp_path / "r", 2)
 
     def work():
@@ -335,7 +340,7 @@ def test_saving_the_same_step_again_changes_nothing(tmp_path):
 def test_lock_refuses_a_second_process_and_dies_with_its_holder(tmp_path):
     reader, writer = os.pipe()
     (tmp_path / "r").mkdir()
-    (tmp_path / "r/.lock").write_text("9" * 18)  # of a longer pid, long gone
+    (tmp_path / "r/.lock").write_text("9" * 18)  # a longer pid, of a process that is gone
 
     def hold():
         run = open_run(tmp_path / "r")
@@ -377,8 +382,9 @@ def test_other_arguments_are_refused_by_name_with_both_values(tmp_path):
     assert json.loads((tmp_path / "r/run_args.json").read_text())["args"]["save_every"] == 5
     with pytest.raises(UserError, match="steps was 8, now true"):
         open_run(tmp_path / "r", ARGS | {"steps": True, "save_every": 5})
-    with pytest.raises(UserError, match=r"f5 was absent, now 5; and 3 more\)"):  # another script's
-        open_run(tmp_path / "r", {**ARGS, **{f"f{i}": i for i in range(9)}, "save_every": 5})
+    others = {f"f{i}": i for i in range(9)}  # as of another script
+    with pytest.raises(UserError, match=r"f5 was absent, now 5; and 3 more\)"):
+        open_run(tmp_path / "r", ARGS | others | {"save_every": 5})
 
 
 def test_true_one_and_one_point_zero_are_different_arguments(tmp_path):
@@ -390,23 +396,29 @@ def test_true_one_and_one_point_zero_are_different_arguments(tmp_path):
 
 def test_continuing_elsewhere_is_recorded(tmp_path):
     for torch_version in ("1", "1", "2", "2"):
-        Run(tmp_path / "r", ARGS, {"torch": torch_version}).close()
+        RunFolder(tmp_path / "r", ARGS, {"torch": torch_version}).close()
     record = json.loads((tmp_path / "r/run_args.json").read_text())
-    assert record == {"args": ARGS, "info": {"torch": "1"}, "continued": [{"torch": "2"}]}
+    assert record == {
+        "args": ARGS,
+        "info": {"torch": "1"},
+        "format": 2,
+        "continued": [{"torch": "2"}],
+    }
 
 
-def test_finished_run_is_reported_and_left_alone(tmp_path):
+def test_finished_run_is_said_to_be_finished_and_left_alone(tmp_path):
     train(tmp_path / "r", 2, then_finish=True)
     assert not (tmp_path / "r/checkpoint").exists()
-    files = {p: p.read_bytes() for p in (tmp_path / "r").iterdir() if p.name != ".lock"}
-    with Run(tmp_path / "r", ARGS, {"torch": "newer"}) as run:
+    before = contents(tmp_path / "r")
+    with RunFolder(tmp_path / "r", ARGS, {"torch": "newer"}) as run:
         assert run.finished and run.summary == {"steps": 2} and run.load_checkpoint() is None
-    assert all(path.read_bytes() == data for path, data in files.items())
+        assert run.already_finished().startswith(f"{tmp_path / 'r'} is already finished")
+    assert contents(tmp_path / "r") == before
     with pytest.raises(UserError, match="lr was"):
         open_run(tmp_path / "r", ARGS | {"lr": 1.0})
 
 
-def test_overwrite_starts_anew_and_deletes_only_a_runs_own_files(tmp_path):
+def test_overwrite_starts_over_and_deletes_only_a_runs_own_files(tmp_path):
     train(tmp_path / "r", 2, then_finish=True)
     (tmp_path / "r/model").mkdir()
     (tmp_path / "r/adapter.tmp").mkdir()
@@ -427,25 +439,73 @@ def test_a_run_that_fails_before_its_first_step_leaves_nothing_unless_there_is_m
     for folder, there in ((tmp_path / "new", False), (tmp_path / "mine", True)):
         if there:
             folder.mkdir()
-        with pytest.raises(ValueError), Run(folder, {}, {}):
+        with pytest.raises(ValueError), RunFolder(folder, {}, {}):
             raise ValueError("damaged weights")
         assert folder.exists() == there and (not there or not list(folder.iterdir()))
-    with pytest.raises(ValueError), Run(tmp_path / "begun", {}, {}) as run:
+    with pytest.raises(ValueError), RunFolder(tmp_path / "begun", {}, {}) as run:
         run.log({"step": 1})
         raise ValueError("not finite")
-    with pytest.raises(ValueError), Run(tmp_path / "begun", {}, {}):  # no longer new: kept
+    with pytest.raises(ValueError), RunFolder(tmp_path / "begun", {}, {}):  # it was there before
         raise ValueError("damaged weights")
     assert (tmp_path / "begun/run_args.json").exists()
-    with pytest.raises(KeyboardInterrupt), Run(tmp_path / "saved", {}, {}) as run:
-        run.save_checkpoint(0, {}, {})  # stopped at the first step, and once more while it was saved
+    with pytest.raises(KeyboardInterrupt), RunFolder(tmp_path / "saved", {}, {}) as run:
+        run.save_checkpoint(0, {}, {})  # stopped at the first step, and again while that was saved
         raise KeyboardInterrupt
-    assert Run(tmp_path / "saved", {}, {}).load_checkpoint()[0] == 0
-    with Run(tmp_path / "notes", {}, {}) as run:
+    assert RunFolder(tmp_path / "saved", {}, {}).load_checkpoint()[0] == 0
+    with RunFolder(tmp_path / "notes", {}, {}) as run:
         run.log({"step": 1})
     (tmp_path / "notes/notes.txt").write_text("mine")
-    with pytest.raises(ValueError), Run(tmp_path / "notes", {}, {}, overwrite=True):
+    with pytest.raises(ValueError), RunFolder(tmp_path / "notes", {}, {}, overwrite=True):
         raise ValueError("damaged weights")
-    Run(tmp_path / "notes", {}, {}).close()  # still known as a run folder
+    RunFolder(tmp_path / "notes", {}, {}).close()  # still known as a run folder
+
+
+def older_run(folder: Path) -> Path:
+    """A folder as the version before "format" left it after two of PPO's steps."""
+    checkpoint = folder / "checkpoint/step-2"
+    checkpoint.mkdir(parents=True)
+    args = {"lr": 1e-5, "steps": 8, "save_every": 1, "recipe": "report", "answers_an_update": 16}
+    files.write_json(folder / "run_args.json", {"args": args, "info": {"torch": "x"}})
+    metrics = [json.dumps({"step": step, "reward": 0.5}) + "\n" for step in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(metrics))
+    (folder / "samples.jsonl").write_text("")
+    lengths = {name: (folder / name).stat().st_size for name in ("metrics.jsonl", "samples.jsonl")}
+    state = {"validated": {}, "figures": {"step": 2, "reward": 0.5}}
+    text = json.dumps({"step": 2, "logs": lengths, "state": state}).encode()
+    tensors = {"policy/weight.w": torch.zeros(3), "policy/step_count": torch.tensor(2)}
+    sums = {
+        "tensors.safetensors": files.write_tensors(checkpoint / "tensors.safetensors", tensors),
+        "state.json": files.write(checkpoint / "state.json", [text]),
+    }
+    files.write_json(checkpoint / "checksums.json", sums)
+    (folder / ".lock").write_text("123")
+    return folder
+
+
+@pytest.mark.parametrize("args", [ARGS, {"lr": 2.0}])
+def test_an_unfinished_run_of_an_earlier_version_is_refused_in_one_line(tmp_path, args):
+    folder = older_run(tmp_path / "r")
+    before = contents(folder)
+    with pytest.raises(UserError, match="r was started by an earlier version of nanogsm") as caught:
+        open_run(folder, args)
+    assert "--overwrite" in str(caught.value) and "\n" not in str(caught.value)
+    assert contents(folder) == before
+    with open_run(folder, args, overwrite=True) as run:  # what the message advises
+        assert run.load_checkpoint() is None
+    assert json.loads((folder / "run_args.json").read_text())["format"] == 2
+
+
+def test_a_finished_run_of_an_earlier_version_is_said_to_be_finished(tmp_path):
+    folder = older_run(tmp_path / "r")
+    shutil.rmtree(folder / "checkpoint")
+    files.write_json(folder / "summary.json", {"steps": 2, "reward": 0.5})
+    (folder / "model").mkdir()
+    (folder / "model/model.safetensors").write_bytes(b"weights")
+    before = contents(folder)
+    with open_run(folder) as run:
+        assert run.finished and run.load_checkpoint() is None
+        assert run.already_finished().startswith(f"{folder} is already finished (reward 0.5)")
+    assert contents(folder) == before
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -468,7 +528,7 @@ def test_unreadable_run_args_is_one_line(tmp_path):
     open_run(tmp_path / "r", overwrite=True).close()
 
 
-# ---- a stop, and what else comes with a run
+# ---- stopping, and the logs
 
 
 def test_stopped_run_saves_exits_with_143_and_continues(tmp_path, default_signals):
@@ -498,18 +558,20 @@ def test_nan_in_metrics_is_null(tmp_path):
 
 def test_metrics_go_to_wandb_too_and_its_absence_is_said(tmp_path, monkeypatch):
     said = []
-    log, finish = lambda row, step: said.append((step, row)), lambda exit_code: said.append(exit_code)
-    logger = SimpleNamespace(log=log, finish=finish)
+    logger = SimpleNamespace(
+        log=lambda row, step: said.append((step, row)),
+        finish=lambda exit_code: said.append(exit_code),
+    )
     fake = SimpleNamespace(init=lambda **given: said.append(given) or logger)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    with Run(tmp_path / "run", {"a": 1}, {}) as run:
+    with RunFolder(tmp_path / "run", {"a": 1}, {}) as run:
         run.log({"step": 1, "loss": 3.0})
         run.start_wandb("mine", {"lr": 1.0})
         run.log({"step": 2, "loss": 2.0})
     where = {"project": "mine", "name": "run", "dir": str(tmp_path), "config": {"lr": 1.0}}
     assert said == [where, (2, {"step": 2, "loss": 2.0}), 1]  # stopped before its end
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
-    with Run(tmp_path / "run", {"a": 1}, {}) as run:
+    with RunFolder(tmp_path / "run", {"a": 1}, {}) as run:
         run.start_wandb("mine", {"lr": 1.0})
         run.finish({})
     assert said[-1] == 0
@@ -518,8 +580,9 @@ def test_metrics_go_to_wandb_too_and_its_absence_is_said(tmp_path, monkeypatch):
         raise RuntimeError("not logged in\nrun wandb login")
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse))
-    with Run(tmp_path / "other", {"a": 1}, {}) as run, pytest.raises(UserError, match="--wandb: not logged"):
-        run.start_wandb("mine", {})
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with Run(tmp_path / "other", {"a": 1}, {}) as run, pytest.raises(UserError, match="pip install wandb"):
-        run.start_wandb("mine", {})
+    with RunFolder(tmp_path / "other", {"a": 1}, {}) as run:
+        with pytest.raises(UserError, match="--wandb: not logged"):
+            run.start_wandb("mine", {})
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        with pytest.raises(UserError, match="pip install wandb"):
+            run.start_wandb("mine", {})

@@ -1,4 +1,4 @@
-"""scores.py: intervals and tests against hand-worked numbers and brute force, kinds of mistakes."""
+"""scores.py: intervals and tests against numbers worked by hand and brute force; mistakes."""
 
 import itertools
 import math
@@ -84,7 +84,7 @@ def test_mcnemar_of_large_counts_is_near_the_normal_approximation():
     assert 0 < mcnemar(900, 400) < 1e-40
 
 
-def figure_row(answer=None, gold=7.0, flexible=False, truncated=False, tokens=10) -> dict:
+def a_row(answer=None, gold=7.0, flexible=False, truncated=False, tokens=10) -> dict:
     return {
         "answer": answer,
         "gold": gold,
@@ -97,15 +97,15 @@ def figure_row(answer=None, gold=7.0, flexible=False, truncated=False, tokens=10
 
 def test_summary_of_greedy_answers():
     rows = [
-        figure_row(7.0, flexible=True, tokens=20),
-        figure_row(8.0, flexible=True, tokens=30),
-        figure_row(None, flexible=True, truncated=True, tokens=40),
-        figure_row(9.0, tokens=10),
+        a_row(7.0, flexible=True, tokens=20),
+        a_row(8.0, flexible=True, tokens=30),
+        a_row(None, flexible=True, truncated=True, tokens=40),
+        a_row(9.0, tokens=10),
     ]
-    figures = summarise(rows, 1)
-    low, high = figures.pop("ci_low"), figures.pop("ci_high")
+    summary = summarise(rows, 1)
+    low, high = summary.pop("ci_low"), summary.pop("ci_high")
     assert (low, high) == pytest.approx((0.0456, 0.6994), abs=FOUR_DIGITS)  # Wilson of 1 in 4
-    assert figures == {
+    assert summary == {
         "n": 4,
         "completions": 4,
         "correct": 1,
@@ -118,24 +118,24 @@ def test_summary_of_greedy_answers():
 
 
 def test_summary_of_samples_has_pass_and_majority():
-    rows = [figure_row(a) for a in (7.0, 7.0, 8.0)]  # majority right
-    rows += [figure_row(a) for a in (8.0, 8.0, 7.0)]  # right once, outvoted
-    rows += [figure_row(a) for a in (8.0, None, 9.0)]  # never right
-    rows += [figure_row(a) for a in (None, None, 7.0)]  # what gives no answer has no vote
-    figures = summarise(rows, 3)
-    assert (figures["n"], figures["correct"]) == (4, 4)
-    assert figures["accuracy"] == pytest.approx(4 / 12)
-    assert figures["pass@3"] == 0.75
-    assert figures["maj@3"] == 0.5
+    rows = [a_row(a) for a in (7.0, 7.0, 8.0)]  # majority right
+    rows += [a_row(a) for a in (8.0, 8.0, 7.0)]  # right once, outvoted
+    rows += [a_row(a) for a in (8.0, None, 9.0)]  # never right
+    rows += [a_row(a) for a in (None, None, 7.0)]  # what gives no answer has no vote
+    summary = summarise(rows, 3)
+    assert (summary["n"], summary["correct"]) == (4, 4)
+    assert summary["accuracy"] == pytest.approx(4 / 12)
+    assert summary["pass@3"] == 0.75
+    assert summary["maj@3"] == 0.5
     # Wilson of 4/3 problems in 4: p = 1/3, z^2 / n = 0.96036, and with it
     # (1/3 + 0.48018 -+ 1.95996 * sqrt(2/9 / 4 + 0.96036 / 16)) / 1.96036, which is
     # (0.81352 -+ 0.66633) / 1.96036.
-    assert figures["ci_low"] == pytest.approx(0.0751, abs=FOUR_DIGITS)
-    assert figures["ci_high"] == pytest.approx(0.7549, abs=FOUR_DIGITS)
+    assert summary["ci_low"] == pytest.approx(0.0751, abs=FOUR_DIGITS)
+    assert summary["ci_high"] == pytest.approx(0.7549, abs=FOUR_DIGITS)
 
 
 def test_greedy_summary_has_no_pass_or_majority():
-    assert not [key for key in summarise([figure_row(7.0)], 1) if "@" in key]
+    assert not [key for key in summarise([a_row(7.0)], 1) if "@" in key]
 
 
 @pytest.mark.parametrize(
@@ -149,15 +149,15 @@ def test_greedy_summary_has_no_pass_or_majority():
     ],
 )
 def test_interval_of_sampled_problems_has_a_width_even_where_they_agree(answers, low, high):
-    figures = summarise([figure_row(a) for a in answers], 2)
-    found = figures["ci_low"], figures["ci_high"]
+    summary = summarise([a_row(a) for a in answers], 2)
+    found = summary["ci_low"], summary["ci_high"]
     assert found == pytest.approx((low, high), abs=FOUR_DIGITS)
 
 
 def test_more_completions_of_the_same_problems_do_not_narrow_the_interval():
     answers = [7.0, 8.0, 8.0, 7.0, 8.0]
-    once = summarise([figure_row(a) for a in answers], 1)
-    often = summarise([figure_row(a) for a in answers for _ in range(6)], 6)
+    once = summarise([a_row(a) for a in answers], 1)
+    often = summarise([a_row(a) for a in answers for _ in range(6)], 6)
     for key in ("accuracy", "ci_low", "ci_high"):
         assert often[key] == pytest.approx(once[key], rel=FLOAT64_ROUNDING)
     assert (once["correct"], often["correct"], often["n"]) == (2, 12, 5)
@@ -165,7 +165,7 @@ def test_more_completions_of_the_same_problems_do_not_narrow_the_interval():
 
 def test_majority_tie_goes_to_the_earliest():
     def votes(*answers):
-        return majority([figure_row(a) for a in answers])
+        return majority([a_row(a) for a in answers])
 
     assert votes(7.0, 8.0) and not votes(8.0, 7.0)
     assert votes(7.0, 8.0, 8.0, 7.0) and not votes(8.0, 7.0, 7.0, 8.0)
@@ -189,8 +189,9 @@ def test_a_pair_is_compared_on_the_problems_both_have():
         ("3*4", 12), ("48/2", 24), ("2 + 3*4", 14), ("(2+3)*4", 20), ("-5+8", 3), (".5*10", 5),
         ("20%*80", 16), ("100/20%", 500), ("2.5%", 0.025),
         ("1,200*2", 2400), ("$3*2", 6), ("007+1", 8), ("100.05-0.05", 100), ("7", 7),
-        ("1/0", None), ("2**9", None), ("9//2", None), ("x+1", None), ("", None), ("3*", None), ("()", None),
-        ("((((1", None), ("__import__", None), ("1e9", None), ("(" * 99, None), ("3 apples", None),
+        ("1/0", None), ("2**9", None), ("9//2", None), ("x+1", None), ("", None), ("3*", None),
+        ("()", None), ("((((1", None), ("__import__", None), ("1e9", None), ("(" * 99, None),
+        ("3 apples", None),
     ],
 )  # fmt: skip
 def test_arithmetic_is_read_and_nothing_else(text, value):
@@ -227,9 +228,19 @@ def test_looping_is_told_from_being_long():
         (" first this, then that, and", None, True, "cut off"),
         (" and then he goes on and on" * 9, None, True, "looping"),
         (" 3+4=<<3+4=7>>7\n#### 7" + "\n#### 7" * 99, 7.0, True, "set-up"),  # its answer came first
-        (" 3+4=<<3+4=7>>7\n#### 7\nQuestion: <<1+1=3>>", 7.0, False, "set-up"),  # ... and the next is not its
+        (
+            " 3+4=<<3+4=7>>7\n#### 7\nQuestion: <<1+1=3>>",
+            7.0,
+            False,
+            "set-up",
+        ),  # the next question does not count
     ],
 )
 def test_mistakes_are_told_apart(completion, answer, truncated, kind):
-    row = {"completion": completion, "answer": answer, "correct": answer == 12.0, "truncated": truncated}
+    row = {
+        "completion": completion,
+        "answer": answer,
+        "correct": answer == 12.0,
+        "truncated": truncated,
+    }
     assert kind_of(row) == kind and kind in KINDS

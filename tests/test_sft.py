@@ -1,4 +1,4 @@
-"""train_sft.py: the same steps as transformers' Trainer and peft, and the promises of a run."""
+"""train_sft.py: the same steps as transformers' Trainer and peft, and what a run promises."""
 
 import contextlib
 import json
@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 import train_ppo
 import train_sft
 from nanogsm import UserError, data, lora
-from nanogsm.logprob import token_logprobs
-from nanogsm.model import load_model, set_checkpointing
+from nanogsm import model as models
+from nanogsm.logprob import next_token_logprobs
+from nanogsm.model import PREFIX, load_adapter, load_model, set_checkpointing
 from nanogsm.optim import AdamW, cosine_with_min_lr
+from nanogsm.run.start import encode_all
 
 PLAIN = lambda: torch.autocast("cpu", torch.bfloat16, enabled=False)  # noqa: E731
 
@@ -37,7 +39,7 @@ def test_twenty_steps_equal_those_of_trainer_and_peft(gemma, method, checkpointi
     model, tokenizer = gemma("gemma3")
     set_checkpointing(model, checkpointing)
     if method == "lora":
-        lora.load_adapter(model, adapter_folder(tmp_path, "lora_init"))
+        load_adapter(model, adapter_folder(tmp_path, "lora_init"))
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = AdamW(trained, lr=1e-3, bits=32)
     examples = trainer_examples()
@@ -67,7 +69,7 @@ def adapter_folder(folder, name):
 
 
 def test_the_loss_is_the_mean_over_answer_tokens_by_hand(gemma):
-    """Each example alone, all logits, float64; then one division by the tokens of the step."""
+    """Each example alone, with all logits, in float64; then one division by the step's tokens."""
     model, tokenizer = gemma("gemma3", torch.float64)
     examples = trainer_examples()[:5]
     total, count = 0.0, 0
@@ -78,8 +80,9 @@ def test_the_loss_is_the_mean_over_answer_tokens_by_hand(gemma):
                 total -= logp[position - 1, e.ids[position]].item()
                 count += 1
     loss = train_sft.backward_step(model, examples, 2, tokenizer.pad_id, PLAIN)
-    assert loss == pytest.approx(total / count, rel=1e-6)
-    assert train_sft.mean_loss(model, examples, 3, 0, PLAIN) == pytest.approx(total / count, rel=1e-6)
+    by_hand = pytest.approx(total / count, rel=1e-6)
+    assert loss == by_hand
+    assert train_sft.mean_loss(model, examples, 3, 0, PLAIN) == by_hand
 
 
 def test_the_cut_into_micro_batches_changes_neither_loss_nor_gradient(gemma):
@@ -95,8 +98,8 @@ def test_the_cut_into_micro_batches_changes_neither_loss_nor_gradient(gemma):
             assert (grad - results[0][1][name]).abs().max() < 1e-6, name
 
 
-def test_prompt_tokens_are_predicted_by_nobody(gemma):
-    """Another first prompt token to predict leaves the loss alone; another answer token does not."""
+def test_prompt_tokens_do_not_count_in_the_loss(gemma):
+    """Another prompt token as a target leaves the loss alone. Another answer token does not."""
     model, tokenizer = gemma("gemma3", torch.float64)
     e = next(e for e in trainer_examples() if sum(e.mask) > 3)
     start = e.mask.index(1)
@@ -104,8 +107,7 @@ def test_prompt_tokens_are_predicted_by_nobody(gemma):
 
     def loss(targets):
         batch = data.collate([e], 0)
-        shifted = hidden[:, :-1], targets[:, 1:], batch.mask[:, 1:]
-        logp, _ = token_logprobs(model.vocabulary, *shifted)
+        logp, _ = next_token_logprobs(model.vocabulary, hidden, targets, batch.mask)
         return logp.sum().item()
 
     ids = torch.tensor([e.ids])
@@ -115,12 +117,12 @@ def test_prompt_tokens_are_predicted_by_nobody(gemma):
         assert (loss(other) != loss(ids)) == matters, place
 
 
-def test_every_epoch_is_its_own_permutation_of_the_examples():
+def test_every_epoch_is_a_new_permutation_of_the_examples():
     examples = list(range(10))
     step = lambda i, seed=0: train_sft.examples_of_step(examples, i, 4, seed)  # noqa: E731
     epochs = [step(0) + step(1) + step(2), step(3) + step(4) + step(5)]
     assert [sorted(e) for e in epochs] == [examples, examples] and epochs[0] != epochs[1]
-    assert len(step(2)) == len(step(5)) == 2  # the rest of an epoch is a smaller step
+    assert len(step(2)) == len(step(5)) == 2  # the last step of an epoch may be short
     assert step(4) == step(4) != step(4, seed=1)
 
 
@@ -129,7 +131,7 @@ def test_every_epoch_is_its_own_permutation_of_the_examples():
 
 @pytest.fixture
 def problems(tmp_path):
-    """Twelve small problems in a file; the arguments of a short run on them."""
+    """Write twelve small problems to a file. Returns the arguments of a short run on them."""
     rows = [
         {"question": f"Tom has {i} apples and buys {i + 1}. How many?",
          "answer": f"{i}+{i + 1} = <<{i}+{i + 1}={2 * i + 1}>>{2 * i + 1}\n#### {2 * i + 1}"}
@@ -138,14 +140,14 @@ def problems(tmp_path):
     file = tmp_path / "sums.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     return [
-        "--model", str(FIXTURES / "gemma3"), "--data", str(file), "--lr", "1e-3", "--epochs", "2",
-        "--micro-batch", "2", "--val-examples", "2", "--max-new-tokens", "4", "--device", "cpu",
-        "--precision", "fp32",
+        "--model", str(FIXTURES / "gemma3"), "--data", str(file), "--recipe", "original",
+        "--lr", "1e-3", "--epochs", "2", "--micro-batch", "2", "--val-examples", "2",
+        "--max-new-tokens", "4", "--device", "cpu", "--precision", "fp32",
     ]  # fmt: skip
 
 
 def metrics(folder):
-    """The rows of a run without what depends on the clock and the machine."""
+    """The rows of a run's metrics.jsonl, without what depends on the clock and the machine."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory")} for row in rows]
 
@@ -155,7 +157,9 @@ def weights(folder):
 
 
 @pytest.mark.parametrize("method", [[], ["--lora"]], ids=["full", "lora"])
-def test_a_killed_and_continued_run_equals_an_uninterrupted_one(problems, method, tmp_path, monkeypatch):
+def test_a_killed_and_continued_run_equals_an_uninterrupted_one(
+    problems, method, tmp_path, monkeypatch
+):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     argv = [*problems, *method, "--save-every", "2", "--val-every", "2"]
     assert train_sft.main([*argv, "--out", str(whole)]) == 0
@@ -175,7 +179,7 @@ def test_a_killed_and_continued_run_equals_an_uninterrupted_one(problems, method
     assert train_sft.main([*argv, "--out", str(cut)]) == 0
 
     assert metrics(cut) == metrics(whole)
-    steps = [row["step"] for row in metrics(whole)]  # validations at 0, 2, 4 and 6 have rows, too
+    steps = [row["step"] for row in metrics(whole)]  # also the validations at 0, 2, 4 and 6
     assert steps == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
     a, b = weights(whole), weights(cut)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -194,8 +198,10 @@ def test_a_finished_run_is_reported_and_other_arguments_are_refused(problems, tm
     assert metrics(tmp_path / "run") != before
 
 
-def test_the_split_of_a_step_may_change_on_the_way_and_its_size_may_not(problems, tmp_path, monkeypatch):
-    """After running out of memory: half the micro-batch, twice the accumulation, the same result."""
+def test_a_run_may_continue_with_other_micro_batches_but_not_with_another_batch(
+    problems, tmp_path, monkeypatch
+):
+    """What one does when memory runs out: half the micro-batch, twice the accumulation."""
     argv = [*problems, "--optim", "adamw", "--save-every", "1", "--micro-batch"]
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
     assert train_sft.main([*argv, "4", "--accumulation", "1", "--out", whole]) == 0
@@ -209,7 +215,7 @@ def test_the_split_of_a_step_may_change_on_the_way_and_its_size_may_not(problems
     with pytest.raises(RuntimeError, match="killed"):
         train_sft.main([*argv, "4", "--accumulation", "1", "--out", cut])
     monkeypatch.setattr(train_sft, "cosine_with_min_lr", cosine_with_min_lr)
-    with pytest.raises(UserError, match=r"\(examples_a_step was 4, now 8\)"):
+    with pytest.raises(UserError, match=r"\(batch was 4, now 8\)"):
         train_sft.main([*argv, "4", "--accumulation", "2", "--out", cut])
     assert train_sft.main([*argv, "2", "--accumulation", "2", "--out", cut]) == 0
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
@@ -219,7 +225,9 @@ def test_the_split_of_a_step_may_change_on_the_way_and_its_size_may_not(problems
         assert (a[name] - b[name]).abs().max() <= 0.01 * moved and moved > 0
 
 
-def test_a_run_killed_early_begins_anew_though_its_data_moved(problems, tmp_path, monkeypatch, capsys):
+def test_a_run_killed_early_starts_over_although_its_data_moved(
+    problems, tmp_path, monkeypatch, capsys
+):
     def dies(step, *rest):
         raise RuntimeError("killed")
 
@@ -227,18 +235,21 @@ def test_a_run_killed_early_begins_anew_though_its_data_moved(problems, tmp_path
         patch.setattr(train_sft, "cosine_with_min_lr", dies)
         train_sft.main([*problems, "--val-every", "1", "--out", str(tmp_path / "run")])
     at = problems.index("--data") + 1
-    moved = [*problems[:at], str(shutil.move(problems[at], tmp_path / "moved.jsonl")), *problems[at + 1 :]]
-    assert "from the start once more" not in capsys.readouterr().out
+    new_place = str(shutil.move(problems[at], tmp_path / "moved.jsonl"))
+    moved = [*problems[:at], new_place, *problems[at + 1 :]]
+    assert "starting from the beginning" not in capsys.readouterr().out
     assert train_sft.main([*moved, "--val-every", "1", "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
-    assert "run has no checkpoint yet: from the start once more" in said
+    assert "run has no checkpoint yet: starting from the beginning" in said
     assert "next: python evaluate.py --model" in said and "run --split validation" in said
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="only Linux has this file")
 @pytest.mark.parametrize("script", ["sft", "ppo"])
-def test_a_continued_run_lets_go_of_the_checkpoint_it_came_from(problems, script, tmp_path, monkeypatch):
-    """It is mapped, not read: held on to, Gemma 3 270M's took 1.6 GiB of memory to the end."""
+def test_a_continued_run_unmaps_the_checkpoint_it_came_from(
+    problems, script, tmp_path, monkeypatch
+):
+    """A checkpoint is mapped into memory. Kept mapped, Gemma 3 270M's took 1.6 GiB to the end."""
     module, step = {"sft": (train_sft, "backward_step"), "ppo": (train_ppo, "update")}[script]
     argv = [*problems, "--save-every", "1", "--out", str(tmp_path / "run")]
     if script == "ppo":
@@ -280,7 +291,7 @@ def test_a_run_learns_and_writes_what_evaluate_reads(problems, tmp_path):
     load_model(tmp_path / "run")
 
 
-def test_merge_writes_a_model_beside_the_adapter(problems, tmp_path):
+def test_merge_writes_a_model_and_keeps_the_adapter(problems, tmp_path):
     train_sft.main([*problems, "--lora", "--merge", "--out", str(tmp_path / "run")])
     merged, _ = load_model(tmp_path / "run/model")
     kept, _ = load_model(tmp_path / "run")
@@ -299,7 +310,7 @@ def test_merge_can_be_asked_for_afterwards(problems, tmp_path):
 
 
 def test_an_adapter_run_can_be_trained_on_in_full(problems, tmp_path):
-    """The adapters are folded in, and then every weight trains."""
+    """The adapters are merged, and then every weight trains."""
     train_sft.main([*problems, "--lora", "--out", str(tmp_path / "a")])
     train_sft.main([*problems, "--model", str(tmp_path / "a"), "--out", str(tmp_path / "b")])
     before, after = load_model(tmp_path / "a", merge=True)[0], load_model(tmp_path / "b")[0]
@@ -310,9 +321,9 @@ def test_an_adapter_run_can_be_trained_on_in_full(problems, tmp_path):
 def test_a_run_does_not_overwrite_the_model_it_starts_from(problems, tmp_path):
     train_sft.main([*problems, "--out", str(tmp_path / "a")])
     for model in ("a", "a/model"):
-        again = [*problems, "--model", str(tmp_path / model), "--out", str(tmp_path / "a"), "--overwrite"]
+        start = ["--model", str(tmp_path / model)]
         with pytest.raises(UserError, match="choose another --out"):
-            train_sft.main(again)
+            train_sft.main([*problems, *start, "--out", str(tmp_path / "a"), "--overwrite"])
     load_model(tmp_path / "a")
 
 
@@ -350,23 +361,23 @@ def test_a_stop_during_validation_saves_and_continues_exactly(problems, tmp_path
 
 
 def test_keep_best_keeps_the_weights_of_the_best_validation(problems, tmp_path, monkeypatch):
-    scores = iter([0.25, 0.25, 0.75, 0.5])  # at steps 0, 2, 4 and 6; a tie goes by the loss
+    scores = iter([0.25, 0.25, 0.75, 0.5])  # at steps 0, 2, 4 and 6; the loss decides a tie
     rows = lambda *a, **k: [{"correct": next(scores), "truncated": False}]  # noqa: E731
     monkeypatch.setattr(train_sft.generate, "answer_and_mark", rows)
     seen = {}
-    real = train_sft.save_adapter
+    real = models.save_adapter
 
     def save(model, folder, base):
         real(model, folder, base)
         seen[len(seen)] = {n: p.clone() for n, p in model.named_parameters() if "lora_B" in n}
 
-    monkeypatch.setattr(lora, "save_adapter", save)
+    monkeypatch.setattr(models, "save_adapter", save)
     out = tmp_path / "run"
     train_sft.main([*problems, "--lora", "--val-every", "2", "--keep", "best", "--out", str(out)])
     assert len(seen) == 3  # 0.25, 0.25 at a lower loss, 0.75; not 0.5
     saved = load_file(out / "adapter/adapter_model.safetensors")
     for name, p in seen[2].items():
-        assert torch.equal(saved[lora.PREFIX + name], p)
+        assert torch.equal(saved[PREFIX + name], p)
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["step"], summary["val_exact_match"]) == (4, 0.75)
 
@@ -377,11 +388,13 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_problems(problems, tmp_pa
     assert not (tmp_path / "run/model").exists()
 
 
-def test_examples_over_the_limit_are_left_out_aloud_and_never_cut(problems, tmp_path, capsys):
+def test_examples_over_the_limit_are_left_out_with_a_message_and_never_cut(
+    problems, tmp_path, capsys
+):
     tokenizer = data.Tokenizer(FIXTURES / "gemma3")
     rows = data.read_jsonl(tmp_path / "sums.jsonl")
     lengths = [len(data.encode(tokenizer, data.Prompt(), p.question, p.answer)[0]) for p in rows]
-    kept = train_sft.encode_all(tokenizer, rows, data.Prompt(), sorted(lengths)[5])
+    kept = encode_all(tokenizer, rows, data.Prompt(), sorted(lengths)[5])
     assert max(len(e.ids) for e in kept) == sorted(lengths)[5] and len(kept) < 12
     assert all(e.ids[-1] == tokenizer.eos_id for e in kept)
     assert f"left out {12 - len(kept)} of 12" in capsys.readouterr().out
@@ -409,7 +422,7 @@ def test_dry_run_needs_no_weights_and_writes_nothing(problems, tmp_path, capsys)
         (["--lr", "nan"], "--lr"),
         (["--min-lr", "1"], "--min-lr"),
         (["--warmup", "2"], "--warmup"),
-        (["--clip", "0"], "--clip"),
+        (["--max-grad-norm", "0"], "--max-grad-norm is 0"),
         (["--merge"], "--merge goes with --lora"),
         (["--keep", "best"], "--val-every"),
         (["--val-examples", "99"], "--val-examples 99"),
@@ -417,7 +430,7 @@ def test_dry_run_needs_no_weights_and_writes_nothing(problems, tmp_path, capsys)
         (["--device", "cuda:x"], "--device cuda:x"),
         (["--seed", str(10**14)], "--seed"),
         (["--model", "no/such/folder"], "no such folder"),
-        (["--data", "grade-school"], "main, socratic, .* or a file whose name ends in .jsonl"),
+        (["--data", "grade-school"], "main, socratic, .* or a file that ends in .jsonl"),
     ],
 )
 def test_bad_flags_are_named(problems, flags, says, tmp_path):
@@ -428,15 +441,18 @@ def test_bad_flags_are_named(problems, flags, says, tmp_path):
 
 def test_an_adapter_is_not_trained_on_top_of_an_adapter(problems, tmp_path):
     train_sft.main([*problems, "--lora", "--out", str(tmp_path / "a")])
+    argv = [*problems, "--lora", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "b")]
     with pytest.raises(UserError, match="merged model"):
-        train_sft.main([*problems, "--lora", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "b")])
+        train_sft.main(argv)
 
 
 def test_recipes_set_what_is_not_given():
-    args = train_sft.parse_args(["--device", "cpu"])
+    args = train_sft.parse_args(["--device", "cpu", "--recipe", "original"])
     assert (args.lr, args.min_lr, args.warmup) == (1e-5, pytest.approx(1e-6), 0.0)
     assert (args.micro_batch, args.accumulation, args.epochs) == (8, 2, 1)
-    assert (args.optim, args.checkpointing, args.out) == ("adamw8bit", "light", "runs/sft-full-main")
-    tuned = train_sft.parse_args(["--device", "cpu", "--lora", "--recipe", "tuned", "--warmup", "0"])
+    assert (args.optim, args.checkpointing) == ("adamw8bit", "light")
+    assert args.out == "runs/sft-full-main"
+    flags = ["--device", "cpu", "--lora", "--recipe", "tuned", "--warmup", "0"]
+    tuned = train_sft.parse_args(flags)
     assert (tuned.lr, tuned.warmup, tuned.out) == (2e-4, 0.0, "runs/sft-lora-main")
     assert (tuned.lora_r, tuned.lora_alpha) == (16, 32.0)

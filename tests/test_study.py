@@ -1,5 +1,5 @@
-"""study.py: its commands are ones the scripts take, it goes on where it was, and says what it could
-not run."""
+"""experiments/study.py: the scripts accept its commands, it continues after a stop, and it says
+what it could not run."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.delenv("NANOGSM_DATA_DIR", raising=False)
 
 
-def said(argv: list[str]) -> list[list[str]]:
+def commands_of(argv: list[str]) -> list[list[str]]:
     args = study.parse_args(argv)
     return [command for row in study.ROWS for command in study.commands(row, args)]
 
@@ -29,23 +29,32 @@ def said(argv: list[str]) -> list[list[str]]:
 def test_every_command_parses_and_no_two_runs_share_a_folder(argv):
     parse = {"train_sft.py": train_sft, "train_ppo.py": train_ppo, "evaluate.py": evaluate}
     runs = []
-    for script, *flags in said(argv):
+    for script, *flags in commands_of(argv):
         args = parse[script].parse_args([*flags, "--device", "cpu"])
         assert args.tiny == ("--tiny" in argv)
         if script.startswith("train"):
+            assert args.recipe == ("tuned" if "tuned" in args.out else "original")
+            assert "--recipe" in flags  # never left to the default
             runs.append(args.out)
             assert args.seed == (0 if args.tiny else 2) and (args.tiny or args.data_dir == "d")
     assert len(runs) == len(set(runs)) == 8
 
 
-def test_the_rows_are_the_reports_and_ours():
-    shown = {row.report for row in study.ROWS}
-    assert shown == {6.0, 31.0, 23.0, 20.0, 11.0, 28.0, None} and len(study.BY_NAME) == len(study.ROWS) == 12
+def test_ppo_starts_from_the_studys_own_run():
+    ppo = [command for command in commands_of(["--tiny"]) if command[0] == "train_ppo.py"]
+    starts = [command[command.index("--init") + 1] for command in ppo]
+    assert starts == ["runs/tiny/study-0/full-main"] * 2
+
+
+def test_the_rows_are_those_of_the_original_study_and_ours():
+    shown = {row.original for row in study.ROWS}
+    assert shown == {6.0, 31.0, 23.0, 20.0, 11.0, 28.0, None}
+    assert len(study.BY_NAME) == len(study.ROWS) == 12
     assert all(row.against in study.BY_NAME for row in study.ROWS if row.against)
 
 
 def test_an_evaluation_on_another_number_of_problems_is_not_taken_for_the_one_asked_for():
-    """1319 begins as 131 and 13 do; what follows the number after a dash says how, not on how many."""
+    """1319 begins like 131 and 13. After the number and a dash, a name has other settings."""
     row, folder = study.BY_NAME["untuned"], Path("s/untuned")
     folder.mkdir(parents=True)
 
@@ -61,7 +70,8 @@ def test_an_evaluation_on_another_number_of_problems_is_not_taken_for_the_one_as
 
 @pytest.fixture
 def faked(monkeypatch):
-    """The scripts do what a table by their flags says, in no time: status and whether they write."""
+    """Replace the scripts by ones that take no time. Returns the commands that ran, and a dict to
+    fill with {part of a command: the status it ends with}."""
     ran, ends = [], {}
 
     def run(command: list[str]) -> tuple[int, str]:
@@ -73,20 +83,19 @@ def faked(monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         if command[0] == "evaluate.py":
             right = {"untuned": 1, "full-main": 3}.get(folder.name, 2)
-            rows = [
-                {"index": i, "question": "q", "gold": 1.0, "correct": i < right, "answer": None,
-                 "completion": "c", "truncated": False, "flexible": False, "tokens": 5} for i in range(4)
-            ]  # fmt: skip
+            row = {"question": "q", "gold": 1.0, "answer": None, "completion": "c",
+                   "truncated": False, "flexible": False, "tokens": 5}  # fmt: skip
+            rows = [{"index": i, "correct": i < right} | row for i in range(4)]
             name = "eval-probes-5" if "--data" in command else "eval-test-4"
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            figures = evaluate.summarise(rows, 1) | {"seconds": 1.0, "environment": {}}
-            (folder / f"{name}.json").write_text(json.dumps(figures))
+            summary = evaluate.summarise(rows, 1) | {"seconds": 1.0, "environment": {}}
+            (folder / f"{name}.json").write_text(json.dumps(summary))
         else:
-            metrics = [{"step": s, "loss": 1 / s, "seconds": 30.0, "tokens": 60, "peak_memory": 2**30,
-                        "reward": 0.5} for s in (1, 2)]  # fmt: skip
+            row = {"seconds": 30.0, "tokens": 60, "peak_memory": 2**30, "reward": 0.5}
+            rows = [{"step": step, "loss": 1 / step} | row for step in (1, 2)]
             if "ppo" not in command[0]:
-                metrics.append({"step": 2, "val_loss": 0.25})
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+                rows.append({"step": 2, "val_loss": 0.25})
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             (folder / "summary.json").write_text("{}")
         return 0, ""
 
@@ -109,27 +118,30 @@ def test_a_whole_study_has_its_table_and_is_not_done_twice(faked, capsys):
     assert (trained["minutes"], trained["val_loss"]) == (1.0, 0.25)
     assert rows["full-main"]["kinds"]["no answer"] == 1
     table = Path("s/study.md").read_text()
-    assert "| full SFT, main | 31.0% | 75.0% | 30.1 to 95.4 | untuned, one-shot + instruction | +50." in table
+    scores = "| full SFT, main | 31.0% | 75.0% | 30.1 to 95.4 |"
+    assert f"{scores} untuned, one-shot + instruction | +50." in table
+    assert table.startswith("| | original study | exact match |")
     assert len({line.count("|") for line in table.splitlines()}) == 1
     assert Path("s/report.html").exists() and table in capsys.readouterr().out
     ran.clear()
     assert study.main(["--tiny", "--n", "4", "--out", "s"]) == 0
-    assert not [command for command in ran if command.startswith("evaluate")]  # trainings say so themselves
+    # Nothing is evaluated again. A training script says itself that its run is finished.
+    assert not [command for command in ran if command.startswith("evaluate")]
 
 
-def test_what_cannot_be_run_is_said_and_the_rest_goes_on(faked, capsys):
+def test_the_reason_of_a_row_that_cannot_run_is_shown_and_the_others_go_on(faked, capsys):
     ran, ends = faked
     ends |= {"--data socratic": 2}
     assert study.main(["--model", "a/b", "--n", "4", "--out", "s"]) == 2
     assert "row lora-socratic was not run: the weights are gated" in capsys.readouterr().err
-    rows = rows_of("s")
-    assert rows["full-socratic"]["not_run"] == rows["lora-socratic"]["not_run"] == "the weights are gated"
+    rows, why = rows_of("s"), "the weights are gated"
+    assert rows["full-socratic"]["not_run"] == rows["lora-socratic"]["not_run"] == why
     assert "not_run" not in rows["ppo"] and "points" in rows["lora-main"]
-    assert "| LoRA, socratic | 11.0% | not run: the weights are gated |" in Path("s/study.md").read_text()
+    assert f"| LoRA, socratic | 11.0% | not run: {why} |" in Path("s/study.md").read_text()
 
 
-def test_flags_of_adapters_go_to_the_rows_that_have_some():
-    commands = said(["--tiny", "--sft=--epochs 2", "--sft-lora=--lora-r 8"])
+def test_flags_for_lora_go_to_the_lora_rows_alone():
+    commands = commands_of(["--tiny", "--sft=--epochs 2", "--sft-lora=--lora-r 8"])
     trained = [command for command in commands if command[0] == "train_sft.py"]
     assert len(trained) == 6
     for command in trained:
@@ -156,7 +168,7 @@ def test_a_folder_that_cannot_be_is_one_line(faked, tmp_path):
     assert not ran
 
 
-def test_without_its_start_ppo_is_not_run(faked):
+def test_ppo_is_not_run_without_its_start(faked):
     ran, ends = faked
     ends |= {"full-main": 2}
     study.main(["--tiny", "--n", "4", "--out", "s"])
@@ -173,33 +185,46 @@ def test_a_stop_stops_the_study(faked, status):
     assert not Path("s/study.json").exists() and "--lora" in ran[-1]
 
 
-def test_a_bug_of_ours_is_not_taken_for_a_missing_row(faked):
+def test_a_bug_in_a_script_ends_the_study(faked):
     ran, ends = faked
     ends |= {"--lora": 1}
     with pytest.raises(UserError, match="row lora-main ended with status 1"):
         study.main(["--tiny", "--n", "4", "--out", "s"])
 
 
-def test_only_the_rows_asked_for(faked):
+def test_only_the_rows_asked_for_are_run_and_shown(faked, capsys):
     ran, _ = faked
-    study.main(["--tiny", "--n", "4", "--out", "s", "--rows", "untuned", "full-main"])
+    argv = ["--tiny", "--n", "4", "--out", "s", "--rows"]
+    study.main([*argv, "untuned", "full-main"])
     assert len(ran) == 5 and rows_of("s")["ppo"]["not_run"] == "left out"
+    said = capsys.readouterr().out
+    assert "| full SFT, main | 31.0% | 75.0%" in said
+    assert "not run" not in said and "PPO" not in said
+    assert Path("s/study.md").read_text() in said
+    study.main([*argv, "untuned-one-shot"])  # earlier rows stay in the file
+    said, table = capsys.readouterr().out, Path("s/study.md").read_text()
+    assert "| untuned, one-shot |" in said and "full SFT" not in said
+    assert "| untuned, one-shot |" in table and "| full SFT, main |" in table
+    assert "PPO" not in table
 
 
 def test_a_real_row_end_to_end(capfd):
-    """Two rows on few problems, through real processes; the second call finds all done."""
-    argv = ["--tiny", "--n", "6", "--out", "s", "--rows", "untuned", "full-main", "--eval=--max-new-tokens 8",
+    """Two rows on few problems, in real processes. The second call finds all done."""
+    argv = ["--tiny", "--n", "6", "--out", "s", "--rows", "untuned", "full-main",
+            "--eval=--max-new-tokens 8",
             "--sft=--max-examples 32 --val-examples 8 --max-new-tokens 8"]  # fmt: skip
     assert study.main([*argv, "--device", "cpu"]) == 0
     rows = rows_of("s")
     assert rows["untuned"]["n"] == 6 and rows["full-main"]["training"]["steps"] == 2
     capfd.readouterr()
+    trained = Path("s/full-main/metrics.jsonl").stat().st_mtime_ns
     assert study.main([*argv, "--device", "cpu"]) == 0
     out = capfd.readouterr().out
     assert "already finished" in out and not re.search(r"\$ python evaluate", out)
+    assert Path("s/full-main/metrics.jsonl").stat().st_mtime_ns == trained
     assert "Probes" in Path("s/report.html").read_text()
 
 
-def test_a_scripts_error_is_the_rows_reason(capfd):
+def test_a_row_that_cannot_run_shows_its_scripts_error(capfd):
     status, last = study.run(["train_sft.py", "--tiny", "--lr", "-1"])
     assert status == 2 and last == "--lr is -1.0: give a positive number"

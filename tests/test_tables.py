@@ -1,4 +1,4 @@
-"""The READMEs' tables are what benchmarks/tables.py makes of the committed figures."""
+"""The tables in the READMEs are what benchmarks/tables.py makes of the committed results."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from nanogsm import UserError
 
 
 @pytest.mark.parametrize("name", tables.PAGES)
-def test_the_pages_agree_with_the_figures(name):
+def test_the_pages_agree_with_the_results(name):
     page = (tables.ROOT / name).read_text("utf-8")
     assert "<!-- end -->" in page
     assert tables.filled(page) == page, "run: python -m benchmarks.tables"

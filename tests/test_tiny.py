@@ -1,4 +1,4 @@
-"""The embedded model: its tokenizer, its pretraining text, how it is made again, and --tiny."""
+"""The embedded model: its tokenizer, its pretraining and the text of it, and --tiny."""
 
 import json
 import math
@@ -21,10 +21,11 @@ from experiments import pretrain_tiny as pretrain
 from nanogsm import data
 from nanogsm.data import Prompt, encode
 from nanogsm.model import load_model
+from nanogsm.run import flags
 from nanogsm.store import hub
-from nanogsm.tiny.problems import LIMIT, problems, sample
+from nanogsm.tiny.problems import LIMIT, sample
 
-TRAIN, SOCRATIC = problems("train"), problems("train", "socratic")
+TRAIN, SOCRATIC = (data.load_problems(name, "train") for name in ("tiny", "tiny-socratic"))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def tiny():
 # -------------------------------------------------------------------------------------- tokenizer
 
 
-def test_every_text_comes_back_and_every_number_is_spelt_in_digits(tiny):
+def test_every_text_is_decoded_as_it_was_and_every_digit_is_a_token(tiny):
     _, tokenizer = tiny
     texts = [f" {p.question} {p.answer}" for p in TRAIN[:500] + SOCRATIC[:500]]
     texts += [data.INSTRUCTION, "caf\u00e9 \u6771\u4eac\n\n\n  two  spaces\ttab", "<eos> is text"]
@@ -49,7 +50,8 @@ def test_every_text_comes_back_and_every_number_is_spelt_in_digits(tiny):
 
 def test_words_of_problems_and_prompts_are_single_tokens(tiny):
     _, tokenizer = tiny
-    text = " ".join(f"{p.question} {p.answer}" for p in TRAIN) + " Question: Answer:\n" + data.INSTRUCTION
+    texts = [*(f"{p.question} {p.answer}" for p in TRAIN), "Question: Answer:\n" + data.INSTRUCTION]
+    text = " ".join(texts)
     words = set(re.findall(r" ([A-Za-z]+)", text)) | {"####", "<<", "**"}
     split = {word for word in words if len(tokenizer.encode(f" {word}")) > 1}
     assert len(words) > 150 and not split
@@ -70,7 +72,8 @@ def test_no_answer_is_longer_than_may_be_generated(tiny):
     for name in data.GENERATED:
         for split in ("train", "test"):
             answers = [p.answer for p in data.load_problems(name, split)]
-            assert max(len(tokenizer.encode(f" {a}")) + 1 for a in answers) <= data.answer_limit(name)
+            longest = max(len(tokenizer.encode(f" {a}")) + 1 for a in answers)  # EOS is one more
+            assert longest <= data.answer_limit(name)
 
 
 # ------------------------------------------------------------------------------------------ model
@@ -112,9 +115,9 @@ def test_sums_are_right_and_small():
     assert seen == set("+-*/")
 
 
-def test_the_text_works_nothing_out_after_answer_and_has_no_test_question():
+def test_the_text_shows_no_working_after_answer_and_has_no_test_question():
     rng, found = random.Random(2), set()
-    left_out = {p.question for p in problems("test")}
+    left_out = {p.question for p in data.load_problems("tiny", "test")}
     pages = [pretrain.document(rng, left_out) for _ in range(3000)]
     for page in pages:
         assert not re.search(r"####\s*\d", page)
@@ -122,12 +125,12 @@ def test_the_text_works_nothing_out_after_answer_and_has_no_test_question():
         lines = [line.removeprefix("Question: ") for line in page.split("\n") if "?" in line]
         found |= {line[: line.rindex("?") + 1] for line in lines}
     assert len(found) > 2000 and not found & left_out
-    assert {p.question for p in TRAIN} & found  # so the question is cut out as problems have it
+    assert {p.question for p in TRAIN} & found  # so the questions are cut out of the text correctly
     for mark in ("#### ", "<<", "Answer:", data.INSTRUCTION):
         assert sum(mark in page for page in pages) > 100
 
 
-def test_a_test_question_that_comes_up_is_drawn_again(monkeypatch):
+def test_a_problem_of_the_test_split_is_drawn_again(monkeypatch):
     first, second = sample(random.Random(4)), sample(random.Random(5))
     drawn = iter([first, first, second])
     monkeypatch.setattr(pretrain.problems, "sample", lambda rng: next(drawn))
@@ -136,13 +139,14 @@ def test_a_test_question_that_comes_up_is_drawn_again(monkeypatch):
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
-    """pretrain.main on a model and rows that take no time; returns what it wrote."""
+    """run(name, *flags): pretrain.main with a small model and few, short rows. Returns the status
+    and the weights that were written, or None."""
     monkeypatch.setattr(pretrain, "ROWS", 2)
-    monkeypatch.setattr(pretrain, "ROW", 32)
+    monkeypatch.setattr(pretrain, "ROW_TOKENS", 32)
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8}
     layers = {"layer_types": pretrain.CONFIG["layer_types"][:2]}
     monkeypatch.setattr(pretrain, "CONFIG", pretrain.CONFIG | small | layers)
-    tokenizer = hub.EMBEDDED / "tokenizer.json"  # the one that would be made, see below
+    tokenizer = hub.EMBEDDED / "tokenizer.json"  # the same that make_tokenizer writes, see below
     monkeypatch.setattr(pretrain, "make_tokenizer", lambda file: shutil.copy(tokenizer, file))
 
     def run(name, *flags):
@@ -183,36 +187,39 @@ def test_pretraining_continues_bit_for_bit(quick, monkeypatch, capsys):
 def test_the_committed_tokenizer_and_config_are_the_ones_that_are_made(tmp_path):
     pretrain.make_base(tmp_path)
     for file in tmp_path.iterdir():
-        assert json.loads(file.read_text()) == json.loads((hub.EMBEDDED / file.name).read_text()), file.name
+        committed = (hub.EMBEDDED / file.name).read_text()
+        assert json.loads(file.read_text()) == json.loads(committed), file.name
 
 
 # ----------------------------------------------------------------------------------------- --tiny
 
 
 def test_tiny_sets_model_data_rates_and_folder_and_a_flag_still_wins():
-    args = train_sft.parse_args(["--tiny"])
+    args = train_sft.parse_args(["--tiny", "--recipe", "original"])
     assert (args.model, args.data, args.lr, args.precision) == ("tiny", "tiny", 1e-3, "fp32")
     assert args.micro_batch * args.accumulation == 16  # as for the large model
     assert args.out == "runs/tiny/sft-full-main" and args.max_new_tokens == 128
-    flags = ["--lora", "--data", "socratic", "--lr", "3e-4", "--micro-batch", "4"]
-    args = train_sft.parse_args(["--tiny", *flags])
+    given = ["--lora", "--data", "socratic", "--lr", "3e-4", "--micro-batch", "4"]
+    args = train_sft.parse_args(["--tiny", *given])
     assert (args.data, args.lr, args.micro_batch) == ("tiny-socratic", 3e-4, 4)
     assert args.out == "runs/tiny/sft-lora-socratic"
-    rates, tiny_rates = train_sft.RECIPES["report"]["lr"], train_sft.TINY_RECIPES["report"]["lr"]
-    ratio = {method: tiny_rates[method] / rates[method] for method in ("full", "lora")}
-    assert math.isclose(ratio["full"], ratio["lora"])
+    large = flags.recipe(flags.SFT, "original")["lr"]
+    tiny = flags.recipe(flags.SFT, "original", flags.SFT_TINY)["lr"]
+    assert math.isclose(tiny[0] / large[0], tiny[1] / large[1])  # full, with --lora
 
 
-def test_of_a_small_file_a_tenth_is_held_out_unless_told_otherwise(tmp_path, capsys):
+def test_a_tenth_of_a_small_file_is_held_out_by_default(tmp_path, capsys):
     rows = [{"question": f"{i} + {i}?", "answer": f"#### {2 * i}"} for i in range(25)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    flags = ["--tiny", "--data", str(tmp_path / "mine.jsonl"), "--dry-run"]
+    argv = ["--tiny", "--data", str(tmp_path / "mine.jsonl"), "--dry-run"]
     for main, start in ((train_sft.main, []), (train_ppo.main, ["--init", "tiny"])):
-        assert main([*flags, *start]) == 0 and "2 held out" in capsys.readouterr().out
-        assert main([*flags, *start, "--val-examples", "0"]) == 0 and "0 held out" in capsys.readouterr().out
+        assert main([*argv, *start]) == 0
+        assert "2 held out" in capsys.readouterr().out
+        assert main([*argv, *start, "--val-examples", "0"]) == 0
+        assert "0 held out" in capsys.readouterr().out
 
 
-def test_a_run_on_the_embedded_model_is_known_as_one(tmp_path, monkeypatch):
+def test_a_run_of_the_embedded_model_implies_tiny(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs/mine"
     run.mkdir(parents=True)
@@ -231,8 +238,8 @@ def test_a_run_on_the_embedded_model_is_known_as_one(tmp_path, monkeypatch):
 
 def test_generated_problems_do_not_overwrite_results_on_gsm8k():
     names = [
-        evaluate.resolve(evaluate.parse_args(["--model", "some/model", "--n", "256", *flags]))[2]
-        for flags in ([], ["--tiny"], ["--tiny", "--data", "socratic"])
+        evaluate.resolve(evaluate.parse_args(["--model", "some/model", "--n", "256", *more]))[2]
+        for more in ([], ["--tiny"], ["--tiny", "--data", "socratic"])
     ]
     assert len(set(names)) == 3
     tiny = evaluate.parse_args(["--tiny"])
@@ -240,23 +247,26 @@ def test_generated_problems_do_not_overwrite_results_on_gsm8k():
 
 
 def test_tiny_trains_and_is_evaluated_as_a_newcomer_would(tmp_path, monkeypatch, capsys):
-    """Half a minute of the README's commands: the loss falls and answers take on the format."""
+    """The README's commands, shortened to half a minute: the loss falls, and the model learns the
+    format."""
     monkeypatch.chdir(tmp_path)
-    flags = ["--tiny", "--lora", "--recipe", "tuned", "--max-examples", "640", "--val-examples", "32"]
-    assert train_sft.main([*flags, "--device", "cpu"]) == 0
+    argv = "--tiny --lora --recipe tuned --max-examples 640 --val-examples 32".split()
+    assert train_sft.main([*argv, "--device", "cpu"]) == 0
+    trained = ["--model", "runs/tiny/sft-lora-main", "--device", "cpu"]
     run = tmp_path / "runs/tiny/sft-lora-main"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == 40 and sum(losses[-5:]) < 0.5 * sum(losses[:5])
-    assert evaluate.main(["--model", "runs/tiny/sft-lora-main", "--n", "64", "--device", "cpu"]) == 0
-    figures = json.loads((run / "eval-test-64.json").read_text())
-    assert figures["data"] == "tiny" and figures["formatted"] > 0.5
+    assert evaluate.main([*trained, "--n", "64"]) == 0
+    summary = json.loads((run / "eval-test-64.json").read_text())
+    assert summary["data"] == "tiny" and summary["formatted"] > 0.5
     assert evaluate.main(["--tiny", "--n", "64", "--device", "cpu"]) == 0
     untuned = tmp_path / "runs/tiny/eval-tiny-plain-one-shot-instruction/eval-test-64.json"
     assert json.loads(untuned.read_text())["accuracy"] <= 0.1
     capsys.readouterr()
-    evaluate.main(["--model", "runs/tiny/sft-lora-main", "--ask", TRAIN[0].question, "--device", "cpu"])
-    assert capsys.readouterr().out.startswith(("The", TRAIN[0].question.split()[0], "Each", "Altogether"))
+    evaluate.main([*trained, "--ask", TRAIN[0].question])
+    openings = ("The", TRAIN[0].question.split()[0], "Each", "Altogether")
+    assert capsys.readouterr().out.startswith(openings)
     page = (hub.EMBEDDED.parents[2] / "README.md").read_text("utf-8")
     snippet = re.search(r"```python\n(from nanogsm import.*?)```", page, re.DOTALL)
     exec(snippet[1], {})

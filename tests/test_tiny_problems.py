@@ -1,7 +1,7 @@
-"""The generated problems: the split GSM8K has, arithmetic that is right, stories that add up.
+"""The generated problems: GSM8K's split, arithmetic that is right, stories that add up.
 
-Answers are checked against the English of the questions: SOLUTIONS says, for every wording there is,
-what a reader would calculate from its numbers, and knows nothing of the templates.
+Answers are checked against the English of the questions. SOLUTIONS says for every wording what a
+reader would calculate from its numbers, and knows nothing about the templates.
 """
 
 import collections
@@ -10,22 +10,29 @@ import re
 
 import pytest
 
-from nanogsm.data import ONE_SHOT, digest, extract_answer
+from nanogsm.data import ONE_SHOT, Problem, digest, extract_answer, load_problems
+from nanogsm.tiny import __main__ as command_line
 from nanogsm.tiny import problems as tiny
-from nanogsm.tiny.problems import TERSE, WORDY, problems, sample
+from nanogsm.tiny.problems import TERSE, WORDY, sample
+
+
+def problems(*args, **kwargs) -> list[Problem]:
+    return [Problem(*pair, index) for index, pair in enumerate(tiny.problems(*args, **kwargs))]
+
 
 EACH = [(split, style) for split in ("train", "test") for style in ("main", "socratic")]
 ALL = {key: problems(*key) for key in EACH}
 WORKED = {key: problems(*key, worked_only=True) for key in EACH}
 MAIN = ALL["train", "main"] + ALL["test", "main"]
 MAIN_WORKED = WORKED["train", "main"] + WORKED["test", "main"]
-EVERYTHING = MAIN + WORKED["train", "socratic"] + WORKED["test", "socratic"]  # every line there is
-ENGLISH = ALL["train", "socratic"] + WORKED["test", "socratic"]  # every wording there is
+EVERYTHING = MAIN + WORKED["train", "socratic"] + WORKED["test", "socratic"]  # all lines
+ENGLISH = ALL["train", "socratic"] + WORKED["test", "socratic"]  # all wordings
 
 ANNOTATION = re.compile(r"(\d+)([-+*/])(\d+) = \$?<<\1\2\3=(\d+)>>\4(?!\d)")
 NAME = re.compile(r"\b(?:Tom|Ben|Max|Leo|Natalia|Anna|Mia|Lily)\b")
 NOUN = re.compile(
-    r"\b(?:pens|books|cards|clips|stickers|marbles|apples|cookies|eggs|hats|lamps|cups|cakes|pages|seats)\b"
+    r"\b(?:pens|books|cards|clips|stickers|marbles|apples|cookies|eggs|hats|lamps|cups|cakes"
+    r"|pages|seats)\b"
 )
 
 
@@ -43,9 +50,10 @@ def is_terse(p) -> bool:
     return "The answer is" in p.answer
 
 
-# A number is its place in the question. Where a wording fits several lines, all must agree.
+# The arguments are the question's numbers in their order. If a question matches several lines, all
+# of them must agree.
 SOLUTIONS = {
-    # compare: more and fewer, each asking for a sum and for a difference
+    # compare: more and fewer, each with a sum and with a difference
     r"(\w+) has \d+ \w+\. \1 has \d+ more": lambda a, b: a - b,
     r"\w+ has \d+ \w+, which is \d+ more than": lambda a, b: a - b,
     r"\w+ has \d+ fewer \w+ than (\w+)\. If \1 has": lambda b, a: a - b,
@@ -70,7 +78,9 @@ SOLUTIONS = {
     # ages, bags, gifts, save
     r"\w+ is \d+ years old\. .* twice as old": lambda a, b: (a + b) * 2,
     r"\w+ is twice as old": lambda b, a: (a + b) * 2,
-    r"(\w+) is \d+ years old\. \1 is \d+ years older than (\w+)\. How old will \2": lambda a, b, c: a - b + c,
+    r"(\w+) is \d+ years old\. \1 is \d+ years older than (\w+)\. How old will \2": (
+        lambda a, b, c: a - b + c
+    ),
     r"(\w+) is \d+ years older than (\w+)\. If \1 .* will \2 be in": lambda b, a, c: a - b + c,
     r"\w+ has \d+ \w+\. S?[Hh]e gives \d+ to \w+ and puts the rest": lambda a, b, c: (a - b) / c,
     r"How many bags of .* first gives": lambda c, a, b: (a - b) / c,
@@ -119,14 +129,16 @@ def test_sizes_and_indices_are_gsm8k_s():
         ("test", "main"): 1319,
         ("test", "socratic"): 1319,
     }
-    for each in [*ALL.values(), *WORKED.values()]:
-        assert [p.index for p in each] == list(range(len(each)))
+    for split in ("train", "test"):  # the index of a problem is its place in its split
+        assert load_problems("tiny", split) == ALL[split, "main"]
+        assert load_problems("tiny-socratic", split) == ALL[split, "socratic"]
+        assert load_problems("tiny-worked", split) == WORKED[split, "main"]
 
 
 def test_no_question_occurs_twice_in_either_split():
     questions = {p.question for p in MAIN}
     assert len(questions) == 7473 + 1319
-    assert ONE_SHOT.question not in questions  # prompts show its answer
+    assert ONE_SHOT.question not in questions  # one-shot prompts show its answer
 
 
 @pytest.mark.parametrize("of", [ALL, WORKED], ids=["mixed", "worked"])
@@ -140,8 +152,8 @@ def test_both_styles_have_the_same_questions_and_finals(of, split):
 
 
 def test_the_data_are_these_and_no_others():
-    """A change of a template, the seed or Python's generator must be meant: trained models, results
-    and checkpoints refer to these problems."""
+    """Trained models, results and checkpoints refer to these problems. A change of a template, the
+    seed or Python's generator must be on purpose."""
     assert {key: digest(each) for key, each in ALL.items()} == {
         ("train", "main"): "c0690e81c494ac8de981098a573d64e9883ffb73c90a5f83e481c54e0055244b",
         ("train", "socratic"): "d33b5c30268ac547eb021a295972edaaafa2d9ee41c4c443c23a79bd4d437fd5",
@@ -176,7 +188,7 @@ def test_each_family_has_its_share_of_terse_answers():
         assert terse == is_terse(p)
         families[worked.family].append(terse)
     wordy = {"share", "week", "gifts", "trip", "class", "shop"}
-    for family, terse in families.items():  # 440 or more each: three standard errors are 0.07
+    for family, terse in families.items():  # at least 440 each: three standard errors are 0.07
         share = WORDY if family in wordy else TERSE
         assert abs(sum(terse) / len(terse) - share) < 0.08, family
 
@@ -214,8 +226,8 @@ def test_every_number_is_whole_and_from_2_to_100():
 
 
 def test_steps_use_the_question_s_numbers_and_each_other():
-    """Every number of the question and every result but the last is used; nothing else is, but the 2
-    of half and twice and the 7 days of a week."""
+    """The steps use every number of the question and every result except the last. The only other
+    numbers are the 2 of half and twice and the 7 days of a week."""
     for p in MAIN_WORKED:
         known = numbers(p.question)
         words = {2: r"\b(half|twice)\b", 7: r"\bpages .* in a week\?"}
@@ -263,7 +275,7 @@ def test_people_and_things_of_an_answer_are_the_question_s():
         assert set(NAME.findall(p.answer)) <= set(people), p
         assert set(NOUN.findall(p.answer)) <= set(NOUN.findall(p.question)), p
         pronouns = set(re.findall(r"\b(he|his|him|she|her)\b", (p.question + p.answer).lower()))
-        if pronouns:  # they mean the first person named
+        if pronouns:  # they refer to the first person named
             assert pronouns <= ({"he", "his", "him"} if people[0] in he else {"she", "her"}), p
 
 
@@ -283,7 +295,7 @@ def test_the_vocabulary_is_small_and_has_the_one_shot_example_s_words():
 
 
 def test_command_line_prints_problems_and_the_number_of_words(capsys):
-    tiny.main(["--show", "2", "--style", "socratic"])
+    command_line.main(["--show", "2", "--style", "socratic"])
     first, second, last = capsys.readouterr().out.split("\n\n")
     assert first == "{}\n{}".format(*ALL["train", "socratic"][0][:2])
     assert second.startswith(ALL["train", "socratic"][1].question)

@@ -2,15 +2,16 @@
 
 CHECKPOINTING[name] is what Transformer.recompute takes: None, or keywords of torch's checkpoint().
 "none" keeps everything. "full" keeps only each block's input and computes the block again. "light"
-also keeps the outputs of matrix products and of fused attention. They take most of the time and little
-of the memory; the rest of the block is computed again from them.
+also keeps the outputs of matrix products and of fused attention. They take most of the time and
+little of the memory; the rest of the block is computed again from them.
 """
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-# Reentrant checkpointing needs an input that requires grad. The output of a frozen embedding does not,
-# and then nothing would be trained. There is no dropout, so no random state has to be repeated.
+# Reentrant checkpointing needs an input that requires grad. The output of a frozen embedding does
+# not, and then nothing would be trained. There is no dropout, so no random state has to be
+# repeated.
 FULL = {"use_reentrant": False, "preserve_rng_state": False}
 MIN_INNER_SIZE = 128  # products with a smaller one are cheap: in practice, LoRA's with B
 

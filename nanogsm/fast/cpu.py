@@ -1,10 +1,10 @@
-"""Faster sampling on a CPU: weights packed once, and logits made one block of the vocabulary at a time.
-Torch only.
+"""Faster sampling on a CPU: weights packed once, and logits made one block of the vocabulary at a
+time. Torch only.
 
 A CPU's matrix kernels (oneDNN) read a weight in blocks. Every product first brings the weight into
-that order, and with few rows this takes longer than multiplying. `packed` does it once. For 32 rows of
-Gemma 3 270M a product then takes 0.6 (bfloat16) or 0.4 (float32) of its time. PyTorch's compiler uses
-the same two operators for the same purpose.
+that order, and with few rows this takes longer than multiplying. `packed` does it once. For 32 rows
+of Gemma 3 270M a product then takes 0.6 (bfloat16) or 0.4 (float32) of its time. PyTorch's compiler
+uses the same two operators for the same purpose.
 """
 
 import functools
@@ -15,7 +15,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-VOCABULARY_BLOCK = 2**13  # rows of the vocabulary at a time, so that a block's logits stay in the cache
+VOCABULARY_BLOCK = (
+    2**13
+)  # rows of the vocabulary at a time, so that a block's logits stay in the cache
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -39,8 +41,8 @@ def multiply_packed(x: Tensor, packed: Tensor) -> Tensor:
 @contextmanager
 def packed(model, choose: Callable) -> Iterator[Callable]:
     """`with packed(model, choose) as choose`: linear layers multiply by packed weights, and the new
-    `choose(model, hidden, temperature, uniform)` returns the same tokens, faster. On other devices the
-    model and `choose` stay as they are.
+    `choose(model, hidden, temperature, uniform)` returns the same tokens, faster. On other devices
+    the model and `choose` stay as they are.
 
     Trap: inside, a change of a weight is not seen, and no weight gets a gradient.
     """
@@ -54,7 +56,9 @@ def packed(model, choose: Callable) -> Iterator[Callable]:
             layer.forward = functools.partial(multiply_packed, packed=pack(layer.weight, dtype))
         vocabulary = model.vocabulary
         blocks = [pack(block, dtype) for block in vocabulary.weight.split(VOCABULARY_BLOCK)]
-        logits = lambda hidden: (vocabulary.capped(multiply_packed(hidden, b)) for b in blocks)  # noqa: E731
+
+        def logits(hidden: Tensor) -> Iterator[Tensor]:
+            return (vocabulary.capped(multiply_packed(hidden, block)) for block in blocks)
 
         def choose_by_blocks(model, hidden: Tensor, temperature: float, uniform: Tensor | None):
             if uniform is None:
@@ -85,8 +89,8 @@ def most_likely(blocks: Iterable[Tensor]) -> Tensor:
 
 def inverse_cdf(blocks: list[Tensor], temperature: float, uniform: Tensor) -> Tensor:
     """The token (b,) at which the cumulative probability passes uniform (b,). First the block is
-    found, by the blocks' sums of exponentials, then the token in it. Only the logits are held for all
-    of the vocabulary."""
+    found, by the blocks' sums of exponentials, then the token in it. Only the logits are held for
+    all of the vocabulary."""
 
     def exponentials(logits: Tensor, top: Tensor) -> Tensor:
         return (logits.float() / temperature).sub_(top[:, None]).exp_()

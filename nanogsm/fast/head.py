@@ -2,11 +2,12 @@
 
 logprob.py has the definition: logits = hidden W', log_softmax, gather. Gemma's vocabulary has
 256,000 rows, so the logits of 8 answers of 300 tokens take 2.5 GB in float32, and autograd keeps
-several such tensors. `scores` returns the same numbers and never holds more than one block of logits.
+several such tensors. `scores` returns the same numbers and never holds more than one block of
+logits.
 
 The method is FlashAttention's (Dao et al. 2022, arXiv 2205.14135), with the vocabulary in the place
-of the keys. For one position let z_v be its logits over the temperature, t the target, M the largest
-logit seen so far and u_v = z_v - M. Two sums over the vocabulary are enough:
+of the keys. For one position let z_v be its logits over the temperature, t the target, M the
+largest logit seen so far and u_v = z_v - M. Two sums over the vocabulary are enough:
 
     denominator = sum_v exp(u_v)            log p_t = u_t - log(denominator)
     weighted    = sum_v exp(u_v) u_v        entropy = log(denominator) - mean,
@@ -16,8 +17,9 @@ When a block raises M by d, the sums so far are put on the new scale:
 
     weighted <- exp(-d) (weighted - d denominator)        denominator <- exp(-d) denominator
 
-A log-prob depends on its own hidden state alone, and its gradient is again a sum over the vocabulary.
-With w_v the row of W (times the slope of the cap, where there is one) and p_v = exp(u_v)/denominator:
+A log-prob depends on its own hidden state alone, and its gradient is again a sum over the
+vocabulary. With w_v the row of W (times the slope of the cap, where there is one) and p_v =
+exp(u_v)/denominator:
 
     d log p_t / d hidden = w_t - sum_v p_v w_v
     d entropy / d hidden = sum_v p_v (mean - u_v) w_v
@@ -26,7 +28,8 @@ These sums are accumulated in the same pass over the blocks; backward only multi
 incoming gradient. The gradient of W itself (full fine-tuning) has hidden in the place of w_v, and
 factors that only backward knows:
 
-    d log p_t / d w_v = ([v = t] - p_v) hidden            d entropy / d w_v = p_v (mean - u_v) hidden
+    d log p_t / d w_v = ([v = t] - p_v) hidden            d entropy / d w_v = p_v (mean - u_v)
+    hidden
 
 So backward goes through the blocks once more. The exponentials of the first blocks are kept from
 forward, which saves computing their logits again.
@@ -34,6 +37,8 @@ forward, which saves computing their logits again.
 Trap: where p_t is close to 1, 1 - p_t is the difference of two nearly equal numbers. All sums
 therefore leave the target out, and the target is added last.
 """
+
+import functools
 
 import torch
 from torch import Tensor
@@ -60,8 +65,8 @@ def scores(
     """log p(target | hidden) and, if asked for, the entropy, in nats: (n,) float32 each.
 
     vocabulary is a pair (weight (V, D), cap or None), hidden (n, D), targets (n,). `block` is the
-    number of rows of the vocabulary at a time; it changes speed, not results (block_rows). Memory: a
-    few times BLOCK_LOGITS numbers, a few vectors of length D per position and, if the weight is
+    number of rows of the vocabulary at a time; it changes speed, not results (block_rows). Memory:
+    a few times BLOCK_LOGITS numbers, a few vectors of length D per position and, if the weight is
     trained, up to KEPT_EXPONENTIALS numbers until backward. Trap: a trained weight's gradient is
     added to weight.grad in place. torch.autograd.grad does not see it.
     """
@@ -110,8 +115,8 @@ def grad_of(weight: Tensor) -> Tensor:
 
 
 def add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
-    """total[ids[i]] += rows[i] for each i, in an order that is the same every time. The CPU promises
-    this for one of the two functions below, CUDA for the other."""
+    """total[ids[i]] += rows[i] for each i, in an order that is the same every time. The CPU
+    promises this for one of the two functions below, CUDA for the other."""
     rows = rows.to(total.dtype)
     if total.is_cpu:
         total.index_add_(0, ids, rows)
@@ -120,18 +125,20 @@ def add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
 
 
 class _Scores(torch.autograd.Function):
-    """hidden (n, D), weight (V, D), targets (n,) -> log-probs and entropies (n,). The names are those
-    of the derivation above; a tensor "per term" has one entry for exp(u) and, with the entropy, a
-    second one for exp(u) u."""
+    """hidden (n, D), weight (V, D), targets (n,) -> log-probs and entropies (n,). The names are
+    those of the derivation above; a tensor "per term" has one entry for exp(u) and, with the
+    entropy, a second one for exp(u) u."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, cap, temperature, entropy, block) -> tuple[Tensor, ...]:
+    def forward(
+        ctx, hidden, weight, targets, cap, temperature, entropy, block
+    ) -> tuple[Tensor, ...]:
         kind, (n, D) = hidden.device.type, hidden.shape
         autocast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else hidden.dtype
         low = hidden.to(dtype)  # hidden in the dtype of matrix products
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float32, device=hidden.device)  # noqa: E731
+        zeros = functools.partial(torch.zeros, dtype=torch.float32, device=hidden.device)
         running_max = zeros(n) + torch.finfo(torch.float32).min
         target_logit = zeros(n)
         sums = zeros(1 + entropy, n)  # per term: denominator, weighted
@@ -175,8 +182,8 @@ class _Scores(torch.autograd.Function):
             w, row_sums = weight[targets], row_sums / denominator[:, None]
             grad_hidden.append(target_slopes[0][:, None] * w - row_sums[0])
             if entropy:
-                others = mean[:, None] * row_sums[0] - row_sums[1]
-                grad_hidden.append(target_slopes[1][:, None] * w + others)
+                with_target = target_slopes[1][:, None] * w + mean[:, None] * row_sums[0]
+                grad_hidden.append(with_target - row_sums[1])
         for_weight = []
         if wants_weight:
             for_weight = [low, targets, running_max, denominator, mean]
@@ -193,7 +200,9 @@ class _Scores(torch.autograd.Function):
         grad_hidden = ctx.saved_tensors[: ctx.n_hidden]
         for_weight = ctx.saved_tensors[ctx.n_hidden :]
         if for_weight:
-            _add_weight_gradient(ctx.weight, ctx.cap, ctx.temperature, ctx.block, grads, *for_weight)
+            _add_weight_gradient(
+                ctx.weight, ctx.cap, ctx.temperature, ctx.block, grads, *for_weight
+            )
         total = None
         if grad_hidden:
             total = sum(g[:, None] * by_hidden for g, by_hidden in zip(grads, grad_hidden))
@@ -205,8 +214,8 @@ def _add_weight_gradient(
 ) -> None:
     """Add the gradient of the vocabulary's rows to weight.grad: a second pass over the blocks.
 
-    Trap: a kept term was computed with the maximum of its time, M_then = M + d with d <= 0. Its u is
-    the final u plus -d, so the final exp(u) is exp(d) times the kept one.
+    Trap: a kept term was computed with the maximum of its time, M_then = M + d with d <= 0. Its u
+    is the final u plus -d, so the final exp(u) is exp(d) times the kept one.
     """
     n_terms, grad = len(grads), grad_of(weight)  # 1, or 2 with the entropy
     target_slopes, rest = rest[:n_terms], rest[n_terms:]
@@ -240,8 +249,8 @@ def _add_weight_gradient(
 
 def _block(weight, cap, low, targets, start, block, temperature) -> tuple[Tensor, ...]:
     """The block of the vocabulary that begins at row `start`: its rows w (block, D); their logits
-    over the temperature in float32 (block, n); the cap's slope at them, or None; whether each target
-    is one of the rows (n,), and which one (1, n), arbitrary if it is none.
+    over the temperature in float32 (block, n); the cap's slope at them, or None; whether each
+    target is one of the rows (n,), and which one (1, n), arbitrary if it is none.
 
     The vocabulary is the first dimension because a CPU multiplies into (block, n) a third faster
     than into (n, block).

@@ -1,1 +1,1 @@
-"""Scores and paired tests, the comparison of two evaluations, the HTML page, charts."""
+"""Evaluations: their files, scores, paired tests, the comparison, the HTML page, charts."""

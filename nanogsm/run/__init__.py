@@ -1,1 +1,2 @@
-"""What surrounds a training loop: the run folder, flags and recipes, the plan, health, the console."""
+"""What surrounds a training loop: the run folder, flags and recipes, the plan, health, the
+console."""

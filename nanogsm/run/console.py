@@ -1,29 +1,23 @@
-"""What every script shares at its edges: flags of the machine, stopping, the console line, errors.
+"""What a script shows and how it ends: the progress line, stopping, errors in one line.
 
     if __name__ == "__main__":
         console.entry(main)
 
-A user's mistake ends in one line and status 2; Ctrl-C and SIGTERM end at a step's boundary with
-status 130 and 143; a bug of ours keeps its traceback.
+A user's mistake ends in one line and status 2. Ctrl-C and SIGTERM end at a step's boundary with
+status 130 and 143. A bug of ours keeps its traceback.
 """
 
-import argparse
 import contextlib
 import datetime
 import errno
-import importlib.metadata
 import math
 import os
-import platform
-import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -39,40 +33,40 @@ def disk_full(error: OSError) -> bool:
 
 
 class Stopped(Exception):
-    """Somebody asked to stop in the middle of sampling, which is not worth ending first."""
+    """Raised to stop a run at the last whole step, for example during sampling."""
 
 
 class Interrupt:
-    """Whether somebody asked to stop: `requested` is the signal's number, or None."""
+    """Whether a stop was requested: `requested` is the signal's number, or None."""
 
     requested: int | None = None
 
     @property
     def exit_code(self) -> int:
-        """What the script returns: 130 after Ctrl-C, 143 after SIGTERM, 0 if nobody asked."""
+        """What the script returns: 130 after Ctrl-C, 143 after SIGTERM, 0 without a request."""
         return 128 + self.requested if self.requested else 0
 
     def message(self, step: int) -> str:
-        """How to go on; print it after the checkpoint of `step` is written."""
-        return (f"stopped by {signal.Signals(self.requested).name}: "
-                f"run the same command again to continue from step {step}")  # fmt: skip
+        """How to continue. Print it after the checkpoint of `step` is written."""
+        name = signal.Signals(self.requested).name
+        return f"stopped by {name}: run the same command again to continue from step {step}"
 
     def _handle(self, number: int, frame) -> None:
         if number == signal.SIGINT and self.requested:
             raise KeyboardInterrupt
         self.requested = number
-        # os.write: print() may be what the signal interrupted, and is not re-entrant.
+        # print() is not re-entrant, and the signal may have interrupted one.
         with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping after this step; a Ctrl-C from now on stops at once\n")
+            os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
 
 
 @contextlib.contextmanager
 def graceful_stop() -> Iterator[Interrupt]:
     """`with graceful_stop() as stop`: SIGINT and SIGTERM only set `stop.requested`.
 
-    The loop looks at it at each step boundary, saves and leaves. A Ctrl-C after that raises
-    KeyboardInterrupt at once. Trap: outside the main thread Python allows no handlers; then, and
-    for a signal the parent had us ignore (nohup, `&`), nothing is changed.
+    The loop looks at it at each step boundary, saves and leaves. A second Ctrl-C raises
+    KeyboardInterrupt at once. Trap: outside the main thread Python allows no handlers. There, and
+    for a signal that the parent process told us to ignore (nohup, `&`), nothing is changed.
     """
     stop, previous = Interrupt(), {}
     if threading.current_thread() is threading.main_thread():
@@ -86,22 +80,22 @@ def graceful_stop() -> Iterator[Interrupt]:
             signal.signal(number, handler)
 
 
-# ---- the console
+# ---- the progress line
 
 
 def printable(text: str) -> str:
-    """`text` with everything but line feeds, tabs and visible characters as backslash escapes.
-
-    A model can emit escape sequences, and a terminal would obey them.
-    """
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    """`text` with control characters, except line feeds and tabs, as backslash escapes. A model can
+    emit escape sequences, and a terminal would obey them."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 class Progress:
-    """One updating console line; to a file or pipe, a line at most every ten seconds. `unit` is
-    what is counted.
+    """One updating console line. In a file or pipe, one line at most every ten seconds.
 
-    Use as `with Progress(total_steps) as progress:` so that the line is ended whatever happens.
+    `unit` is what is counted. Use it as `with Progress(total_steps) as progress:`, so that the line
+    is ended whatever happens.
     """
 
     SECONDS = 10.0
@@ -111,7 +105,7 @@ class Progress:
         self.terminal = sys.stdout.isatty()
         self.line = ""  # what the terminal's last line shows
         self.printed = -math.inf  # when a line was last printed
-        self.ended = False  # whether that was the last step's
+        self.ended = False  # whether that line was the last step's
         self.first: tuple[int, float] | None = None  # step and time of the first update
 
     def __enter__(self) -> "Progress":
@@ -120,19 +114,19 @@ class Progress:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def update(self, step: int, **figures: float | str | None) -> None:
-        """Show step/total, the figures in the order given, and the time left.
+    def update(self, step: int, **metrics: float | str | None) -> None:
+        """Show step/total, the time left, and the metrics in the order given.
 
-        `memory` is in bytes, `tokens_per_s` a rate; None is left out. The time left is measured
-        between this process's first update and now: steps of earlier processes do not count.
+        `memory` is in bytes, `tokens_per_s` is a rate; None is left out. The time left is measured
+        from this process's first update: steps of earlier processes do not count.
         """
         now = time.monotonic()
         self.first = self.first or (step, now)
         parts = [f"{self.unit} {step}/{self.total}"]
-        parts += [_figure(name, value) for name, value in figures.items() if value is not None]
         if self.first[0] < step < self.total:
             left = (self.total - step) * (now - self.first[1]) / (step - self.first[0])
             parts.append(f"ETA {datetime.timedelta(seconds=round(left))}")
+        parts += [_shown(name, value) for name, value in metrics.items() if value is not None]
         text = printable("  ".join(parts))
         if self.terminal:
             self.line = text[: shutil.get_terminal_size().columns - 1]  # \r cannot undo a wrap
@@ -142,18 +136,18 @@ class Progress:
             self.printed, self.ended = now, step >= self.total
 
     def note(self, text: str) -> None:
-        """Print whole lines above the progress line; control characters are made visible."""
+        """Print whole lines above the progress line. Control characters are made visible."""
         print(("\r\x1b[K" if self.line else "") + printable(text))
         print(self.line, end="", flush=True)
 
     def close(self) -> None:
-        """End the line, so that what follows starts on its own."""
+        """End the line, so that what follows starts on its own line."""
         if self.line:
             print(flush=True)
         self.line = ""
 
 
-def _figure(name: str, value: float | str) -> str:
+def _shown(name: str, value: float | str) -> str:
     if name == "memory":
         return f"{value / 2**30:.2f} GiB"
     if name == "tokens_per_s":
@@ -161,161 +155,22 @@ def _figure(name: str, value: float | str) -> str:
     return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
 
 
-# ---- where it ran
-
-
-def peak_memory(device: torch.device | str) -> int:
-    """Most bytes held so far: of tensors on a GPU, of the whole process on the CPU, 0 if unknown.
-
-    Trap: Apple's GPU reports no peak; this is what it holds now.
-    """
-    kind = torch.device(device).type
-    if kind == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if kind == "mps":
-        return torch.mps.driver_allocated_memory()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def environment() -> dict:
-    """Versions, hardware and commit: what one must know to repeat a run's numbers."""
-    env = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("torch", "numpy", "safetensors", "tokenizers"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            env[package] = importlib.metadata.version(package)
-    env["cpu"] = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, AttributeError):  # only Linux has this file
-        model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        env["cpu"] = model.group(1)
-    env |= {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    env["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    root = Path(__file__).parents[2]
-    # Not in an enclosing project's checkout (a virtual environment's): its commit is not ours.
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        if (root / ".git").exists():
-            env |= {"commit": _git(root, "rev-parse", "HEAD"),
-                    "dirty": bool(_git(root, "status", "--porcelain"))}  # fmt: skip
-    return env
-
-
-def _git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(root), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    return done.stdout.strip()
-
-
-# ---- where it runs
-
-
-class Help(argparse.HelpFormatter):
-    """--help with the defaults that say something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        says_nothing = action.default in (None, False, 0, "", "auto", argparse.SUPPRESS)
-        return (action.help or "") + ("" if says_nothing else " (%(default)s)")
-
-
-class Parser(argparse.ArgumentParser):
-    """Bad flags get one line as all bad input does, not a page of usage."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=Help)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the flags)")
-
-
-def check_numbers(args: argparse.Namespace, at_least: dict[str, float], positive: tuple = ()) -> None:
-    """UserError for the first flag that is absurd: below its limit or above ten million (a seed:
-    2**31 - 1), or not positive. None is unset."""
-    for name in (*at_least, *positive):
-        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        most = 2**31 - 1 if name == "seed" else 10**7
-        if value is None:
-            continue
-        if name in positive and not 0 < value < math.inf:
-            raise UserError(f"{flag} is {value}: give a positive number")
-        if name in at_least and not at_least[name] <= value <= most:
-            limit = f"at most {most:,}" if value > most else f"at least {at_least[name]}"
-            raise UserError(f"{flag} is {value}: give {limit}")
-
-
-def add_compute_flags(parser: argparse.ArgumentParser) -> None:
-    """--device and --precision, to be resolved by `pick_compute`."""
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu; auto takes the first there is")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-                        help="of matrix products; auto is bf16 where the hardware has it")  # fmt: skip
-
-
-def add_data_dir_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data-dir", default=os.environ.get("NANOGSM_DATA_DIR"),
-                        help="folder with GSM8K's .jsonl files (default: $NANOGSM_DATA_DIR, "
-                        "else downloaded once)")  # fmt: skip
-
-
-def add_tiny_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tiny", action="store_true",
-                        help="the embedded model and its problems: no download, any machine")  # fmt: skip
-
-
-def add_wandb_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--wandb", metavar="PROJECT", help="send the metrics to Weights & Biases, too")
-
-
-def for_tiny(args: argparse.Namespace) -> tuple[str, str]:
-    """(--data, --precision) as --tiny means them: its own problems, and float32, in which so small
-    a model is no slower and machines agree better."""
-    data, own = args.data or "main", {"main": "tiny", "socratic": "tiny-socratic", "worked": "tiny-worked"}
-    if not args.tiny:
-        return data, args.precision
-    return own.get(data, data), "fp32" if args.precision == "auto" else args.precision
-
-
-def pick_compute(device: str, precision: str) -> tuple[str, str]:
-    """("cuda" | "mps" | "cpu", "bf16" | "fp32") for what the two flags say."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        device = next(name for name, present in there.items() if present)
-    kind, _, number = device.partition(":")
-    cards = torch.cuda.device_count() if kind == "cuda" else 1
-    if not there.get(kind) or (number and not (number.isdigit() and int(number) < cards)):
-        have = ", ".join(name for name, present in there.items() if present)
-        raise UserError(f"--device {device}: not here; there is {have}")
-    if precision == "auto":
-        precision = "bf16" if _has_bf16(device) else "fp32"
-    return device, precision
-
-
-def _has_bf16(device: str) -> bool:
-    """Without the instructions bfloat16 still computes, but on a CPU several times slower than
-    float32. MPS emulates part of it, too."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and later
-    asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not public, so may be absent
-    return device == "cpu" and any(getattr(torch.cpu, ask, lambda: False)() for ask in asks)
-
-
 # ---- the way in and out
 
 MEMORY_ADVICE = (
-    "out of memory: take --checkpointing full, or lower --micro-batch and raise --accumulation (the same "
-    "result), or lower --max-seq-length, or take --lora (PPO: also --rollout-batch, --max-new-tokens; "
-    "evaluate.py: --batch-size)"
+    "out of memory: give --checkpointing full, or halve --micro-batch and double --accumulation "
+    "(the same result), or lower --max-seq-length, or give --lora (PPO: also --rollout-batch, "
+    "--max-new-tokens; evaluate.py: --batch-size)"
 )
 
 
 def entry(main: Callable[[], int | None]) -> NoReturn:
     """`if __name__ == "__main__": entry(main)`: run main and exit with what it returns.
 
-    One line on stderr and status 2 for a UserError, a full disk or too little memory; 130 after
-    Ctrl-C, 141 if the reader of our output left. Everything else keeps its traceback.
+    A UserError, a full disk and too little memory are one line on stderr and status 2. Ctrl-C is
+    130, a closed pipe on stdout 141. Everything else keeps its traceback.
     """
-    for stream in (sys.stdout, sys.stderr):  # a console that cannot show a character stops nothing
+    for stream in (sys.stdout, sys.stderr):  # a character that the console lacks must not end a run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -341,7 +196,7 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """PyTorch has an exception for the CUDA allocator only; elsewhere the text must tell."""
+    """PyTorch has an exception for the CUDA allocator only. Elsewhere the text must tell."""
     texts = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return known or any(text in str(error) for text in texts)

@@ -1,20 +1,21 @@
-"""The run folder: arguments, metrics, samples, atomic checkpoint and resume.
+"""The run folder: arguments, metrics, samples, checkpoints, and continuing after a stop.
 
     runs/<name>/
-        run_args.json     {"args": compared on continuation, "info": versions, digests, hardware,
-                           "continued": the info of each continuation that differed}
-        metrics.jsonl     a row a step
-        samples.jsonl     questions with answers, of PPO with rewards
+        run_args.json     {"args": compared when a run continues, "info": versions, digests,
+        hardware,
+                           "continued": the info of each continuation that differed, "format": 2}
+        metrics.jsonl     one row per step, and one per validation
+        samples.jsonl     questions with answers; PPO's with their rewards
         checkpoint/step-N/{tensors.safetensors, state.json, checksums.json}   until the run ends
-        summary.json      written last: its presence is what "finished" means
-        model/ adapter/   the result; the scripts write it before `finish`
-        value_head.safetensors  of PPO: the critic's own weights, for whoever wants to go on from them
+        summary.json      written last: a run that has it is finished
+        model/ adapter/   the result; the script writes it before `finish`
+        value_head.safetensors  the critic's own weights (PPO)
         .lock             held by the running process; the file stays, the lock does not
 
-The promise: the same command again continues, and on the CPU the result equals an uninterrupted
-run's bit for bit. So a checkpoint also records how long the logs were, and loading cuts them back to that;
-a file is written beside its place, forced to disk and renamed, so a kill at any instant leaves
-the older or the newer one, never half of one. No pickle: a checkpoint cannot run code.
+The same command again continues the run. On a CPU the result equals that of an uninterrupted run,
+bit for bit. For this a checkpoint also records how long the logs were, and loading cuts them back
+to that. A file is written under another name, forced to disk and renamed, so a kill leaves the old
+file or the new one and never half of one. There is no pickle, so a checkpoint cannot run code.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from typing import BinaryIO
 import safetensors.torch
 from torch import Tensor
 
-from nanogsm import UserError, data
+from nanogsm import UserError
 from nanogsm.run.console import disk_full
 from nanogsm.store import files
 
@@ -40,105 +41,63 @@ except ImportError:  # Windows
     fcntl = None
     import msvcrt
 
+FORMAT = 2  # of run_args.json and checkpoints; folders without a format are older
 LOGS = ("metrics.jsonl", "samples.jsonl")
 CHECKPOINT_FILES = ("tensors.safetensors", "state.json")
-# What --overwrite may delete, in this order: killed half-way, the folder must neither look
-# finished nor resume onto deleted logs, and must still be known as a run folder by run_args.json.
+# What --overwrite deletes, in this order. Killed half-way, the folder must neither look finished
+# nor continue with deleted logs, and run_args.json must still show that it is a run folder.
 OWNED = ("summary.json", "checkpoint", "model", "adapter", "value_head.safetensors",
          "eval-*.json", "eval-*.jsonl", *LOGS, "run_args.json")  # fmt: skip
 
 
-def run_of(model: str) -> tuple[Path, dict] | None:
-    """(folder, run_args.json) of the run that `model` names, itself or its model/ or adapter/; None
-    if it names none."""
-    path = Path(os.path.abspath(os.path.expanduser(model)))
-    for folder in (path, *[path.parent] * (path.name in ("model", "adapter"))):
-        try:
-            record = json.loads((folder / "run_args.json").read_text(encoding="utf-8"))
-            data.Prompt(**record["info"]["prompt"]), record["args"]["val_examples"]
-            return folder, record
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue
-    return None
-
-
-def is_tiny(model: str) -> bool:
-    """Whether `model` is the embedded one or a run that began with --tiny."""
-    run = run_of(model)
-    return model == "tiny" or bool(run and run[1]["args"].get("tiny"))
-
-
-def answer_limit_of(model: str, of_data: str) -> int:
-    """How many tokens an answer to these data may take by default. The length that the run `model`
-    validated with, if that is more: a socratic run answers at length whatever it is asked."""
-    run = run_of(model)
-    return max(data.answer_limit(of_data), run[1]["args"].get("max_new_tokens", 0) if run else 0)
-
-
-def what_next(out: str, of_data: str, held_out: int) -> str:
-    """What to say when the run in `out` is done. Who trains on a file of their own asks what was held out."""
-    own = f" --split validation --data {of_data}" if of_data not in data.NAMED and held_out else ""
-    return f"the result is in {out}; next: python evaluate.py --model {out}{own}"
-
-
-def held_out_by(model: str, of_data: str) -> int | None:
-    """How many of these problems the run `model` held out; None if it is no run, or of other problems.
-    (main and socratic have the same questions in the same places.)"""
-    run = run_of(model)
-    theirs = str(run[1]["args"].get("data")) if run else ""
-    named = {theirs, of_data} <= set(data.NAMED)
-    alike = named and (theirs in data.GENERATED) == (of_data in data.GENERATED)
-    return run[1]["args"]["val_examples"] if alike or files.same_place(theirs, of_data) else None
-
-
-def _append(file: BinaryIO, row: dict) -> None:
-    line = files.to_json(row)
-    while line:  # a nearly full disk takes a part; the next write then says why
-        line = line[file.write(line) :]
-
-
-class Run:
+class RunFolder:
     """One run folder, locked for this process until `close`.
 
-    args: JSON values that must be equal to continue, except the names in `may_differ`; info:
-    versions, digests, hardware: recorded, never compared. Raises UserError if the folder is in
-    use, holds something else, or was started with other arguments. Then, in this order: look at
-    `finished`; `load_checkpoint` before the first `log`; `log`, `sample` and `save_checkpoint`;
-    write the result; `finish`. Trap: `overwrite` left in a repeated command starts anew each time.
+    args: JSON values that must be equal for a run to continue, except the names in `may_differ`.
+    info: versions, digests, hardware; recorded, never compared. Raises UserError if the folder is
+    in use, holds something else, or has a run with other arguments. Then, in this order: look at
+    `finished`; `load_checkpoint` before the first `log`; `log`, `sample`, `save_checkpoint`; write
+    the result; `finish`. Trap: `overwrite` left in a repeated command starts over each time.
     """
 
-    def __init__(self, folder: Path | str, args: dict, info: dict, overwrite: bool = False,
-                 may_differ: tuple[str, ...] = ()):  # fmt: skip
-        self.folder = Path(folder)
-        self._made_folder, self._new = not os.path.exists(self.folder), False
+    def __init__(
+        self,
+        path: Path | str,
+        args: dict,
+        info: dict,
+        overwrite: bool = False,
+        may_differ: tuple[str, ...] = (),
+    ):
+        self.path = Path(path)
+        self._made_folder, self._new = not os.path.exists(self.path), False
         self._logs: dict[str, BinaryIO] = {}
         self.wandb = None
-        self._lock = _claim(self.folder)
+        self._lock = _claim(self.path)
         try:
-            for pattern in OWNED if overwrite else ():  # whatever else somebody put there stays
+            for pattern in OWNED if overwrite else ():  # files that somebody else put there stay
                 for ending in ("", ".tmp", ".new", ".old"):
-                    for path in self.folder.glob(pattern + ending):
+                    for path in self.path.glob(pattern + ending):
                         files.remove(path)
-            path = self.folder / "summary.json"
-            self.summary = _read_json(path) if path.exists() else None
+            summary = self.path / "summary.json"
+            self.summary = _read_json(summary) if summary.exists() else None
             self.finished = self.summary is not None
             self._adopt(files.strict(args), files.strict(info), may_differ)
-            checkpoint = self.folder / "checkpoint"
-            half_made = [self.folder / "checkpoint.tmp", self.folder / "summary.json.tmp"]
+            checkpoint = self.path / "checkpoint"
+            half_made = [self.path / "checkpoint.tmp", self.path / "summary.json.tmp"]
             for stale in [*half_made, *checkpoint.glob("step-*.tmp")]:
                 files.remove(stale)
             if self.finished:
                 files.remove(checkpoint)
             else:
-                # Without a checkpoint the run starts over, so whatever it logged before goes.
-                # Unbuffered: a row is with the system as soon as it is written.
+                # Without a checkpoint the run starts over, so its earlier rows are dropped. The
+                # files are unbuffered: a row is with the operating system as soon as it is written.
                 mode = "ab" if self._steps() else "wb"
-                self._logs = {name: open(self.folder / name, mode, buffering=0) for name in LOGS}
+                self._logs = {name: open(self.path / name, mode, buffering=0) for name in LOGS}
         except BaseException:
             self.close()
             raise
 
-    def __enter__(self) -> "Run":
+    def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(self, kind, *_) -> None:
@@ -148,23 +107,24 @@ class Run:
         self.close()
 
     def _withdraw(self) -> None:
-        """Leave no trace of a run that failed before its first step, on damaged weights, say: the
-        same command with better ones must not be refused for having other arguments. A folder that
-        holds anything else, a checkpoint or somebody's notes, remains a run folder."""
+        """Leave no trace of a run that failed before its first step, for example on damaged
+        weights. Otherwise the same command with better weights would be refused for its other
+        arguments. A folder that holds anything else, such as a checkpoint or notes, remains a run
+        folder."""
         begin = {"run_args.json", *LOGS, ".lock"}
-        if {path.name for path in self.folder.iterdir()} - begin:
+        if {path.name for path in self.path.iterdir()} - begin:
             return
         for file in self._logs.values():
             file.close()
         self._logs = {}
         with contextlib.suppress(OSError):  # Windows deletes no locked file
             for name in ("run_args.json", *LOGS, ".lock"):
-                files.remove(self.folder / name)
+                files.remove(self.path / name)
             if self._made_folder:
-                self.folder.rmdir()
+                self.path.rmdir()
 
     def close(self) -> None:
-        """Close the logs and release the lock; the end of the process does the same."""
+        """Close the logs and release the lock. The end of the process does the same."""
         for file in self._logs.values():
             file.close()
         if self.wandb:
@@ -173,76 +133,95 @@ class Run:
             os.close(self._lock)
         self._logs, self._lock, self.wandb = {}, None, None
 
+    # ---- logs
+
     def log(self, row: dict) -> None:
-        """Append one row to metrics.jsonl. NaN becomes null, as in `write_json`."""
+        """Append one row to metrics.jsonl. NaN becomes null, as in files.write_json."""
         _append(self._logs["metrics.jsonl"], row)
         if self.wandb:
             self.wandb.log(row, step=row["step"])
-
-    def start_wandb(self, project: str, config: dict) -> None:
-        """Send what is logged from now on to Weights & Biases as well (WANDB_MODE=offline: to the
-        folder wandb beside the run's). A continued run is a new one there."""
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("--wandb needs the package: pip install wandb, or leave the flag out") from error
-        try:
-            self.wandb = wandb.init(project=project, name=self.folder.name, dir=str(self.folder.parent),
-                                    config=config)  # fmt: skip
-        except Exception as error:  # of its own kinds: not logged in, not reached, no such project
-            raise UserError(f"--wandb: {files.one_line(error)}") from error
 
     def sample(self, row: dict) -> None:
         """Append one row to samples.jsonl."""
         _append(self._logs["samples.jsonl"], row)
 
+    def start_wandb(self, project: str, config: dict) -> None:
+        """Also send everything logged from now on to Weights & Biases. With WANDB_MODE=offline it
+        goes to the folder wandb next to the run's. A continued run is a new one there."""
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--wandb needs a package: pip install wandb") from error
+        try:
+            self.wandb = wandb.init(
+                project=project, name=self.path.name, dir=str(self.path.parent), config=config
+            )
+        except Exception as error:  # wandb's own kinds: not logged in, not reached, no such project
+            raise UserError(f"--wandb: {files.one_line(error)}") from error
+
+    # ---- arguments
+
     def _adopt(self, args: dict, info: dict, may_differ: tuple[str, ...]) -> None:
-        """Record a new run's arguments, or refuse to continue one that had others."""
-        path = self.folder / "run_args.json"
+        """Record a new run's arguments, or refuse to continue a run that had others."""
+        path = self.path / "run_args.json"
         self._new = not path.exists()
         if self._new:
-            files.write_json(path, {"args": args, "info": info})
+            files.write_json(path, {"args": args, "info": info, "format": FORMAT})
             return
         record = _read_json(path)
+        if record.get("format") != FORMAT:
+            if self.finished:
+                return  # there is nothing to continue; what it trained can be used
+            raise UserError(
+                f"{self.path} was started by an earlier version of nanogsm, which alone can "
+                "continue it: choose another run folder, or give --overwrite to start over"
+            )
         old = record["args"]
         changed = []
         names = (old.keys() | args.keys()) - set(may_differ)
-        for name in sorted(names, key=lambda name: (name.endswith("_sha256"), name)):  # causes first
-            # As text, because in Python 1 == 1.0 == True.
-            was, now = (json.dumps(a[name], sort_keys=True) if name in a else "absent"
-                        for a in (old, args))  # fmt: skip
+        for name in sorted(
+            names, key=lambda name: (name.endswith("_sha256"), name)
+        ):  # causes first
+            # Compared as text, because in Python 1 == 1.0 == True.
+            was, now = (
+                json.dumps(a[name], sort_keys=True) if name in a else "absent" for a in (old, args)
+            )
             if was != now and name.endswith("_sha256"):
                 changed.append(f"what --{name.removesuffix('_sha256')} names changed")
             elif was != now:
                 changed.append(f"{name} was {was}, now {now}")
         if changed:
-            more = f"; and {len(changed) - 6} more" if len(changed) > 6 else ""  # another script's run
+            more = (
+                f"; and {len(changed) - 6} more" if len(changed) > 6 else ""
+            )  # another script's run
             raise UserError(
-                f"{self.folder} was started with other arguments ({'; '.join(changed[:6])}{more}): "
-                "give the old ones to continue, another run folder, or --overwrite to start anew"
+                f"{self.path} was started with other arguments ({'; '.join(changed[:6])}{more}): "
+                "give the old ones to continue, another run folder, or --overwrite to start over"
             )
         seen = record.get("continued") or [record["info"]]
-        if info != seen[-1]:  # e.g. another machine: bit-for-bit equality is no longer promised
+        if info != seen[-1]:  # another machine, for example: equal bits are no longer promised
             record.setdefault("continued", []).append(info)
-        if not self.finished:  # a finished run is looked at, not changed
+        if not self.finished:  # a finished run is only looked at
             files.write_json(path, {**record, "args": args})
+
+    # ---- checkpoints
 
     def _steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""
-        names = [path.name for path in (self.folder / "checkpoint").glob("step-*")]
+        names = [path.name for path in (self.path / "checkpoint").glob("step-*")]
         return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d+", name))
 
     def save_checkpoint(self, step: int, tensors: dict[str, Tensor], state: dict) -> None:
-        """Write checkpoint/step-<step>, then delete older ones: a kill leaves one that loads.
+        """Write checkpoint/step-<step>, then delete older ones, so a kill leaves one that loads.
 
-        tensors: weights and optimizer moments, on any device (no random state: every draw is made from
-        seed and step). state: JSON values; NaN and infinity survive, but tuples return as lists and
-        keys as strings. Needs room on disk for two checkpoints and in memory for one more tensor;
-        SHA-256 takes about a second per GB.
-        Raises UserError if the disk is full (the older checkpoint stays). Trap: a step that is
-        already saved is not written again, so save only at step boundaries.
+        tensors: weights and optimizer moments, on any device. There is no random state to save:
+        every draw is made from the seed and the step. state: JSON values; NaN and infinity survive,
+        tuples return as lists and keys as strings. Needs disk space for two checkpoints and memory
+        for one more tensor; SHA-256 takes about a second per GB. Raises UserError if the disk is
+        full (the older checkpoint stays). Trap: a step that is already saved is not written again,
+        so save only at step boundaries.
         """
-        parent = self.folder / "checkpoint"
+        parent = self.path / "checkpoint"
         final, beside = parent / f"step-{step}", parent / f"step-{step}.tmp"
         if final.exists():  # Ctrl-C right after a regular save
             return
@@ -251,7 +230,7 @@ class Run:
             self._write_checkpoint(beside, step, tensors, state)
             beside.rename(final)
             files.sync_folder(parent)
-            files.sync_folder(self.folder)  # the first time, checkpoint/ itself is new
+            files.sync_folder(self.path)  # the first time, checkpoint/ itself is new
         except BaseException as error:
             shutil.rmtree(beside, ignore_errors=True)
             if isinstance(error, OSError) and disk_full(error):
@@ -267,9 +246,9 @@ class Run:
     def _write_checkpoint(self, folder: Path, step: int, tensors: dict, state: dict) -> None:
         lengths = {}
         for name, file in self._logs.items():
-            os.fsync(file.fileno())  # the logs must be at least this long after a power cut too
+            os.fsync(file.fileno())  # after a power cut the logs must be at least this long
             lengths[name] = os.fstat(file.fileno()).st_size
-        # Not files.strict: `best = inf` must come back as it was. Python alone reads this file.
+        # Not files.strict: `best = inf` must come back as it was. Only Python reads this file.
         text = json.dumps({"step": step, "logs": lengths, "state": state}).encode()
         sums = {
             "tensors.safetensors": files.write_tensors(folder / "tensors.safetensors", tensors),
@@ -281,50 +260,64 @@ class Run:
         """(step, tensors, state) of the newest checkpoint, or None if the run is to start.
 
         Cuts metrics.jsonl and samples.jsonl back to that step, so that no row is there twice. The
-        tensors are on the CPU. Raises UserError naming the file if one byte is not as it was
-        written. Trap: the tensors are mapped from the file; copy them (load_state_dict does).
+        tensors are on the CPU. Raises UserError with the file's name if one byte has changed. Trap:
+        the tensors are mapped from the file; copy them, as load_state_dict does.
         """
         steps = self._steps()
         if self.finished or not steps:
             if not (self._new or self.finished):
-                print(f"{self.folder} has no checkpoint yet: from the start once more")
+                print(f"{self.path} has no checkpoint yet: starting from the beginning")
             return None
-        folder = self.folder / "checkpoint" / f"step-{steps[-1]}"
+        folder = self.path / "checkpoint" / f"step-{steps[-1]}"
         older = f"delete {folder} to continue from step {steps[-2]}, or " if steps[1:] else ""
-        advice = f"; {older}use --overwrite to start anew"
+        advice = f"; {older}use --overwrite to start over"
         _verify(folder, advice)
         saved = json.loads((folder / "state.json").read_bytes())
         sizes = {name: os.fstat(file.fileno()).st_size for name, file in self._logs.items()}
         for name, length in saved["logs"].items():  # all are checked before one is changed
             if sizes[name] < length:
-                raise UserError(f"{self.folder / name} is shorter than at step {saved['step']} "
-                                f"({sizes[name]} of {length} bytes){advice}")  # fmt: skip
+                raise UserError(
+                    f"{self.path / name} is shorter than at step {saved['step']} "
+                    f"({sizes[name]} of {length} bytes){advice}"
+                )
         for name, length in saved["logs"].items():
             self._logs[name].truncate(length)
         tensors = safetensors.torch.load_file(folder / "tensors.safetensors")
         return saved["step"], tensors, saved["state"]
 
+    # ---- the end
+
     def already_finished(self) -> str:
-        """What to say instead of training once more."""
-        figures = ", ".join(f"{k} {v:.4g}" for k, v in self.summary.items() if isinstance(v, float))
-        return f"{self.folder} is already finished ({figures}); to train again give --overwrite or --out"
+        """What to print instead of training again."""
+        shown = [f"{k} {v:.4g}" for k, v in self.summary.items() if isinstance(v, float)]
+        advice = "to train again give --overwrite or another --out"
+        return f"{self.path} is already finished ({', '.join(shown)}); {advice}"
 
     def finish(self, summary: dict) -> None:
         """Mark the run as finished, then drop the checkpoint. Call it when the result is saved."""
         for file in self._logs.values():
             os.fsync(file.fileno())
-        files.write_json(self.folder / "summary.json", summary)
+        files.write_json(self.path / "summary.json", summary)
         self.summary, self.finished = files.strict(summary), True
-        files.remove(self.folder / "checkpoint")
+        files.remove(self.path / "checkpoint")
+
+
+def _append(file: BinaryIO, row: dict) -> None:
+    line = files.to_json(row)
+    while line:  # a nearly full disk takes a part; the next write then says why
+        line = line[file.write(line) :]
 
 
 def _read_json(path: Path) -> dict:
     try:
         obj = files.read_json(path)
     except UserError as error:
-        raise UserError(f"{error}; use --overwrite to start anew") from error
-    if path.name == "run_args.json" and not all(isinstance(obj.get(k), dict) for k in ("args", "info")):
-        raise UserError(f"{path} is not a run's; use another folder or --overwrite to start anew")
+        raise UserError(f"{error}; use --overwrite to start over") from error
+    is_run = all(isinstance(obj.get(key), dict) for key in ("args", "info"))
+    if path.name == "run_args.json" and not is_run:
+        raise UserError(
+            f"{path} does not belong to a run; use another folder or --overwrite to start over"
+        )
     return obj
 
 
@@ -350,14 +343,12 @@ def _verify(folder: Path, advice: str) -> None:
 
 
 def _claim(folder: Path) -> int | None:
-    """Make the folder if needed and lock it; the descriptor that holds the lock (None: no lock).
-
-    The system drops the lock with the process, however it ends: nothing stale is left to clean.
-    """
+    """Make the folder if needed and lock it. Returns the descriptor that holds the lock, or None
+    where there is no locking. The system drops the lock with the process, however it ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in folder.iterdir()}
-        # Before the lock file, so that not even that is put into somebody's folder.
+        # Checked before the lock file is made, so that a user's own folder stays untouched.
         if "run_args.json" not in names and names - {".lock", "run_args.json.tmp"}:
             raise UserError(f"{folder} is not empty and not a run folder: choose another")
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -366,13 +357,13 @@ def _claim(folder: Path) -> int | None:
     try:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:  # Windows forbids others to read locked bytes: lock one far behind the pid
+        else:  # Windows forbids others to read locked bytes: lock one far behind the process number
             os.lseek(lock, 1 << 20, os.SEEK_SET)
             msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
     except OSError as error:
         if error.errno in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):
-            os.close(lock)  # some network drives: better unlocked than unusable
-            print(f"warning: {folder} cannot be locked here: start no second run in it")
+            os.close(lock)  # some network drives have no locks, and must stay usable
+            print(f"warning: {folder} cannot be locked: start no second run in it")
             return None
         os.lseek(lock, 0, os.SEEK_SET)
         pid = os.read(lock, 20).decode(errors="replace").strip()

@@ -1,6 +1,7 @@
-"""How much memory a run will want, from the config alone: what --dry-run prints.
+"""What a run will do and how much memory it will take: the lines at its start, and --dry-run.
 
-Estimates: what kernels, the allocator and the process itself take beside it is not in them.
+The memory is an estimate from the config alone. It leaves out what kernels, the allocator and the
+process itself take.
 """
 
 import math
@@ -8,16 +9,21 @@ from collections.abc import Iterable
 
 import torch
 
+from nanogsm import data, lora
 from nanogsm.fast.cpu import VOCABULARY_BLOCK
 from nanogsm.fast.head import KEPT_EXPONENTIALS, block_rows
+from nanogsm.model import read_config
 from nanogsm.optim import block_size
-from nanogsm.transformer import Config
+from nanogsm.run import past
+from nanogsm.transformer import Config, Transformer
+
+# ------------------------------------------------------------------------------------- the memory
 
 
 def model_bytes(c: Config, total: int, trained: int, bf16: bool) -> int:
-    """Bytes of a model's weights while training. trained == total: float32, and the bfloat16 copies
-    that autocast keeps of the linear layers'. Fewer: a bfloat16 base, or where products are in float32
-    one as its checkpoint has it, the embedding cast once; and float32 adapters."""
+    """A model's weights during training. If all are trained: float32, plus the bfloat16 copies of
+    linear layers that autocast keeps. If some are: float32 adapters on a base in bfloat16, or, with
+    float32 products, on a base as its checkpoint has it, whose embedding is cast once."""
     embedding = c.vocab_size * c.hidden_size
     if trained == total:
         return 4 * total + 2 * (total - embedding) * bf16
@@ -26,17 +32,16 @@ def model_bytes(c: Config, total: int, trained: int, bf16: bool) -> int:
 
 
 def frozen_copy_bytes(c: Config, total: int, bf16: bool) -> int:
-    """Bytes of a copy whose linear layers are rounded to bfloat16, the embedding if that is exact."""
+    """A copy with linear layers rounded to bfloat16, and the embedding if that is lossless."""
     embedding = c.vocab_size * c.hidden_size
-    exact = bf16 and c.dtype == torch.bfloat16
-    return embedding * (2 if exact else 4) + (total - embedding) * (2 if bf16 else 4)
+    lossless = bf16 and c.dtype == torch.bfloat16
+    return embedding * (2 if lossless else 4) + (total - embedding) * (2 if bf16 else 4)
 
 
 def activation_bytes(c: Config, tokens: int, frozen: bool, bf16: bool, checkpointing: str) -> int:
-    """Bytes that a forward over `tokens` keeps for backward: of a block gate, up and
-    two products of them; q, k and v with their normed and turned forms; the norms' inputs and
-    outputs. A full checkpoint: only each block's input, and one block whole; a light one: what comes out of
-    its products as well."""
+    """What a forward over `tokens` keeps for backward. A block keeps gate, up and two products of
+    them; q, k and v with their normed and rotated forms; the norms' inputs and outputs. With full
+    checkpointing: each block's input, and one whole block. With light: also the matrix products."""
     D, F, N = c.hidden_size, c.intermediate_size, c.head_dim
     heads = c.num_attention_heads + 2 * c.num_key_value_heads
     product = 2 if bf16 else 4  # bytes of a number that goes into a matrix product
@@ -48,18 +53,23 @@ def activation_bytes(c: Config, tokens: int, frozen: bool, bf16: bool, checkpoin
     return c.num_hidden_layers * each + block
 
 
-def head_bytes(c: Config, tokens: int, device: str, trained: bool, bf16: bool, entropy: bool = False) -> int:
-    """Bytes of a block's logits, of what is made of them (more with their entropy) and of the copied rows;
-    of the derivatives by the hidden states; and of what is kept for a trained head's."""
+def head_bytes(
+    c: Config, tokens: int, device: str, trained: bool, bf16: bool, entropy: bool = False
+) -> int:
+    """The vocabulary: a block of logits, its exponentials (more with the entropy) and its rows; the
+    gradients of the hidden states; the exponentials kept where the vocabulary is trained."""
     kind = device.partition(":")[0]
     block = min(block_rows(kind, tokens, c.hidden_size), c.vocab_size)
     logits = block * max(tokens, c.hidden_size)
-    kept = min(KEPT_EXPONENTIALS[kind], (1 + entropy) * tokens * c.vocab_size) * (2 if bf16 else 4) * trained
-    return kept + (20 if entropy else 16) * logits + (18 if entropy else 12) * tokens * c.hidden_size
+    exponentials = min(KEPT_EXPONENTIALS[kind], (1 + entropy) * tokens * c.vocab_size)
+    kept = exponentials * (2 if bf16 else 4) * trained
+    return (
+        kept + (20 if entropy else 16) * logits + (18 if entropy else 12) * tokens * c.hidden_size
+    )
 
 
 def moments_bytes(shapes: Iterable[tuple[int, ...]], optim: str) -> int:
-    """Bytes of AdamW's moments for parameters of these shapes."""
+    """AdamW's moments of parameters of these shapes."""
     total = 0
     for shape in shapes:
         block = block_size(shape) if optim == "adamw8bit" else None
@@ -68,14 +78,14 @@ def moments_bytes(shapes: Iterable[tuple[int, ...]], optim: str) -> int:
 
 
 def cache_bytes(c: Config, rows: int, length: int, bf16: bool) -> int:
-    """Bytes of the KV cache for rows of that many tokens."""
+    """The KV cache of rows of that many tokens."""
     per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
     return rows * length * per_token * (2 if bf16 else 4)
 
 
 def sampling_bytes(c: Config, total: int, rows: int, bf16: bool, device: str) -> int:
-    """Bytes that drawing a token for each row takes: logits, and probabilities and sums of them, on a CPU
-    (that can pack) of a block of the vocabulary at a time; and a CPU's packed copy of the weights."""
+    """What drawing a token for each row takes: logits, probabilities and their sums. A CPU handles
+    one block of the vocabulary at a time, but has a packed copy of all weights."""
     product = 2 if bf16 else 4
     logit = 4 if c.final_logit_softcapping else product
     if device != "cpu":
@@ -88,5 +98,109 @@ def print_budget(budget: dict[str, float]) -> None:
     total = sum(budget.values())
     scale, unit = (2**30, "GiB") if total >= 2**30 else (2**20, "MiB")
     for name, size in (budget | {"in all": total}).items():
-        said = ", an estimate, as if all were held at once" * (name == "in all")
-        print(f"  {name:<12} {size / scale:7.2f} {unit}{said}")
+        note = ", an estimate, as if all were held at once" * (name == "in all")
+        print(f"  {name:<12} {size / scale:7.2f} {unit}{note}")
+
+
+# -------------------------------------------------------------------------------------- the plans
+
+
+def _shapes(config: Config, args) -> tuple[list, list]:
+    """Shapes of a model's own weights, and of adapters on it. Nothing is allocated."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    everything = [p.shape for p in model.parameters()]
+    if not args.lora and getattr(args, "critic", "shared") == "shared":
+        return everything, []
+    lora.add_lora(model, args.lora_r, args.lora_alpha)
+    return everything, [p.shape for p in model.parameters() if p.requires_grad]
+
+
+def _size(shapes: list) -> int:
+    return sum(map(math.prod, shapes))
+
+
+def _say(name: str, text: str) -> None:
+    print(f"{name:<12} {text}")
+
+
+def print_sft(args, config: Config, examples: list, held_out: list, steps: int) -> None:
+    """The plan of train_sft.py; with --dry-run also its memory."""
+    everything, adapters = _shapes(config, args)
+    shapes = adapters if args.lora else everything
+    total, trained = _size(everything) + _size(adapters), _size(shapes)
+    lengths = [len(example.ids) for example in examples]
+    supervised = sum(sum(example.mask) for example in examples)
+    kind = config.model_type
+    _say("model", f"{args.model} ({kind}), {total:,} parameters, {trained:,} trained")
+    _say("data", f"{len(examples):,} examples, {sum(lengths):,} tokens, {supervised:,} supervised, "
+         f"longest {max(lengths)}; {len(held_out)} held out")  # fmt: skip
+    _say("steps", f"{steps:,} of {args.micro_batch} x {args.accumulation} examples, "
+         f"{args.epochs} epoch{'s' * (args.epochs > 1)}; lr {args.lr:g} to {args.min_lr:g}, "
+         f"warm-up {args.warmup:g} ({args.recipe} recipe); {args.optim}")  # fmt: skip
+    _say("compute", f"{args.device}, {args.precision}")
+    if args.dry_run:
+        bf16 = args.precision == "bf16"
+        tokens = sum(sorted(lengths)[-args.micro_batch :])  # the longest micro-batch
+        how = args.lora, bf16, args.checkpointing
+        print_budget({
+            "weights": model_bytes(config, total, trained, bf16),
+            "gradients": 4 * trained,
+            "optimizer": moments_bytes(shapes, args.optim),
+            "activations": activation_bytes(config, tokens, *how),
+            "vocabulary": head_bytes(config, tokens, args.device, not args.lora, bf16),
+        })  # fmt: skip
+
+
+def print_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list) -> None:
+    """The plan of train_ppo.py; with --dry-run also its memory."""
+    config, tokenizer = read_config(found.base), data.Tokenizer(found.base)
+    everything, adapters = _shapes(config, args)
+    policy = adapters if args.lora else everything
+    critic = adapters * (args.critic == "separate") + [(1, config.hidden_size), (1,)]
+    prompts = [data.encode(tokenizer, prompt, p.question)[0] for p in problems]
+    longest = max(map(len, prompts)) + args.max_new_tokens
+    size = min(args.rollouts, args.micro_batch * args.accumulation)
+    updates, rest = math.ceil(args.rollouts / size), args.rollouts % size
+    last = f" (the last: {rest})" if rest else ""
+    total, earlier = _size(everything), past.held_out_by(args.init, args.data)
+    _say("start", f"{args.init} ({config.model_type}), {total:,} parameters; {prompt}")
+    sizes = f"{_size(policy):,} of the policy, {_size(critic):,} of the critic"
+    _say("trained", f"{sizes} ({args.critic})")
+    _say("data", f"{len(problems):,} problems, {len(held_out)} held out; prompt and answer up to "
+         f"{longest} tokens")  # fmt: skip
+    if earlier not in (None, len(held_out)):
+        _say("note", f"{args.init} held out {earlier} problems, this run {len(held_out)}: some are "
+             "held out by one and trained on by the other")  # fmt: skip
+    if found.adapter and args.lora:
+        _say("note", "base and adapter together are the start and the reference; the result is one "
+             "adapter with both changes")  # fmt: skip
+    _say("steps", f"{args.steps} of {args.rollouts} answers; {args.epochs} x {updates} updates of "
+         f"{size}{last}, in micro-batches of {args.micro_batch}; lr {args.lr:g}, "
+         f"critic {args.value_lr:g} ({args.recipe} recipe); {args.optim}")  # fmt: skip
+    if args.critic_warmup:
+        whole = ": the policy will not change" * (args.critic_warmup >= args.steps)
+        _say("warm-up", f"the first {args.critic_warmup} steps train the critic alone{whole}")
+    _say("compute", f"{args.device}, {args.precision}")
+    if args.dry_run:
+        print_budget(ppo_budget(args, config, everything, policy, critic, longest))
+
+
+def ppo_budget(args, config: Config, everything, policy, critic, longest: int) -> dict[str, float]:
+    bf16, frozen, separate = args.precision == "bf16", args.lora, args.critic == "separate"
+    total, policy_size, critic_size = map(_size, (everything, policy, critic))
+    weights = model_bytes(config, total + policy_size * frozen, policy_size, bf16)
+    if frozen and not bf16:
+        weights = 4 * (total + policy_size)
+    tokens, at_once = args.micro_batch * longest, min(args.rollouts, args.rollout_batch)
+    activations = activation_bytes(config, tokens, frozen, bf16, args.checkpointing)
+    return {
+        "weights": weights + 4 * critic_size,
+        "reference": 0 if frozen else frozen_copy_bytes(config, total, bf16),
+        "gradients": 4 * (policy_size + critic_size),
+        "optimizer": moments_bytes(policy + critic, args.optim),
+        "activations": (1 + separate) * activations,
+        "vocabulary": head_bytes(config, tokens, args.device, not frozen, bf16, entropy=True),
+        "cache": cache_bytes(config, at_once, longest, bf16),
+        "sampling": sampling_bytes(config, total, at_once, bf16, args.device),
+    }

@@ -1,7 +1,7 @@
-"""Files and folders that are whole or absent: written beside, forced to disk, renamed.
+"""Files and folders that are whole or absent: written under another name, synced, then renamed.
 
-A kill at any instant, or a full disk, leaves the older one or the newer one, never half of one. (Of a
-folder, a kill between two renames leaves the older as <name>.old; the next attempt puts it back.)
+A kill or a full disk leaves the old one or the new one, never half of one. A folder takes two
+renames: a kill between them leaves the old folder as <name>.old, and the next attempt restores it.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ DTYPES = {
 
 
 def sync_folder(folder: Path) -> None:
-    """Force a folder's names to disk: a rename is durable only after this (not on Windows)."""
+    """Force a folder's entries to disk. A rename is durable only after this. Windows cannot."""
     if os.name != "nt":
         fd = os.open(folder, os.O_RDONLY)
         os.fsync(fd)
@@ -35,19 +35,19 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder; a folder is renamed to .tmp first, so no half of it is believed."""
+    """Delete a file or folder. A folder is first renamed to .tmp, so half of it is never used."""
     if path.is_dir() and not path.is_symlink():
         if path.suffix != ".tmp":
             doomed = path.with_name(path.name + ".tmp")
             shutil.rmtree(doomed, ignore_errors=True)
             path = path.rename(doomed)
-        shutil.rmtree(path, ignore_errors=True)  # what stays (NFS, Windows) goes at the next start
+        shutil.rmtree(path, ignore_errors=True)  # leftovers (NFS, Windows) go at the next start
     else:
         path.unlink(missing_ok=True)
 
 
 def strict(value):
-    """`value` with every NaN and infinity, which JSON does not have, replaced by None."""
+    """`value` with None for every NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -56,7 +56,7 @@ def strict(value):
 
 
 def to_json(obj, indent: int | None = None) -> bytes:
-    # A lone surrogate, which a model can emit, cannot be UTF-8: it stays a JSON escape.
+    # A model can emit a lone surrogate, which UTF-8 cannot encode. It is written as a JSON escape.
     text = json.dumps(strict(obj), indent=indent, allow_nan=False, ensure_ascii=False)
     return text.encode(errors="backslashreplace") + b"\n"
 
@@ -64,61 +64,61 @@ def to_json(obj, indent: int | None = None) -> bytes:
 def replace_file(path: Path, chunks: bytes | Iterable, shared: bool = False) -> None:
     """Write a file atomically: a reader sees the old one or the new one, never half of one.
 
-    shared: several processes may write it at once (a download), so each has its own file beside it;
-    otherwise the next attempt writes over what a killed one left. Trap: a link at `path` is
-    replaced, not followed.
+    shared: several processes may write the file at once (a download), so each uses a temporary name
+    of its own. Otherwise the name is fixed, and the next attempt overwrites what a killed one left.
+    Trap: a link at `path` is replaced, not followed.
     """
-    own = f".{os.getpid()}.{secrets.token_hex(4)}" * shared
-    beside = path.with_name(f"{path.name}{own}.tmp")
+    own = f".{os.getpid()}.{secrets.token_hex(4)}" if shared else ""
+    temporary = path.with_name(f"{path.name}{own}.tmp")
     try:
-        write(beside, [chunks] if isinstance(chunks, bytes) else chunks)
-        os.replace(beside, path)
+        write(temporary, [chunks] if isinstance(chunks, bytes) else chunks)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
 @contextlib.contextmanager
 def replaced_folder(folder: Path | str) -> Iterator[Path]:
-    """`with replaced_folder(f) as beside`: fill beside; afterwards it stands at f, whole, instead
-    of what was there. If anything fails, what was there stays."""
+    """`with replaced_folder(f) as new`: the block fills the empty folder `new`, which then replaces
+    f. If anything fails, f stays as it was."""
     folder = Path(folder)
-    beside, aside = (folder.with_name(folder.name + ending) for ending in (".new", ".old"))
+    new, old = (folder.with_name(folder.name + ending) for ending in (".new", ".old"))
 
     def put_back() -> None:
-        if os.path.lexists(aside) and not os.path.lexists(folder):
-            aside.rename(folder)
+        if os.path.lexists(old) and not os.path.lexists(folder):
+            old.rename(folder)
 
-    put_back()  # what a kill left
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    put_back()  # an earlier attempt may have been killed between the two renames
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
     try:
-        yield beside
-        sync_folder(beside)
-        remove(aside)
-        if os.path.lexists(folder):  # no system renames a folder onto a full one
-            folder.rename(aside)
-        beside.rename(folder)
+        yield new
+        sync_folder(new)
+        remove(old)
+        if os.path.lexists(folder):  # a folder cannot be renamed onto one that has files
+            folder.rename(old)
+        new.rename(folder)
         sync_folder(folder.parent)
     except BaseException:
         put_back()
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
         raise
-    remove(aside)
+    remove(old)
 
 
 def same_place(a: str | None, b: str | None) -> bool:
-    """Whether two paths, or names, as somebody typed them mean the same."""
+    """Whether two paths or names, as a user typed them, mean the same place."""
     return os.path.abspath(str(a)) == os.path.abspath(str(b))
 
 
 def one_line(error: BaseException) -> str:
-    """Somebody else's error message, on one line, cut at 200 characters."""
+    """The message of any exception on one line, cut at 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file; UserError if there is none."""
+    """The JSON object in a file. UserError if the file does not hold one."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -131,14 +131,14 @@ def read_json(path: Path) -> dict:
 def write_json(path: Path | str, obj) -> None:
     """Write `obj` as JSON, atomically: a reader sees the old file or the new one.
 
-    NaN and infinity become null: a figure that is undefined once (the explained variance of equal
+    NaN and infinity become null. A metric that is undefined once (the explained variance of equal
     returns) must not end a long run, and a bare NaN would make the file invalid for other readers.
     """
     replace_file(Path(path), to_json(obj, indent=1))
 
 
 def write(path: Path, chunks: Iterable) -> dict:
-    """Write chunks of bytes and force them to disk; their size and SHA-256."""
+    """Write chunks of bytes, force them to disk and return their size and SHA-256."""
     digest, size = hashlib.sha256(), 0
     with open(path, "wb") as file:
         for chunk in chunks:
@@ -151,7 +151,7 @@ def write(path: Path, chunks: Iterable) -> dict:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict:
-    """Write a safetensors file as transformers and peft expect one, in dtype if given; its size and
+    """Write a safetensors file for transformers and peft, in dtype if given. Returns its size and
     SHA-256."""
     return write(path, safetensors_bytes(tensors, dtype))
 
@@ -159,22 +159,22 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | N
 def safetensors_bytes(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> Iterator:
     """The bytes of a safetensors file, one tensor at a time.
 
-    safetensors.torch.save_file wants everything on the CPU, contiguous and unshared at once, and
-    reports a full disk as its own error. Here a GPU or strided tensor costs one temporary copy of
-    itself, a plain CPU tensor none; tied tensors are written each and load as separate ones.
+    safetensors.torch.save_file needs all tensors on the CPU, contiguous and unshared at once, and
+    it reports a full disk as an error of its own. Here a GPU tensor or a strided tensor costs one
+    temporary copy, and a plain CPU tensor none. Tied tensors are written, and load, separately.
     """
-    kinds = {name: dtype or t.dtype for name, t in tensors.items()}
+    dtypes = {name: dtype or t.dtype for name, t in tensors.items()}
     # Widest type first: every tensor then starts at a multiple of its own item size.
-    names = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))
+    names = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
-        end = offset + tensors[name].numel() * kinds[name].itemsize
-        header[name] = {"dtype": DTYPES[kinds[name]], "shape": list(tensors[name].shape),
+        end = offset + tensors[name].numel() * dtypes[name].itemsize
+        header[name] = {"dtype": DTYPES[dtypes[name]], "shape": list(tensors[name].shape),
                         "data_offsets": [offset, end]}  # fmt: skip
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in names:
-        t = tensors[name].detach().to("cpu", kinds[name]).contiguous()
+        t = tensors[name].detach().to("cpu", dtypes[name]).contiguous()
         yield t.reshape(-1).view(torch.uint8).numpy()

@@ -1,10 +1,10 @@
 """Names -> files on this disk: models (Hub ids, folders, run folders) and GSM8K's pinned files.
 
-Two questions are answered here, both with paths: `find_model("google/gemma-2b-it")` and
-`data_file("train.jsonl")`. What can go wrong on the way (licence not accepted, no network, disk
-full, half a download) is said in one line, as a UserError. Nothing is ever unpickled, no file
-name from a downloaded index leads out of its folder, and a data file is used only if its SHA-256
-is the one below. huggingface_hub is imported where the network is needed: it costs time.
+Two functions do the work, and both return paths: `find_model("google/gemma-2b-it")` and
+`data_file("train.jsonl")`. Whatever goes wrong (licence not accepted, no network, full disk,
+incomplete download) becomes a UserError of one line. Nothing is ever unpickled, no downloaded
+index may point out of its folder, and a data file is used only if its SHA-256 is the one below.
+huggingface_hub is slow to import, so it is imported only where it is needed.
 """
 
 import errno
@@ -34,17 +34,17 @@ SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")  # a plain 
 class ModelFiles(NamedTuple):
     base: Path  # a folder in the Hub's layout: config.json, tokenizer.json, *.safetensors
     adapter: Path | None  # a folder in PEFT's layout, or None
-    name: str  # what to write down as the base model: "tiny", its Hub id, or its folder's absolute path
+    name: str  # the base model's name in records: "tiny", a Hub id, or its folder's absolute path
 
 
 def find_model(name: str, weights: bool = True) -> ModelFiles:
-    """Where a model lies on this disk: `name` is "tiny" (the embedded model), a run folder, an
-    adapter, a model folder or a Hub id (downloaded, or taken from the Hub's cache when there is no
-    network).
+    """Find a model's files on this disk. `name` is "tiny" (the embedded model), a run folder, an
+    adapter, a model folder or a Hub id. A Hub model is downloaded, or taken from the Hub's cache if
+    there is no network.
 
-    UserError says what is missing and what to do. weights=False neither downloads nor asks for
-    weights: enough for a --dry-run. Traps: a local folder called owner/name hides the Hub's; one called
-    tiny is hidden by the embedded model, and is written ./tiny.
+    UserError says what is missing and what to do. weights=False neither downloads nor requires
+    weights, which is enough for a --dry-run. Traps: a local folder called owner/name hides the
+    Hub's model. The embedded model hides a folder called tiny, which has to be written ./tiny.
     """
     if name == "tiny":
         return ModelFiles(EMBEDDED, None, name)
@@ -61,7 +61,7 @@ def find_model(name: str, weights: bool = True) -> ModelFiles:
 
 
 def _adapter_in(folder: Path) -> Path | None:
-    """A run's adapter wins over its merged model/: it is what was trained, the other is rounded."""
+    """A run's adapter wins over its merged model/, because merging rounds the weights."""
     places = (folder / "adapter", folder)
     return next((path for path in places if (path / "adapter_config.json").is_file()), None)
 
@@ -75,12 +75,12 @@ def _local_model(folder: Path, weights: bool) -> ModelFiles:
         return ModelFiles(base, None, os.path.abspath(base))
     if (folder / "run_args.json").is_file() or (folder / "checkpoint").is_dir():
         raise UserError(
-            f"{folder} has no model/ or adapter/ yet: training has not finished; "
+            f"{folder} has no model/ or adapter/ yet because training has not finished; "
             "run the same training command again to continue"
         )
     raise UserError(
-        f"{folder} is not a model: it has no config.json or adapter_config.json, "
-        "and no model/ or adapter/ as a run folder has"
+        f"{folder} is not a model or a run folder: it has no config.json, "
+        "adapter_config.json, model/ or adapter/"
     )
 
 
@@ -90,9 +90,9 @@ def _adapted_model(adapter: Path, weights: bool) -> ModelFiles:
     if not isinstance(name, str) or not name:
         raise UserError(f"{config_file} does not name its base model (base_model_name_or_path)")
     if weights and not (adapter / "adapter_model.safetensors").is_file():
-        raise UserError(f"{adapter} has no adapter_model.safetensors (.bin is never read)")
-    if _adapter_in(Path(os.path.expanduser(name))):  # ends a circle of two adapters, too
-        raise UserError(f"{adapter} sits on another adapter, {name}: merge that one first")
+        raise UserError(f"{adapter} has no adapter_model.safetensors (.bin files are never read)")
+    if _adapter_in(Path(os.path.expanduser(name))):  # this also ends a circle of two adapters
+        raise UserError(f"the base model of {adapter} is another adapter, {name}: merge that first")
     try:
         base = find_model(name, weights)
     except UserError as error:
@@ -103,7 +103,7 @@ def _adapted_model(adapter: Path, weights: bool) -> ModelFiles:
 def _check_complete(folder: Path, weights: bool) -> None:
     for name in REQUIRED:
         if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}, and nothing else is read in its place")
+            raise UserError(f"{folder} has no {name}, and no other file can replace it")
     if weights:
         weight_files(folder)
 
@@ -112,16 +112,15 @@ def _check_complete(folder: Path, weights: bool) -> None:
 
 
 def weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """The safetensors files that hold a model's weights: {file: names of the tensors the index
-    puts there}, or {model.safetensors: None} where there is no index and the file decides.
+    """The safetensors files that hold a model's weights: {file: names of the tensors that the
+    index puts there}, or {model.safetensors: None} without an index.
 
-    So loading is: for each file, compare its names with the set (if any), then take its tensors.
-    UserError: no safetensors at all, missing shards (named), an index that is no str -> str map
-    or points out of the folder, a link that leaves it. Trap: with both, the single file wins, as
-    in transformers.
+    UserError: there is no safetensors file, shards are missing, the index is not a str -> str map,
+    or the index or a link points out of the folder. Trap: if there are both a single file and an
+    index, the single file wins, as in transformers.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if os.path.lexists(single):  # a dangling link counts: it is reported as missing
+    if os.path.lexists(single):  # a dangling link counts, and is then reported as missing
         shards = {single: None}
     elif index.is_file():
         shards = {}
@@ -137,14 +136,14 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
         raise UserError(f"{folder} is incomplete, missing: {', '.join(missing)}")
     for path in shards:
         if not _stays_inside(path):
-            raise UserError(f"{path} is a link out of its folder: put the file itself there")
+            raise UserError(f"{path} is a link out of its folder: replace it by the file itself")
     return shards
 
 
 def fingerprint(found: ModelFiles) -> str:
-    """SHA-256 over 64 pieces of 4 kB from all over each weight file (base and adapter) and its size:
-    a run refuses to go on from weights that were made anew under the same name. Training moves
-    every weight, so a sample tells, in a moment whatever the model's size."""
+    """SHA-256 over the size of each weight file (base and adapter) and 64 evenly spaced pieces of
+    4 kB. With it a run refuses to continue from weights that have been replaced under the same
+    name. Training changes every weight, so a sample is enough, and it is fast for any model."""
     digest = hashlib.sha256()
     paths = sorted(weight_files(found.base))
     if found.adapter:
@@ -166,16 +165,16 @@ def _weight_map(index: Path) -> dict[str, str]:
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not SHARD_NAME.fullmatch(name):
             raise UserError(
-                f"{index}: {tensor} is put in {name!r}, which is not "
+                f"{index}: the file of {tensor} is {name!r}, which is not "
                 "the plain name of a .safetensors file in the same folder"
             )
     return weight_map
 
 
 def _stays_inside(path: Path) -> bool:
-    """Whether a file lies in its own folder, or, for a snapshot in the Hub's cache, in a blob
-    store of that cache: snapshots/<commit>/x -> ../../blobs/y, and y may be a link in turn, to
-    the store all repositories share (<cache>/blobs, since huggingface_hub 2)."""
+    """Whether a file, with links resolved, lies in its own folder. A snapshot in the Hub's cache
+    may also link to the cache's blobs: snapshots/<commit>/x -> ../../blobs/y. There y may be a
+    link to <cache>/blobs, which all repositories share since huggingface_hub 2."""
     folder, target = path.parent.resolve(), path.resolve()
     roots = [folder]
     repo = folder.parent.parent
@@ -188,7 +187,7 @@ def _stays_inside(path: Path) -> bool:
 
 
 def _offline() -> bool:
-    """Read at each call, while huggingface_hub reads it only once, when it is imported."""
+    """Read at every call. huggingface_hub reads the variable only once, at import."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
@@ -202,7 +201,7 @@ def _snapshot(repo: str, weights: bool) -> Path:
         reason = _hub_problem(repo, error)
         if reason is None:
             raise
-        try:  # what could not be asked for may be here already, but for an optional file
+        try:  # the cache may already have all files that are required
             found = snapshot_download(repo, allow_patterns=REQUIRED, local_files_only=True)
             _check_complete(Path(found), weights)
         except Exception:
@@ -210,16 +209,16 @@ def _snapshot(repo: str, weights: bool) -> Path:
     try:
         _check_complete(Path(found), weights)
     except UserError as error:
-        hint = " (a copy cut short is completed with HF_HUB_OFFLINE unset)" if _offline() else ""
+        hint = " (unset HF_HUB_OFFLINE once to complete a partial copy)" if _offline() else ""
         raise UserError(f"{repo}: {error}{hint}") from error
     return Path(found)
 
 
 def _hub_problem(repo: str, error: BaseException) -> str | None:
-    """One line for what the Hub's client raised; None for what is not the user's to repair.
+    """One line about an error of the Hub's client, or None if the user cannot repair it.
 
-    The client wraps: a 503 arrives as the cause of a LocalEntryNotFoundError, so the whole
-    chain is looked at. A gated repository is a kind of RepositoryNotFoundError: it goes first.
+    The client wraps its errors (a 503 arrives as the cause of a LocalEntryNotFoundError), so the
+    whole chain counts. GatedRepoError comes first: it is also a RepositoryNotFoundError.
     """
     from huggingface_hub import errors
 
@@ -233,22 +232,22 @@ def _hub_problem(repo: str, error: BaseException) -> str | None:
     answers = [link.response for link in chain if isinstance(link, errors.HfHubHTTPError)]
     status = answers[0].status_code if answers else 0
     absent = is_any(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
-    # the Rust downloader raises RuntimeError, which has no errno but the same words
+    # The Rust downloader raises a RuntimeError without errno, but with the same words.
     full = any("No space left" in str(e) or getattr(e, "errno", 0) == errno.ENOSPC for e in chain)
-    # errors.HTTPError is httpx's base class, by the name the Hub's client has for it
+    # errors.HTTPError is the Hub client's name for the base class of httpx's errors.
     unreached = absent or is_any(errors.HTTPError, ConnectionError, TimeoutError)
     local = "or give a local folder (--model, --init)"
     for applies, message in [
         (full, "disk full while downloading: free space, or set HF_HOME to a larger disk"),
         (is_any(errors.GatedRepoError),
-         f"gated; accept its licence at https://huggingface.co/{repo}, then `hf auth login` or "
-         "set HF_TOKEN; or name an ungated mirror such as unsloth/gemma-2b-it, or a local folder"),
+         f"gated: accept its licence at https://huggingface.co/{repo}, then run `hf auth login` or "
+         "set HF_TOKEN; or use an ungated mirror such as unsloth/gemma-2b-it, or a local folder"),
         (is_any(errors.RepositoryNotFoundError),
          "no such folder here and no such model on the Hub: check the spelling "
          "(a private model needs `hf auth login` or HF_TOKEN)"),
-        (status == 429, "too many requests to the Hub (429): wait some minutes and try again"),
-        (status >= 500, f"the Hub fails ({status}) and its cache here has no full copy: try later"),
-        (status >= 400, f"the Hub refused ({status}), a new `hf auth login` may help: {one_line}"),
+        (status == 429, "too many requests to the Hub (429): wait a few minutes and try again"),
+        (status >= 500, f"the Hub failed ({status}) and the cache has no complete copy: try later"),
+        (status >= 400, f"the Hub refused ({status}); `hf auth login` may help: {one_line}"),
         (_offline() and is_any(errors.IncompleteSnapshotError),
          "only part of it is in the Hub's cache: unset HF_HUB_OFFLINE once to complete it"),
         (_offline() and absent,
@@ -283,8 +282,8 @@ DATA_FILES = {
     "test_socratic.jsonl": DataFile(
         972_978, 1319, "c96673362fa7a699f4836a9b6474a067448f95fe58064727501ee63ba4c3fdb6"),
 }  # fmt: skip
-# Where each file lies, in order of trial. openai/gsm8k on the Hub is parquet only; the other two
-# are other people's copies, which the digests make safe to try.
+# Sources of each file, in the order they are tried. openai/gsm8k on the Hub has only parquet files.
+# The last two are copies by other people, and the digests make them safe to use.
 DATA_URLS = [
     "https://raw.githubusercontent.com/openai/grade-school-math/"
     "3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/",
@@ -292,11 +291,11 @@ DATA_URLS = [
     "https://huggingface.co/datasets/DaertML/gsm8k-jsonl/resolve/main/",
 ]
 READ_TIMEOUT = 20.0  # seconds without a byte
-DOWNLOAD_TIMEOUT = 300.0  # seconds for a whole file: ends what trickles, too
+DOWNLOAD_TIMEOUT = 300.0  # seconds for a whole file; ends a download that only trickles
 
 
 def cache_folder() -> Path:
-    """Where downloads of ours go: $NANOGSM_CACHE, $XDG_CACHE_HOME/nanogsm or ~/.cache/nanogsm."""
+    """Folder for data files: $NANOGSM_CACHE, $XDG_CACHE_HOME/nanogsm or ~/.cache/nanogsm."""
     folder = os.environ.get("NANOGSM_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or "~/.cache", "nanogsm"
     )
@@ -304,11 +303,11 @@ def cache_folder() -> Path:
 
 
 def data_file(name: str, data_dir: str | Path | None = None) -> Path:
-    """A GSM8K file (a key of DATA_FILES), SHA-256 verified: from data_dir if given, else from the
-    cache, GitHub or a mirror.
+    """Path of a GSM8K file (a key of DATA_FILES) with the right SHA-256: in data_dir if given, else
+    from the cache, GitHub or a mirror.
 
-    UserError says what was tried and how to put the file there by hand. Trap: a given data_dir
-    is never left: a missing or changed file in it is an error, not a reason to download.
+    UserError says what was tried and how to put the file there by hand. Trap: with a data_dir
+    nothing is downloaded. A missing or changed file in it is an error.
     """
     want, by_hand = DATA_FILES[name], f"download {DATA_URLS[0]}{name} by hand"
     path = Path(os.path.expanduser(data_dir)) / name if data_dir else cache_folder() / name
@@ -320,25 +319,25 @@ def data_file(name: str, data_dir: str | Path | None = None) -> Path:
             f"{path}: {problem}; {by_hand} into that folder, or leave out --data-dir "
             "(and NANOGSM_DATA_DIR) to have it downloaded"
         )
-    tried = [f"{path}: {problem}"]  # a spoilt copy in the cache is replaced
+    tried = [f"{path}: {problem}"]  # a damaged copy in the cache is replaced
     data = _download(name, want, tried)
     if data is None:
         raise UserError(
             f"cannot get {name} (tried {'; '.join(tried)}): {by_hand} into {path.parent}, "
-            "or into any folder and name that with --data-dir"
+            "or into any folder that you then give as --data-dir"
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.replace_file(path, data, shared=True)
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror}; set NANOGSM_CACHE to a folder with room"
+            f"cannot write {path}: {error.strerror}; set NANOGSM_CACHE to a folder with free space"
         ) from error
     return path
 
 
 def _download(name: str, want: DataFile, tried: list[str]) -> bytes | None:
-    """The verified bytes from the first source that has them; what failed is added to `tried`."""
+    """The verified bytes from the first source that works. Failures are added to `tried`."""
     if _offline():
         tried.append("no network: HF_HUB_OFFLINE is set")
         return None
@@ -358,7 +357,7 @@ def _download(name: str, want: DataFile, tried: list[str]) -> bytes | None:
 def _fetch(url: str, size: int) -> bytes:
     end, data = time.monotonic() + DOWNLOAD_TIMEOUT, b""
     with urlopen(url, timeout=READ_TIMEOUT) as response:
-        # read1 returns after one packet; inside read() a trickle would go on unseen
+        # read1 returns after one packet. read() would wait for a whole trickling file.
         while len(data) <= size and (piece := response.read1(1 << 16)):
             data += piece
             if time.monotonic() > end:

@@ -1,2 +1,2 @@
-"""The embedded default: a scale model of the study. problems.py writes its data; gemma/ is its model,
-made by pretrain.py."""
+"""The embedded default, a scale model of the original study: problems.py generates its data, and
+gemma/ is its model, made by experiments/pretrain_tiny.py."""

@@ -1,4 +1,4 @@
-"""budget.py's figures against what the same things hold when they are really made."""
+"""run/plan.py's estimates of memory against what the same things take when they are made."""
 
 import dataclasses
 
@@ -9,26 +9,25 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import train_ppo
 from nanogsm import logprob
 from nanogsm.fast import cpu, head
 from nanogsm.fast.cpu import can_pack, inverse_cdf, packed
 from nanogsm.generate import KVCache, choose
 from nanogsm.lora import add_lora
-from nanogsm.model import compute_in_float32, load_model, set_checkpointing
+from nanogsm.model import compute_in_float32, frozen_copy, load_model, set_checkpointing
 from nanogsm.optim import AdamW
 from nanogsm.run import plan
 from nanogsm.transformer import Vocabulary
 
 
 def held(tensors) -> int:
-    """Bytes of the memory behind tensors, shared memory counted once."""
+    """Bytes of the memory behind tensors. Shared memory counts once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of what operators make inside it: those there `now`, and the most there were."""
+    """Counts the bytes of what operators make inside it: those alive `now`, and the `most` ever."""
 
     def __init__(self):
         super().__init__()
@@ -37,10 +36,11 @@ class Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+        inputs = filter(torch.is_tensor, tree_leaves((args, kwargs)))
+        given = {t.untyped_storage()._cdata for t in inputs}
         for t in filter(torch.is_tensor, tree_leaves(out)):
             storage = t.untyped_storage()
-            if storage._cdata not in given:  # nor a view of what came in, nor changed in place
+            if storage._cdata not in given:  # neither a view of an input nor changed in place
                 self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.most = max(self.most, self.now())
         return out
@@ -56,25 +56,30 @@ def parameters(model, trained: bool | None = None) -> list:
 
 @pytest.fixture(scope="module")
 def tiny():
-    """Load the embedded model, whose weights are float32, in another dtype."""
+    """Returns a function that loads the embedded model, whose weights are float32, in a dtype."""
     return lambda dtype=None: load_model("tiny", dtype)
 
 
-def test_weights_all_trained_and_frozen_under_adapters(tiny):
+def test_the_weights_of_full_training_and_of_lora(tiny):
     model, _ = tiny(torch.float32)
     total = sum(p.numel() for p in model.parameters())
     assert plan.model_bytes(model.config, total, total, bf16=False) == held(parameters(model))
     base, _ = tiny(torch.bfloat16)
-    base.config = dataclasses.replace(base.config, dtype=torch.bfloat16)  # as Gemma's are on disk
+    base.config = dataclasses.replace(
+        base.config, dtype=torch.bfloat16
+    )  # as Gemma's weights are on disk
     add_lora(base, 16, 32.0)
     adapters = sum(p.numel() for p in parameters(base, trained=True))
     assert 0 < adapters < total
-    assert plan.model_bytes(base.config, total + adapters, adapters, bf16=True) == held(parameters(base))
+    sizes = base.config, total + adapters, adapters
+    assert plan.model_bytes(*sizes, bf16=True) == held(parameters(base))
     compute_in_float32(base)
-    assert plan.model_bytes(base.config, total + adapters, adapters, bf16=False) == held(parameters(base))
+    assert plan.model_bytes(*sizes, bf16=False) == held(parameters(base))
 
 
-@pytest.mark.parametrize("bf16, came_in", [(True, "float32"), (False, "float32"), (True, "bfloat16")])
+@pytest.mark.parametrize(
+    "bf16, came_in", [(True, "float32"), (False, "float32"), (True, "bfloat16")]
+)
 def test_the_frozen_reference(tiny, bf16, came_in):
     model, _ = tiny(torch.float32)
     if came_in == "bfloat16":
@@ -82,15 +87,15 @@ def test_the_frozen_reference(tiny, bf16, came_in):
             p.data = p.bfloat16().float()
     config = dataclasses.replace(model.config, dtype=getattr(torch, came_in))
     total = sum(p.numel() for p in model.parameters())
-    want = held(parameters(train_ppo.frozen_copy(model, bf16)))
-    # Norms that do not round exactly stay float32; the estimate has them rounded with the rest.
+    want = held(parameters(frozen_copy(model, bf16)))
+    # Norms that would lose digits stay float32. The estimate counts them as rounded.
     assert plan.frozen_copy_bytes(config, total, bf16) == pytest.approx(want, rel=0.01)
 
 
 @pytest.mark.parametrize("optim, bits", [("adamw", 32), ("adamw8bit", 8)])
 def test_moments(tiny, optim, bits):
     model, _ = tiny(torch.float32)
-    add_lora(model, 8, 16.0)  # whose B keeps float32 moments
+    add_lora(model, 8, 16.0)  # the moments of its B stay float32
     model.requires_grad_(True)
     want = AdamW(model.named_parameters(), 1e-3, bits=bits).state_bytes()
     assert plan.moments_bytes([p.shape for p in model.parameters()], optim) == want
@@ -107,7 +112,7 @@ def test_the_cache(name, bf16):
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_what_a_forward_keeps_for_backward(tiny, lora, bf16):
-    """Against all that autograd saves of one forward, weights aside."""
+    """Compared with all that autograd saves of one forward, except weights."""
     model, _ = tiny(torch.bfloat16 if lora and bf16 else torch.float32)
     if lora:
         add_lora(model, 16, 32.0)
@@ -126,29 +131,33 @@ def test_what_a_forward_keeps_for_backward(tiny, lora, bf16):
     c, n = model.config, ids.numel()
     whole = plan.activation_bytes(c, n, lora, bf16, "none")
     assert whole * 0.6 < kept() < whole * 1.2
-    set_checkpointing(model, "full")  # blocks keep their inputs; one at a time is computed again, whole
-    one = whole / (c.num_hidden_layers + 1)
-    inputs = plan.activation_bytes(c, n, lora, bf16, "full") - one
-    assert inputs < kept() < 2 * inputs  # the final norm, outside all blocks, keeps its own: 2 of 5
+    # With full checkpointing blocks keep only their inputs. The estimate adds one whole block, the
+    # one that backward computes again.
+    set_checkpointing(model, "full")
+    one_block = whole / (c.num_hidden_layers + 1)
+    inputs = plan.activation_bytes(c, n, lora, bf16, "full") - one_block
+    assert inputs < kept() < 2 * inputs  # more, because the final norm is outside all blocks
 
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("checkpointing", ["light", "full"])
 def test_what_a_checkpoint_keeps_of_each_layer(tiny, lora, bf16, checkpointing):
-    """By what a third layer adds to what is alive after a forward: hooks on saved tensors do not see what a
-    light checkpoint holds. And of that kind, the default, the whole estimate against a step's peak."""
+    """What a third layer adds to the bytes alive after a forward. Hooks on saved tensors do not see
+    what a light checkpoint holds. For light, the estimate is also compared with a step's peak."""
 
     def step(layers: int) -> tuple[int, int, int]:
-        """Bytes alive after the forward, at most in forward and backward, and estimated."""
+        """Bytes alive after the forward, the most in forward and backward, and the estimate."""
         model, _ = tiny(torch.bfloat16 if lora and bf16 else torch.float32)
         model.model.layers = model.model.layers[:layers]
         kinds = model.config.layer_types[:layers]
-        model.config = dataclasses.replace(model.config, num_hidden_layers=layers, layer_types=kinds)
+        model.config = dataclasses.replace(
+            model.config, num_hidden_layers=layers, layer_types=kinds
+        )
         if lora:
-            add_lora(model, 1, 2.0)  # what comes out of a wider A is kept as well, and not estimated
+            add_lora(model, 1, 2.0)  # the estimate leaves out what A returns, which is kept, too
         for p in parameters(model, trained=True):
-            p.grad = torch.zeros_like(p)  # counted elsewhere
+            p.grad = torch.zeros_like(p)  # gradients are estimated separately
         set_checkpointing(model, checkpointing)
         ids = torch.randint(20, 600, (16, 64), generator=torch.Generator().manual_seed(0))
         with Alive() as alive:
@@ -156,12 +165,13 @@ def test_what_a_checkpoint_keeps_of_each_layer(tiny, lora, bf16, checkpointing):
                 hidden = model(ids)
             kept = alive.now()
             hidden.backward(torch.ones_like(hidden))
-        return kept, alive.most, plan.activation_bytes(model.config, ids.numel(), lora, bf16, checkpointing)
+        n = ids.numel()
+        return kept, alive.most, plan.activation_bytes(model.config, n, lora, bf16, checkpointing)
 
     (kept_by_two, _, two), (kept_by_three, most, three) = step(2), step(3)
     assert three - two == pytest.approx(kept_by_three - kept_by_two, rel=0.02)
     if checkpointing == "light":
-        # Not estimated: what backward itself needs in the block it is at, which shows with 3 layers.
+        # The estimate leaves out what backward itself needs in a block, which shows with 3 layers.
         assert 0.9 * three < most < 1.3 * three
 
 
@@ -172,37 +182,41 @@ def test_what_a_checkpoint_keeps_of_each_layer(tiny, lora, bf16, checkpointing):
     "tokens, width, vocabulary, logits, least",
     [
         pytest.param(512, 512, 2048, 2**19, 0.85, id="two blocks"),
-        pytest.param(256, 256, 1024, 2**20, 0.6, id="one block"),  # with none before it still there
+        pytest.param(256, 256, 1024, 2**20, 0.6, id="one block"),  # no earlier block is still there
         pytest.param(1024, 256, 512, 2**20, 0.6, id="more tokens than width"),
-        pytest.param(32, 256, 2048, 2**18, 0.3, id="few tokens"),  # the rows' copies are all there is
+        pytest.param(32, 256, 2048, 2**18, 0.3, id="few tokens"),  # little but the rows' copies
     ],
 )
-def test_the_head(tiny, monkeypatch, tokens, width, vocabulary, logits, least, bf16, entropy, trained):
-    """Against the most there is while log-probs and gradients are made: in bfloat16, where the rows of the
-    head and the logits are copied, nearly all of the estimate, in float32 not more than that."""
+def test_the_vocabulary(
+    tiny, monkeypatch, tokens, width, vocabulary, logits, least, bf16, entropy, trained
+):
+    """Compared with the peak while log-probs and gradients are made. In bfloat16, where logits and
+    rows of the vocabulary are copied, the peak is nearly the estimate. In float32 it is lower."""
     monkeypatch.setitem(head.BLOCK_LOGITS, "cpu", logits)
     monkeypatch.setitem(head.BLOCK_LOGITS, "cuda", logits)
     monkeypatch.setitem(head.KEPT_EXPONENTIALS, "cpu", tokens * vocabulary)
     monkeypatch.setitem(head.KEPT_EXPONENTIALS, "cuda", tokens * vocabulary)
     weight = torch.nn.Parameter(torch.randn(vocabulary, width), requires_grad=trained)
-    weight.grad = torch.zeros_like(weight)  # counted elsewhere
+    weight.grad = torch.zeros_like(weight)  # gradients are estimated separately
     hidden = torch.randn(1, tokens, width, requires_grad=True)
     targets, mask = torch.randint(vocabulary, (1, tokens)), torch.ones(1, tokens)
     with Alive() as alive:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            scores = logprob.token_logprobs(Vocabulary(weight), hidden, targets, mask, entropy=entropy)
+            scores = logprob.token_logprobs(
+                Vocabulary(weight), hidden, targets, mask, entropy=entropy
+            )
         sum(score.sum() for score in scores[: 1 + entropy]).backward()
     config = dataclasses.replace(tiny()[0].config, hidden_size=width, vocab_size=vocabulary)
     estimate = plan.head_bytes(config, tokens, "cpu", trained, bf16, entropy)
-    least *= 0.9 if trained else 1  # what is kept of the last block is counted twice
+    least *= 0.9 if trained else 1  # the estimate counts what is kept of the last block twice
     assert bf16 * least * estimate < alive.most < 1.05 * estimate
     assert plan.head_bytes(config, tokens, "cuda:1", trained, bf16, entropy) == estimate
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_drawing_a_token_for_each_row(tiny, monkeypatch, device):
-    """Against the most there is while it is done: logits, then probabilities and their sums in float64; of
-    all the vocabulary or, as a CPU does it, of a block at a time."""
+    """Compared with the peak of drawing: logits, then probabilities and their sums in float64, of
+    the whole vocabulary or, as on a CPU, of one block at a time."""
     model, _ = tiny(torch.float32)
     rows, vocabulary = 64, model.config.vocab_size
     monkeypatch.setattr(plan, "VOCABULARY_BLOCK", width := 100)
@@ -225,5 +239,5 @@ def test_the_packed_weights_of_a_cpu(tiny, bf16, monkeypatch):
         want = sum(copy.numel() * copy.element_size() for copy in made)
     total = sum(p.numel() for p in parameters(model))
     with_them, without = (plan.sampling_bytes(model.config, n, 64, bf16, "cpu") for n in (total, 0))
-    # Norms are not packed; the estimate has them with the rest.
+    # Norms are not packed. The estimate counts them, too.
     assert with_them - without == pytest.approx(want, rel=0.01)

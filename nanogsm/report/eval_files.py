@@ -1,0 +1,97 @@
+"""The two files of an evaluation: their names, when they may be replaced, and how to read them.
+
+eval-test-256.json holds the summary and eval-test-256.jsonl one row per completion. Settings that
+are not the run's own are added to the name, as in eval-test-256-chat-zero-shot-max64.json.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from nanogsm import UserError
+from nanogsm.data import GENERATED, NAMED, Prompt
+from nanogsm.run.past import is_tiny, run_of
+from nanogsm.store import files
+
+
+def place_of(args, prompt: Prompt, usual: Prompt) -> tuple[Path, str]:
+    """(folder, file name without ending) of the result. args: evaluate.py's. usual: the prompt that
+    the model is asked with by default."""
+    run = run_of(args.model)
+    own_data = "" if args.data in NAMED else Path(args.data).stem
+    if own_data in ("test", "validation"):
+        own_data = f"own-{own_data}"
+    prompt_name = str(prompt).replace(", ", "-")
+    parts = [
+        "eval",
+        own_data or args.split,
+        "validation" if own_data and args.split == "validation" else "",
+        str(args.n),
+        "socratic" if args.data.endswith("socratic") else "",
+        "tiny" if args.data in GENERATED and not is_tiny(args.model) else "",
+        prompt_name if prompt != usual or (args.out and not run) else "",
+        f"{args.samples}x-t{args.temperature:g}-seed{args.seed}" if args.temperature else "",
+        f"max{args.max_new_tokens}" if args.max_new_tokens else "",
+    ]
+    model_name = args.model.strip("/").replace("/", "--")
+    untuned = f"{'runs/tiny' if args.tiny else 'runs'}/eval-{model_name}-{prompt_name}"
+    return Path(args.out or (run[0] if run else untuned)), "-".join(filter(None, parts))
+
+
+def check_place(args, folder: Path, name: str) -> None:
+    """Raise UserError if the result could not be written, or would replace the result of another
+    model, other data or another precision. Called before the work, not after it."""
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # for example a name that is too long
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+    existing = next(f for f in (folder, *folder.absolute().parents) if os.path.exists(f))
+    if not os.path.isdir(existing) or not os.access(existing, os.W_OK):
+        raise UserError(f"cannot write to {folder}: {existing} is not a folder, or is read-only")
+    path = folder / f"{name}.json"
+    if not os.path.exists(path):
+        return
+    old = files.read_json(path)
+    keys = ["data_sha256" if "data_sha256" in old else "data", "precision"]
+    run = run_of(args.model)
+    if not run or run[0] != folder:  # a run's own folder may have been renamed
+        keys.append("model")
+    for key in keys:
+        if key in old and not files.same_place(old[key], getattr(args, key)):
+            other = "other problems" if key == "data_sha256" else f"{key} {old[key]}"
+            raise UserError(f"{path} is a result with {other}: choose another --out")
+
+
+def rank(path: Path) -> tuple:
+    """Sorting key of a folder's evaluations; `read_rows` takes the last. Later are: the test split,
+    then fewer settings in the name, then more problems, then the newer file."""
+    parts = path.stem.split("-")
+    n = max((int(part) for part in parts if part.isdecimal()), default=0)
+    return path.name.startswith("eval-test"), -len(parts), n, path.stat().st_mtime
+
+
+def read_rows(where: str) -> tuple[str, list[dict]]:
+    """(path, rows) of an evaluation. `where` is its .jsonl file, its .json file, or a run's folder,
+    where `rank` chooses. Raises UserError if there is no evaluation or a row is not valid."""
+    path = Path(where)
+    if path.suffix == ".json" and not os.path.isdir(path):
+        path = path.with_suffix(".jsonl")
+    if os.path.isdir(path):
+        found = sorted(path.glob("eval-*.jsonl"), key=rank)
+        if not found:
+            raise UserError(f"{where} has no evaluation yet: python evaluate.py --model {where}")
+        path = found[-1]
+    elif not os.path.exists(path):
+        raise UserError(f"there is no {path}: give a run's folder or an eval-....jsonl file")
+    types = {"index": int, "correct": bool, "gold": int | float, "question": str, "completion": str}
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        for row in rows:
+            if wrong := [key for key, kind in types.items() if not isinstance(row[key], kind)]:
+                raise ValueError(f"a row's {wrong[0]} is {row[wrong[0]]!r}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        problem = f"a row has no {e}" if isinstance(e, KeyError) else str(e)
+        raise UserError(f"cannot read an evaluation from {path}: {problem}") from e
+    return str(path), rows

@@ -1,0 +1,298 @@
+"""Command-line flags and recipes of the two training scripts, and the parser every command uses.
+
+A recipe gives a value to what the command line leaves open. `tuned` is ours, `original` is the
+study's that this project reproduces; docs/recipes.md compares them and says what the study leaves
+open.
+"""
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from nanogsm import UserError, data
+from nanogsm.fast.checkpointing import CHECKPOINTING
+from nanogsm.run import machine, past
+
+# ---------------------------------------------------------------------------------------- recipes
+
+
+class Setting(NamedTuple):
+    """A flag whose default depends on the recipe. A pair of values is (full, with --lora)."""
+
+    name: str
+    help: str
+    original: object
+    tuned: object
+
+
+SFT = (
+    Setting("lr", "Peak learning rate.", (1e-5, 1e-5), (2e-5, 2e-4)),
+    Setting("warmup", "Share of all steps in which the learning rate rises from 0.", 0.0, 0.03),
+    Setting("epochs", "Passes over the data.", 1, 1),
+    Setting("micro_batch", "Examples that go through the model at once.", 8, 8),
+    Setting("accumulation", "Micro-batches per step. Only micro-batch x accumulation changes the "
+            "result; how it is split changes memory.", 2, 2),
+)  # fmt: skip
+# The embedded model is so small that it learns at rates 50 to 100 times higher.
+SFT_TINY = {
+    "original": {"lr": (1e-3, 1e-3), "micro_batch": 16, "accumulation": 1},
+    "tuned": {"lr": (2e-3, 1e-2), "micro_batch": 16, "accumulation": 1},
+}
+
+PPO = (
+    Setting("steps", "Steps: each is a rollout with its updates.", 100, 100),
+    Setting("rollouts", "Answers sampled per step.", 512, 512),
+    Setting("rollout_batch", "Answers sampled per batch. More take more memory.", 32, 64),
+    Setting("critic", "Trunk of the critic: the policy's own, or adapters of its own.",
+            "shared", "shared"),
+    Setting("critic_warmup", "First steps, which train the critic alone.", 0, 0),
+    Setting("kl_coef", "Reward lost per nat of KL from the reference.", 0.05, 0.001),
+    Setting("gamma", "Discount per token.", 0.99, 1.0),
+    Setting("lam", "GAE's lambda.", 0.95, 1.0),
+    Setting("epochs", "Passes over a rollout.", 2, 1),
+    Setting("micro_batch", "Answers that go through the model at once in an update.", 2, 8),
+    Setting("accumulation", "Micro-batches per update. Only micro-batch x accumulation changes the "
+            "result; how it is split changes memory.", 8, 16),
+    Setting("lr", "Learning rate of the policy, constant.", (5e-7, 5e-7), (1e-6, 2e-5)),
+    Setting("value_lr", "Learning rate of the value head and of a separate critic.", 5e-7, 1e-4),
+    Setting("value_coef", "Weight of the value loss, in a shared trunk. (On weights of its own "
+            "Adam undoes a constant factor.)", 0.1, 1.0),
+    Setting("entropy_coef", "Weight of the entropy bonus.", 0.01, 0.0),
+    Setting("clip", "PPO's epsilon: how far from 1 the probability ratio counts.", 0.2, 0.2),
+    Setting("value_clip", "How far from its value at rollout time a value counts.", 0.2, 0.5),
+)  # fmt: skip
+PPO_TINY = {
+    "original": {"steps": 20, "rollout_batch": 256, "micro_batch": 16, "accumulation": 1,
+                 "lr": (5e-5, 5e-5), "value_lr": 5e-5},
+    "tuned": {"steps": 20, "rollout_batch": 256, "micro_batch": 64, "accumulation": 4,
+              "lr": (1.5e-4, 1e-3), "value_lr": 2e-3, "kl_coef": 0.01},
+}  # fmt: skip
+
+
+def recipe(settings: tuple[Setting, ...], name: str, changes: dict | None = None) -> dict:
+    """{flag: value} of a recipe, with some values changed (those for --tiny)."""
+    return {s.name: getattr(s, name) for s in settings} | (changes or {}).get(name, {})
+
+
+# ------------------------------------------------------------------------------------- the parser
+
+
+class Help(argparse.HelpFormatter):
+    """--help with the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        says_nothing = action.default in (None, False, 0, "", "auto", argparse.SUPPRESS)
+        return (action.help or "") + ("" if says_nothing else " Default: %(default)s.")
+
+
+class Parser(argparse.ArgumentParser):
+    """A bad flag is one line, like all bad input, and not a page of usage."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def check_numbers(
+    args: argparse.Namespace, at_least: dict[str, float], positive: tuple = ()
+) -> None:
+    """UserError for the first flag that is below its limit, above ten million (a seed: 2**31 - 1),
+    or not positive where it must be. None means unset."""
+    for name in (*at_least, *positive):
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        most = 2**31 - 1 if name == "seed" else 10**7
+        if value is None:
+            continue
+        if name in positive and not 0 < value < math.inf:
+            raise UserError(f"{flag} is {value}: give a positive number")
+        if name in at_least and not at_least[name] <= value <= most:
+            limit = f"at most {most:,}" if value > most else f"at least {at_least[name]}"
+            raise UserError(f"{flag} is {value}: give {limit}")
+
+
+def add_tiny_flag(p: argparse.ArgumentParser) -> None:
+    text = "Use the embedded model and its problems: no download, any machine."
+    p.add_argument("--tiny", action="store_true", help=text)
+
+
+def add_data_dir_flag(p: argparse.ArgumentParser) -> None:
+    text = "Folder with GSM8K's .jsonl files. Default: $NANOGSM_DATA_DIR, else a download."
+    p.add_argument("--data-dir", default=os.environ.get("NANOGSM_DATA_DIR"), help=text)
+
+
+def add_compute_flags(p: argparse.ArgumentParser) -> None:
+    """--device and --precision, to be resolved by machine.pick_compute."""
+    text = "cuda, mps or cpu. auto takes the first that is there."
+    p.add_argument("--device", default="auto", help=text)
+    text = "Of matrix products. auto is bf16 where the hardware has it."
+    p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=text)
+
+
+def training_parser(description: str, settings: tuple, changes: dict, argv: list[str]) -> Parser:
+    """A parser with the flags that both training scripts have, and with a script's own settings."""
+    p = Parser(description)
+    add = p.add_argument
+    add("--recipe", choices=("tuned", "original"), default="original",
+        help="Where values come from that are not given.")  # fmt: skip
+    add_tiny_flag(p)
+    add("--lora", action="store_true", help="Train LoRA adapters on a frozen base.")
+    add("--lora-r", type=int, help="Rank of the adapters. Default: 16.")
+    add("--lora-alpha", type=float, help="The change is scaled by alpha / r. Default: 32.")
+    add("--data", default="main",
+        help="main, socratic or a .jsonl file of your own (with --tiny also worked).")  # fmt: skip
+    add_data_dir_flag(p)
+    add("--max-new-tokens", type=int, help="Longest answer, in tokens. Default: 320 (socratic 512, "
+        "tiny 128, tiny's socratic 160).")  # fmt: skip
+    for setting in settings:
+        # With --tiny on the command line, --help shows tiny's values.
+        tiny = changes if "--tiny" in argv else None
+        ours, theirs = (recipe(settings, x, tiny)[setting.name] for x in ("tuned", "original"))
+        kind = type(ours[0] if isinstance(ours, tuple) else ours)
+        other = f"; original: {_shown(theirs)}" if theirs != ours else ""
+        text = f"{setting.help} Default: {_shown(ours)}{other}."
+        add(f"--{setting.name.replace('_', '-')}", type=kind, help=text)
+    add("--max-grad-norm", type=float, default=1.0, help="Gradients are scaled down to this norm.")
+    add("--optim", choices=("adamw8bit", "adamw"), default="adamw8bit",
+        help="AdamW with moments in 8 or 32 bits.")  # fmt: skip
+    add("--checkpointing", choices=CHECKPOINTING,
+        help="What backward computes again: nothing, the cheap part, or every block. More takes "
+        "less memory. Default: light (tiny: none).")  # fmt: skip
+    add("--val-examples", type=int, help="Training problems held out for validation. Default: 64 "
+        "(tiny: 256), at most a tenth of the data.")  # fmt: skip
+    add("--seed", type=int, default=0, help="Seed of the order of problems, sampling and adapters.")
+    add("--save-every", type=int, help="Steps between checkpoints.")
+    add("--overwrite", action="store_true", help="Start over in a folder that has a run.")
+    add("--wandb", metavar="PROJECT", help="Also send the metrics to Weights & Biases.")
+    add("--dry-run", action="store_true", help="Print the plan. No weights are loaded.")
+    add_compute_flags(p)
+    return p
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        full, lora = value
+        return f"{full:g}" if full == lora else f"{full:g}, with --lora {lora:g}"
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
+def fill_in(args: argparse.Namespace, script: str, settings: tuple, changes: dict) -> None:
+    """Give a value to what the command line left open, from the recipe and the machine."""
+    for name, value in recipe(settings, args.recipe, changes if args.tiny else None).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value[args.lora] if isinstance(value, tuple) else value)
+    args.lora_r = 16 if args.lora_r is None else args.lora_r
+    args.lora_alpha = 32.0 if args.lora_alpha is None else args.lora_alpha
+    args.checkpointing = args.checkpointing or ("none" if args.tiny else "light")
+    folder, method = "runs/tiny" if args.tiny else "runs", "lora" if args.lora else "full"
+    args.out = args.out or f"{folder}/{script}-{method}-{Path(args.data).stem}"
+    args.data, args.precision = for_tiny(args)
+    args.device, args.precision = machine.pick_compute(args.device, args.precision)
+
+
+def for_tiny(args: argparse.Namespace) -> tuple[str, str]:
+    """(--data, --precision) as --tiny means them: its own problems, and float32, in which so small
+    a model is no slower and machines agree more closely."""
+    given = args.data or "main"
+    if not args.tiny:
+        return given, args.precision
+    own = {"main": "tiny", "socratic": "tiny-socratic", "worked": "tiny-worked"}
+    return own.get(given, given), "fp32" if args.precision == "auto" else args.precision
+
+
+# --------------------------------------------------------------------------------------- the flags
+
+
+def sft_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments of train_sft.py, complete and checked."""
+    argv = sys.argv[1:] if argv is None else argv
+    p = training_parser("Fine-tune Gemma on GSM8K, full or LoRA.", SFT, SFT_TINY, argv)
+    add = p.add_argument
+    add("--model", help="Hub id, folder or run to start from. Default: google/gemma-2b-it.")
+    add("--merge", action="store_true", help="Also save base and adapters as one model.")
+    add("--style", choices=("plain", "chat"), default="plain", help="Style of the prompt.")
+    add("--instruction", action="store_true", help="Begin prompts with the instruction.")
+    add("--max-seq-length", type=int, default=768, help="Longer examples are left out.")
+    add("--max-examples", type=int, help="Train on a fixed sample of this many examples.")
+    add("--min-lr", type=float, help="Where the cosine ends. Default: a tenth of --lr.")
+    add("--weight-decay", type=float, default=0.0, help="AdamW's weight decay, of matrices only.")
+    add("--val-every", type=int, default=0, help="Steps between validations. 0: at the end only.")
+    add("--keep", choices=("last", "best"), default="last",
+        help="Weights to save: the last, or those of the best validation.")  # fmt: skip
+    add("--out", help="Run folder. Default: runs/sft-{full,lora}-{data} (tiny: runs/tiny/...).")
+    p.set_defaults(save_every=100)
+    args = p.parse_args(argv)
+    for name in ("lora_r", "lora_alpha"):
+        if getattr(args, name) is not None and not args.lora:
+            raise UserError(f"--{name.replace('_', '-')} goes with --lora")
+    args.tiny = args.tiny or bool(args.model and past.is_tiny(args.model))
+    if args.model is None:  # an empty name is a mistake, and is refused later
+        args.model = "tiny" if args.tiny else "google/gemma-2b-it"
+    fill_in(args, "sft", SFT, SFT_TINY)
+    args.min_lr = 0.1 * args.lr if args.min_lr is None else args.min_lr
+    if args.max_new_tokens is None:
+        args.max_new_tokens = data.answer_limit(args.data)
+
+    at_least = {
+        "lora_r": 1, "max_seq_length": 2, "max_examples": 1, "epochs": 1, "micro_batch": 1,
+        "accumulation": 1, "val_examples": 0, "val_every": 0, "max_new_tokens": 1, "save_every": 1,
+        "seed": 0,
+    }  # fmt: skip
+    check_numbers(args, at_least, positive=("lr", "max_grad_norm", "lora_alpha"))
+    for name, most in (("min_lr", args.lr), ("warmup", 1), ("weight_decay", 10)):
+        if not 0 <= getattr(args, name) <= most:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} is {getattr(args, name):g}: give a number from 0 to {most:g}")
+    if args.merge and not args.lora:
+        raise UserError("--merge goes with --lora: full fine-tuning has nothing to merge")
+    if args.keep == "best" and args.val_every == 0:
+        raise UserError(
+            "--keep best needs --val-every: steps between the validations to choose from"
+        )
+    return args
+
+
+def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments of train_ppo.py, complete and checked. val_examples stays None where --init is
+    no run: how many problems are held out then depends on how many there are."""
+    argv = sys.argv[1:] if argv is None else argv
+    description = "PPO with a critic on GSM8K. With --tiny this page shows tiny's values."
+    p = training_parser(description, PPO, PPO_TINY, argv)
+    add = p.add_argument
+    add("--init", help="Run or model to start from. Default: runs/sft-full-main, with --lora "
+        "runs/sft-lora-main (tiny: runs/tiny/...).")  # fmt: skip
+    add("--temperature", type=float, default=1.0, help="Sampling temperature.")
+    add("--val-every", type=int, default=10, help="Steps between validations. 0: at the end only.")
+    add("--out", help="Run folder. Default: runs/ppo-{full,lora}-{data} (tiny: runs/tiny/...).")
+    p.set_defaults(save_every=5)
+    args = p.parse_args(argv)
+    args.init = args.init and os.path.expanduser(args.init)
+    args.tiny = args.tiny or bool(args.init and past.is_tiny(args.init))
+    fill_in(args, "ppo", PPO, PPO_TINY)
+    if args.init is None:  # a run that has begun keeps its start
+        folder, method = "runs/tiny" if args.tiny else "runs", "lora" if args.lora else "full"
+        args.init = past.recorded_init(args.out) or f"{folder}/sft-{method}-main"
+    if args.max_new_tokens is None:
+        args.max_new_tokens = past.answer_limit_of(args.init, args.data)
+    if args.val_examples is None:
+        args.val_examples = past.held_out_by(args.init, args.data)
+
+    at_least = {
+        "lora_r": 1, "max_new_tokens": 1, "steps": 1, "rollouts": 1, "rollout_batch": 1,
+        "epochs": 1, "micro_batch": 1, "accumulation": 1, "critic_warmup": 0, "val_examples": 0,
+        "val_every": 0, "save_every": 1, "seed": 0, "kl_coef": 0, "value_coef": 0, "entropy_coef": 0,
+    }  # fmt: skip
+    positive = ("lr", "value_lr", "clip", "value_clip", "max_grad_norm", "lora_alpha")
+    check_numbers(args, at_least, positive)
+    if not 0.01 <= args.temperature <= 100:
+        raise UserError(f"--temperature is {args.temperature}: give 1, or at least 0.01")
+    for name in ("gamma", "lam"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name} is {getattr(args, name):g}: give a number from 0 to 1")
+    if args.critic not in ("shared", "separate"):
+        raise UserError(f"--critic is {args.critic}: give shared or separate")
+    return args

@@ -1,0 +1,189 @@
+"""What surrounds a training loop, so that the loop itself shows only the training.
+
+    with run:                                        # continue from the last checkpoint, if any
+        for step in range(run.first, steps):
+            if run.validation_due():
+                run.record_validation(validate())
+            ...                                      # one step
+            run.end_step(metrics)                    # log, show, save when due, stop when asked
+        if run.validation_due():
+            run.record_validation(validate())
+        run.finish({})
+
+Ctrl-C and SIGTERM raise Stopped at the end of a step, or in `run.watch` during sampling. The `with`
+catches it, saves the last whole step, and leaves `run.status` at 130 or 143. So an update must
+never raise Stopped: half of it would be in the checkpoint.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable
+
+from nanogsm import UserError
+from nanogsm.optim import AdamW
+from nanogsm.run import console
+from nanogsm.run.folder import RunFolder
+from nanogsm.run.machine import peak_memory
+
+
+class Run:
+    """One training run of `steps` steps in a run folder.
+
+    optimizers: {prefix of its names in the checkpoint: optimizer}. They hold all that training
+    changes: weights, moments and step counts. args: the script's, of which save_every, val_every,
+    device and wandb are read here. held_out: how many problems a validation asks, 0 for no
+    validation. show: metrics for the progress line. warn(metrics) returns lines to print.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        steps: int,
+        optimizers: dict[str, AdamW],
+        args,
+        held_out: int = 0,
+        show: tuple[str, ...] = (),
+        warn: Callable[[dict], Iterable[str]] = lambda metrics: (),
+    ):
+        self.folder, self.steps, self.optimizers, self.args = folder, steps, optimizers, args
+        self.held_out, self.show, self.warn = held_out, show, warn
+        self.first = self.step = 0  # where this process begins; how many steps are done
+        self.metrics: dict = {}  # of the last step
+        self.validated: dict = {}  # the last validation, and the best one
+        self.best: dict = {}
+        self.status = 0
+        self._phases: list[tuple[str, float]] = []
+
+    def __enter__(self) -> "Run":
+        self._continue()
+        if self.args.wandb:
+            self.folder.start_wandb(self.args.wandb, vars(self.args))
+        self._entered = contextlib.ExitStack()
+        self.stop = self._entered.enter_context(console.graceful_stop())
+        self.progress = self._entered.enter_context(console.Progress(self.steps))
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        with self._entered:
+            if kind is not None and issubclass(kind, console.Stopped):
+                self.save_checkpoint()
+                self.progress.note(self.stop.message(self.step))
+                self.status = self.stop.exit_code
+                return True  # the exception ends here
+        return False
+
+    # ---- steps
+
+    def phase(self, name: str) -> None:
+        """Name what the step does from here on. Its duration is logged as seconds_<name>."""
+        self._phases.append((name, time.perf_counter()))
+        self.progress.update(self.step, now=name)
+
+    def end_step(self, metrics: dict, answers: list[dict] = ()) -> None:
+        """Log a step's metrics and some of its answers, save if a checkpoint is due, stop if
+        asked."""
+        self.step += 1
+        end = time.perf_counter()
+        marks = [*self._phases, ("", end)]
+        seconds = {
+            f"seconds_{name}": after - at for (name, at), (_, after) in zip(marks, marks[1:])
+        }
+        seconds["seconds"] = end - (marks[0][1] if self._phases else self._began)
+        memory = peak_memory(self.args.device)
+        self.metrics = {"step": self.step} | metrics | seconds | {"peak_memory": memory}
+        self.folder.log(self.metrics)
+        for answer in answers:
+            text = {name: value for name, value in answer.items() if name != "example"}
+            self.folder.sample({"step": self.step} | text)
+        for line in self.warn(self.metrics):
+            self.progress.note(f"step {self.step}: {line}")
+        if answers and (self.step - 1) % (self.args.val_every or self.steps) == 0:
+            self.progress.note(preview(answers[0]))
+        shown = {name: self.metrics[name] for name in self.show}
+        speed = self.metrics["tokens"] / self.metrics["seconds"]
+        self.progress.update(self.step, **shown, memory=memory, tokens_per_s=speed)
+        self._phases, self._began = [], time.perf_counter()
+        if self.step % self.args.save_every == 0 or self.step == self.steps:
+            self.save_checkpoint()
+        if self.stop.requested and self.step < self.steps:
+            raise console.Stopped
+
+    def watch(self, finished: int, tokens: int) -> None:
+        """The `progress` of generate: show how many answers are finished, stop if asked."""
+        self.progress.update(self.step, answered=finished)
+        if self.stop.requested:
+            raise console.Stopped
+
+    # ---- validation
+
+    def validation_due(self) -> bool:
+        """Whether to validate now, before the next step or after the last one."""
+        self._began = time.perf_counter()  # the next step's clock
+        every = self.args.val_every
+        due = self.step == self.steps or (every and self.step % every == 0)
+        return bool(self.held_out and due and self.validated.get("step") != self.step)
+
+    def record_validation(self, metrics: dict, answers: list[dict] = ()) -> bool:
+        """Log a validation and some of its answers. Returns whether it is the best so far."""
+        self.validated = {"step": self.step} | metrics
+        for answer in answers:
+            self.folder.sample({"step": self.step} | answer)
+        self.folder.log(self.validated)
+        self.progress.note(", ".join(f"{name} {x:.4g}" for name, x in self.validated.items()))
+        better = _score(self.validated) > _score(self.best)
+        if better:
+            self.best = self.validated
+        self._began = time.perf_counter()
+        return better
+
+    # ---- checkpoints
+
+    def save_checkpoint(self) -> None:
+        """Write what training has changed after `self.step` whole steps."""
+        tensors = {}
+        for prefix, optimizer in self.optimizers.items():
+            tensors |= {prefix + name: t for name, t in optimizer.state_tensors().items()}
+        state = {"metrics": self.metrics, "validated": self.validated, "best": self.best}
+        self.folder.save_checkpoint(self.step, tensors, state)
+
+    def _continue(self) -> None:
+        checkpoint = self.folder.load_checkpoint()
+        if checkpoint is None:
+            return
+        self.first, tensors, state = checkpoint
+        self.step = self.first
+        for prefix, optimizer in self.optimizers.items():
+            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            optimizer.load_state_tensors(own)
+        self.metrics, self.validated, self.best = (
+            state[name] for name in ("metrics", "validated", "best")
+        )
+        print(f"continuing {self.folder.path} from step {self.first}")
+
+    def finish(self, summary: dict) -> None:
+        """Mark the run as finished. Call it when the result is saved."""
+        self.folder.finish({"steps": self.steps} | summary)
+
+
+def check_finite(step: int, indices: list[int], lower: str, **values: float) -> None:
+    """UserError that names the step and its problems if a value is NaN or infinite."""
+    if all(map(math.isfinite, values.values())):
+        return
+    what = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
+    raise UserError(
+        f"{what} at step {step + 1}; problems {indices}: lower {lower}, with --overwrite or "
+        "another --out; the last checkpoint, if any, is kept"
+    )
+
+
+def _score(validated: dict) -> tuple[float, float]:
+    """How --keep best compares validations: by exact match, then by loss."""
+    return validated.get("val_exact_match", -1.0), -validated.get("val_loss", math.inf)
+
+
+def preview(answer: dict) -> str:
+    """A sampled answer for the console, indented."""
+    text = f"{answer['question']}\n{answer['completion'].strip()}\n-> reward {answer['score']:g}"
+    return "\n".join(["a sampled answer:", *("    " + line for line in text.split("\n"))])

@@ -1,0 +1,58 @@
+"""Questions about earlier runs, answered from their folders: what they were trained on and how."""
+
+import json
+import os
+from pathlib import Path
+
+from nanogsm import data
+from nanogsm.store import files
+
+
+def run_of(model: str) -> tuple[Path, dict] | None:
+    """(folder, content of run_args.json) of the run that `model` names: the folder itself, or its
+    model/ or adapter/. None if it is no run."""
+    path = Path(os.path.abspath(os.path.expanduser(model)))
+    for folder in (path, *[path.parent] * (path.name in ("model", "adapter"))):
+        try:
+            record = json.loads((folder / "run_args.json").read_text(encoding="utf-8"))
+            data.Prompt(**record["info"]["prompt"]), record["args"]["val_examples"]
+            return folder, record
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return None
+
+
+def is_tiny(model: str) -> bool:
+    """Whether `model` is the embedded one, or a run that began with --tiny."""
+    run = run_of(model)
+    return model == "tiny" or bool(run and run[1]["args"].get("tiny"))
+
+
+def answer_limit_of(model: str, of_data: str) -> int:
+    """The default for --max-new-tokens: the data's own limit, or the limit that the run `model` was
+    validated with if that is larger. A socratic run gives long answers whatever it is asked."""
+    run = run_of(model)
+    return max(data.answer_limit(of_data), run[1]["args"].get("max_new_tokens", 0) if run else 0)
+
+
+def held_out_by(model: str, of_data: str) -> int | None:
+    """How many of these problems the run `model` held out. None if it is no run, or a run on other
+    problems. (main and socratic have the same questions in the same order.)"""
+    run = run_of(model)
+    theirs = str(run[1]["args"].get("data")) if run else ""
+    named = {theirs, of_data} <= set(data.NAMED)
+    alike = named and (theirs in data.GENERATED) == (of_data in data.GENERATED)
+    same = alike or files.same_place(theirs, of_data)
+    return run[1]["args"]["val_examples"] if same else None
+
+
+def recorded_init(folder: str) -> str | None:
+    """The --init of the PPO run in a folder; None if there is none."""
+    run = run_of(folder)
+    return run[1]["args"].get("init") if run else None
+
+
+def what_next(out: str, of_data: str, held_out: int) -> str:
+    """The last line of a finished run. For a user's own file it asks the held-out problems."""
+    own = f" --split validation --data {of_data}" if of_data not in data.NAMED and held_out else ""
+    return f"the result is in {out}; next: python evaluate.py --model {out}{own}"

@@ -1,0 +1,84 @@
+"""The opening of a training run: which weights, which problems, which folder."""
+
+import os
+from pathlib import Path
+
+from nanogsm import UserError, data
+from nanogsm.model import load_model, save_model
+from nanogsm.run import machine, past
+from nanogsm.run.folder import RunFolder
+from nanogsm.store import hub
+
+# Settings that may change when a run continues. Some change memory and not the result; of the two
+# factors of a batch only the product counts, and it is compared. A data file may move: its content
+# is compared, by digest.
+MAY_DIFFER = ("save_every", "data_dir", "data", "device", "merge", "wandb", "checkpointing",
+              "micro_batch", "accumulation", "rollout_batch")  # fmt: skip
+
+
+def find_start(args, flag: str) -> hub.ModelFiles:
+    """The files of the model that --model or --init (`flag`) names. UserError if they lie in the
+    run folder, which would replace them."""
+    found = hub.find_model(getattr(args, flag), weights=not args.dry_run)
+    out = Path(args.out).resolve()
+    if any(path and path.resolve().is_relative_to(out) for path in (found.base, found.adapter)):
+        raise UserError(f"--{flag} lies in the run folder {args.out}: choose another --out")
+    return found
+
+
+def split_problems(args) -> tuple[list[data.Problem], list[data.Problem]]:
+    """(training problems, problems held out of them for validation). Fills in args.val_examples."""
+    problems = data.load_problems(args.data, "train", args.data_dir)
+    if args.val_examples is None:
+        args.val_examples = data.usual_held_out(len(problems), args.tiny)
+    return data.split_validation(problems, args.val_examples)
+
+
+def encode_all(tokenizer, problems, prompt: data.Prompt, max_seq_length: int) -> list[data.Example]:
+    """Problems as training examples. Those over the limit are left out, never cut: a cut answer
+    would lose its #### and teach the model not to give one."""
+    encoded = [(p.index, data.encode(tokenizer, prompt, p.question, p.answer)) for p in problems]
+    examples = [data.Example(*ids_and_mask, index) for index, ids_and_mask in encoded]
+    kept = [example for example in examples if len(example.ids) <= max_seq_length]
+    limit = f"longer than --max-seq-length {max_seq_length}"
+    if examples and not kept:
+        shortest = min(len(example.ids) for example in examples)
+        raise UserError(f"every example is {limit} (the shortest has {shortest} tokens)")
+    if len(kept) < len(examples):
+        print(f"left out {len(examples) - len(kept)} of {len(examples)} examples: {limit}")
+    return kept
+
+
+def merge_result(folder: Path, found: hub.ModelFiles) -> None:
+    """Save the base with the run's adapter merged into it as model/, unless that is there."""
+    if not (folder / "model").exists():
+        merged, tokenizer = load_model(found._replace(adapter=folder / "adapter"), merge=True)
+        save_model(merged, tokenizer, folder / "model")
+        print(f"merged into {folder / 'model'}")
+
+
+def open_folder(args, flag: str, found: hub.ModelFiles, prompt: data.Prompt, problems) -> RunFolder:
+    """The run folder of these arguments, locked. `problems` are all the run uses, held out or
+    not."""
+    settings = {k: v for k, v in vars(args).items() if k not in ("dry_run", "overwrite", "out")}
+    settings |= {
+        f"{flag}_sha256": hub.fingerprint(found),
+        "data_sha256": data.digest(problems),
+        "prompt": prompt._asdict(),
+        "batch": args.micro_batch * args.accumulation,
+    }
+    info = machine.environment() | {"prompt": prompt._asdict(), "base": str(found.base)}
+    return RunFolder(args.out, settings, info, args.overwrite, MAY_DIFFER)
+
+
+def prompt_of_init(args) -> data.Prompt:
+    """The prompt that the run --init was trained with. UserError if PPO's default start is
+    missing."""
+    if not os.path.isdir(args.init) and args.init.startswith("runs/"):
+        sft = "python train_sft.py" + " --tiny" * args.tiny + " --lora" * ("lora" in args.init)
+        raise UserError(
+            f"there is no {args.init} yet: PPO starts from a fine-tuned model; {sft} makes the "
+            "default one, --init names another (for --dry-run any model)"
+        )
+    run = past.run_of(args.init)
+    return data.Prompt(**run[1]["info"]["prompt"]) if run else data.Prompt()
