@@ -1,10 +1,9 @@
 """PPO with a critic and GAE for a language model (Schulman et al. 2017, arXiv 1707.06347).
 
-    python train_ppo.py --tiny                       # from runs/tiny/sft-full-main, minutes
-    anywhere python train_ppo.py                              # from runs/sft-full-main ->
-    runs/ppo-full-main python train_ppo.py --lora                       # adapters on one frozen
-    base, for both models python train_ppo.py --init PATH --dry-run        # parameters, memory,
-    steps; loads no weights
+    python train_ppo.py --tiny                  # from runs/tiny/sft-full-main, minutes anywhere
+    python train_ppo.py                         # from runs/sft-full-main -> runs/ppo-full-main
+    python train_ppo.py --lora                  # adapters, from runs/sft-lora-main
+    python train_ppo.py --init PATH --dry-run   # parameters, memory, steps; loads no weights
 
 One step: the model samples answers to problems (rollout). Each answer is right or wrong (reward). A
 critic predicts from every prefix how the answer will end. Where things went better than predicted,

@@ -254,8 +254,8 @@ def show_updates(model, loss, steps, lr, names):
 
 
 def show_spread(model, loss, steps):
-    """How far sqrt(v) lies below the largest of its block. The floor and the power of the codes must
-    cover this range."""
+    """How far sqrt(v) lies below the largest of its block. The floor and the power of the codes
+    must cover this range."""
     optimizer = AdamW(model.named_parameters(), lr=0.0, bits=32)
     for step in range(steps):
         loss(step).backward()

@@ -2,12 +2,14 @@
 
     python -m docs.make_reading
 
-The numbers of its first nine sections come from running the shipped functions on the embedded model, a
-minute at most, and a test compares the committed page with a fresh one. What follows them is prose about
-results/.
+The numbers of its nine numbered sections come from running the shipped functions on the embedded
+model. This takes less than a minute. A test compares the committed page with a fresh one. The
+sections that follow are prose about results/.
 """
 
 import contextlib
+import re
+import textwrap
 from pathlib import Path
 
 import torch
@@ -15,284 +17,526 @@ import torch
 import train_ppo
 import train_sft
 from nanogsm import data, generate, lora
-from nanogsm.logprob import token_logprobs
+from nanogsm.logprob import next_token_logprobs
 from nanogsm.model import load_model
 from nanogsm.optim import AdamW
-from nanogsm.run import console
+from nanogsm.run import console, flags, start
 from nanogsm.store import files
 
 PAGE = Path(__file__).with_name("reading.md")
+WIDTH = 100  # of the page's prose
+PROMPT = data.Prompt()
 plain = contextlib.nullcontext  # no autocast: float32
+
+# ---------------------------------------------------------------------------------------- markdown
+
+
+def wrapped(text: str) -> str:
+    """Fill the paragraphs and list items of a page. Headings, tables and code blocks stay."""
+    blocks, in_code = [], False
+    for block in text.strip().split("\n\n"):
+        was_code, in_code = in_code, in_code ^ (block.count("```") % 2 == 1)
+        if not (was_code or block.startswith(("```", "#", "|"))):
+            items = re.split(r"\n(?=- )", block)
+            block = "\n".join(filled(item) for item in items)
+        blocks.append(block)
+    return "\n\n".join(blocks)
+
+
+def filled(text: str) -> str:
+    # No code span is broken, and no line begins with "+ 1" or "1. ", which would be a list.
+    text = " ".join(text.split())
+    text = re.sub(r"`[^`]*`", lambda span: span[0].replace(" ", "\0"), text)
+    text = re.sub(r"(?<=\S) (?=([-+*#>|]|\d+[.)]) )", "\0", text)
+    indent = "  " * text.startswith("- ")
+    how = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": indent}
+    return textwrap.fill(text, WIDTH, **how).replace("\0", " ")
 
 
 def code(text: str) -> str:
-    return "```\n" + text.rstrip() + "\n```\n"
+    return "```\n" + text.rstrip() + "\n```"
+
+
+def table(*rows: tuple[str, ...]) -> str:
+    """A Markdown table. The first row is the head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
 def token_table(columns: dict[str, list]) -> str:
-    """Columns of equal length as aligned text; numbers with three decimals."""
+    """Columns of equal length as aligned text, numbers with three decimals."""
     show = lambda x: x if isinstance(x, str) else f"{x:.3f}"  # noqa: E731
     cells = [[name, *map(show, values)] for name, values in columns.items()]
     widths = [max(map(len, column)) for column in cells]
-    return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths)) for row in zip(*cells))
+    rows = zip(*cells)
+    return code("\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths)) for row in rows))
+
+
+def piece(tokenizer, i: int) -> str:
+    return "<eos>" if i in tokenizer.stop_ids else repr(tokenizer.decode([i]))
+
+
+# ------------------------------------------------------------------------------ the numbered parts
 
 
 def sections() -> list[str]:
+    """The parts of the page, in order."""
     torch.manual_seed(0)
     model, tokenizer = load_model("tiny", torch.float32)
-    piece = lambda i: repr(tokenizer.decode([i])) if i not in tokenizer.stop_ids else "<eos>"  # noqa: E731
-    problems = data.load_problems("tiny", "train")
-    problem, other = problems[0], problems[1]
-    found = [HEAD]
-
-    # ---- data
-    found.append(f"""## 1. A problem
-
-[data.py](../nanogsm/data.py), `Problem` and `load_problems`. A line of a JSONL file becomes a question, an answer and an index, its place in the file. GSM8K's answers
-explain, annotate every calculation as `<<expression=result>>`, and end with `####` and the number that counts.
-
-{code(f"question  {problem.question}" + chr(10) + "answer    " + problem.answer.replace(chr(10), chr(10) + "          "))}""")
-
-    prompt = data.Prompt()
-    ids, mask = data.encode(tokenizer, prompt, problem.question, problem.answer)
-    found.append(f"""## 2. Prompt, ids, mask
-
-`Prompt` and `encode`. The question becomes `Question: ... Answer:`, the tokenizer makes ids of it, and the mask says which of them are
-learnt: those of the answer and the `<eos>` after it. {len(ids)} ids, {sum(mask)} of them supervised. With `Tokenizer.show` you see it for any example:
-
-{code(tokenizer.show(ids[:10], mask[:10]) + " ..." + chr(10) + "... " + tokenizer.show(ids[-12:], mask[-12:]))}
-The space after `Answer:` belongs to the answer: the tokenizer joins it to the answer's first word, and a prompt that ended in a lone space
-would end in a token that training never saw there.
-""")
-
+    problems = data.load_problems("tiny", "train")[:2]
     examples = [
-        data.Example(*data.encode(tokenizer, prompt, p.question, p.answer), p.index) for p in (problem, other)
+        data.Example(*data.encode(tokenizer, PROMPT, p.question, p.answer), p.index)
+        for p in problems
     ]
-    batch = data.collate(examples, tokenizer.pad_id, "cpu")
-    B, T = batch.ids.shape
-    found.append(f"""## 3. A batch
-
-`micro_batches` and `collate`. Rows are padded on the right: problem 0 has {len(examples[0].ids)} ids, problem 1
-has {len(examples[1].ids)}, and together they are `ids` and `mask` of shape ({B}, {T}). Right padding needs no attention mask: the causal mask already hides what
-comes later, and nobody asks what the model thinks at padding. On the left it would break four things: positions that count from 0, attention without a mask, the `lengths` by
-which the model leaves padding out, and a KV cache whose slot is the token's position. Padding costs nothing: given the `lengths`, the model lays rows end to end,
-without it.
-""")
-
-    # ---- the model
+    batch = data.collate(examples, tokenizer.pad_id)
     with torch.no_grad():
-        hidden = model(batch.ids, batch.lengths)
-        predicted = model.logits(hidden[0, :-1]).softmax(-1)  # (T - 1, V)
-    c = model.config
-    found.append(f"""## 4. Hidden states
+        hidden = model(batch.ids, batch.lengths)  # (B, T, D)
+        logp, _ = next_token_logprobs(model.vocabulary, hidden, batch.ids, batch.mask)
+    optimizer = AdamW(model.named_parameters(), lr=1e-3)
+    parts = [
+        HEAD,
+        problem_part(problems[0]),
+        prompt_part(tokenizer, examples[0]),
+        batch_part(examples, batch),
+        hidden_part(model.config, batch),
+        logprob_part(model, tokenizer, batch, hidden, logp),
+        loss_part(model, tokenizer, examples, logp, optimizer),
+        lora_part(tokenizer, examples),
+        answer_part(model, tokenizer, problems[0], examples[0], optimizer),
+        TERMS,
+        ppo_part(tokenizer, problems[0]),
+        TAIL,
+    ]
+    return [wrapped(part) + "\n" for part in parts]
 
-[model.py](../nanogsm/model.py), `Gemma.forward`. Each id becomes a vector of {c.hidden_size} numbers, scaled by sqrt({c.hidden_size}); {c.num_hidden_layers} blocks add attention ({c.num_attention_heads}
-query heads on {c.num_key_value_heads} key and value head) and an MLP ({c.intermediate_size} wide) to it; a last norm, and out comes `hidden`, ({B}, {T}, {c.hidden_size}). Position t has seen tokens 0 to t and is there
-to predict token t + 1. Nothing is projected onto the {c.vocab_size:,} entries of the vocabulary yet: Gemma's own has 256,000, and its logits would be the
-largest thing in memory by far.
-""")
 
-    logp, _ = token_logprobs(model.vocabulary, hidden[:, :-1], batch.ids[:, 1:], batch.mask[:, 1:])
-    logp = logp.detach()
-    at = range(mask.index(1), mask.index(1) + 9)
-    found.append(f"""## 5. Log-probabilities
+def problem_part(problem: data.Problem) -> str:
+    answer = problem.answer.replace("\n", "\n          ")
+    text = f"question  {problem.question}\nanswer    {answer}"
+    return f"""## 1. A problem
 
-[logprob.py](../nanogsm/logprob.py), `token_logprobs`. Only supervised positions are projected, onto one block of the vocabulary after the other, and of each only one number is kept: the log of the
-probability the model gave to the token that came. Mind the shift, drawn once in [train_ppo.py](../train_ppo.py): hidden state t is scored against token t + 1.
-The answer's first nine tokens, by the untuned model:
+[data.py](../nanogsm/data.py), `Problem` and `load_problems`. A line of a JSONL file becomes a
+question, an answer and an index, which is its position in the file. GSM8K's answers explain every
+step and annotate every calculation as `<<expression=result>>`. They end with `####` and the number
+that counts.
 
-{code(token_table({
-    "token": [piece(ids[i]) for i in at],
-    "log p": [logp[0, i - 1].item() for i in at],
-    "p": [logp[0, i - 1].exp().item() for i in at],
-    "its favourite": [piece(predicted[i - 1].argmax().item()) for i in at],
-    "p of that": [predicted[i - 1].max().item() for i in at],
-}))}
-It expects a number at once, as its pretraining text has it.
-""")
+{code(text)}
+"""
 
-    # ---- SFT
-    supervised = int(batch.mask[:, 1:].sum())
-    loss = train_sft.backward_step(model, examples, 2, tokenizer.pad_id, plain)
-    one = train_sft.backward_step(model, examples[:1], 1, tokenizer.pad_id, plain)
-    model.zero_grad()
-    train_sft.backward_step(model, examples, 2, tokenizer.pad_id, plain)
-    trained = dict(model.named_parameters())
-    norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0).item()
-    optimizer = AdamW(trained.items(), lr=1e-3)
+
+def prompt_part(tokenizer, example: data.Example) -> str:
+    ids, mask, _ = example
+    shown = f"{tokenizer.show(ids[:10], mask[:10])} ...\n"
+    shown += f"... {tokenizer.show(ids[-12:], mask[-12:])}"
+    return f"""## 2. Prompt, ids, mask
+
+`Prompt` and `encode`. The question becomes `Question: ... Answer:`, and the tokenizer turns text
+into ids. The mask says which ids are learned: those of the answer and the end token `<eos>` after
+it. **EOS is learned here.** A model that never sees a supervised `<eos>` does not learn to stop.
+This example has {len(ids)} ids, of which {sum(mask)} are supervised. `Tokenizer.show` prints each
+token with its mask. The beginning and the end of the example:
+
+{code(shown)}
+
+The space after `Answer:` belongs to the answer, because the tokenizer joins a space to the word
+that follows it. A prompt that ended in a space would end in a lone space token, which the model
+never sees there in training.
+"""
+
+
+def batch_part(examples: list[data.Example], batch: data.Batch) -> str:
+    B, T = batch.ids.shape
+    return f"""## 3. A batch
+
+`micro_batches` and `collate`. Rows are padded on the right. Problem 0 has {batch.lengths[0]} ids
+and problem 1 has {batch.lengths[1]}, so together they are `ids` and `mask` of shape ({B}, {T}).
+
+Right padding needs no attention mask. The causal mask already hides what comes later, and nobody
+uses the hidden states at padding. Padding on the left would break four things: positions that count
+from 0, attention without a mask, the `lengths` with which the model leaves padding out, and a KV
+cache whose slot is the token's position.
+
+In training, padding costs nothing: given the `lengths`, the model takes padding out before its
+first layer and puts it back after the last one (`end_to_end` in
+[transformer.py](../nanogsm/transformer.py)).
+"""
+
+
+def hidden_part(c, batch: data.Batch) -> str:
+    B, T = batch.ids.shape
+    return f"""## 4. Hidden states
+
+[transformer.py](../nanogsm/transformer.py), `Transformer.forward`. Each id becomes a vector of
+{c.hidden_size} numbers, multiplied by sqrt({c.hidden_size}). Each of {c.num_hidden_layers} blocks
+adds the outputs of attention ({c.num_attention_heads} query heads, {c.num_key_value_heads} key and
+value head) and of an MLP ({c.intermediate_size} wide) to it. After a last norm the model returns
+`hidden`, of shape ({B}, {T}, {c.hidden_size}). Position t has seen tokens 0 to t, and it predicts
+token `t + 1`.
+
+Nothing is projected onto the {c.vocab_size} entries of the vocabulary yet. Gemma 1's vocabulary has
+256,000 entries, and the logits of a whole batch would take gigabytes.
+"""
+
+
+def logprob_part(model, tokenizer, batch: data.Batch, hidden, logp) -> str:
+    ids, first = batch.ids[0], batch.mask[0].nonzero()[0].item()
+    at = range(first, first + 9)
+    with torch.no_grad():
+        p = model.logits(hidden[0]).softmax(-1)  # (T, V)
+    tokens = token_table({
+        "token": [piece(tokenizer, ids[i].item()) for i in at],
+        "log p": [logp[0, i - 1].item() for i in at],
+        "p": [logp[0, i - 1].exp().item() for i in at],
+        "most likely": [piece(tokenizer, p[i - 1].argmax().item()) for i in at],
+        "its p": [p[i - 1].max().item() for i in at],
+    })  # fmt: skip
+    return f"""## 5. Log-probabilities
+
+[logprob.py](../nanogsm/logprob.py). `definition` says what is computed: project a hidden state onto
+the vocabulary, take the log-softmax, and pick the log-probability of the token that came next.
+`next_token_logprobs` makes the shift: hidden state t is scored against token `t + 1`, as drawn in
+[train_ppo.py](../train_ppo.py). Only supervised positions are projected.
+[fast/head.py](../nanogsm/fast/head.py) gives the same numbers one block of the vocabulary at a
+time, so that the logits are never all in memory. The answer's first nine tokens, by the untuned
+model:
+
+{tokens}
+
+The untuned model expects a bare number at once, because the answers in its pretraining text look
+like that.
+"""
+
+
+def train_step(model, tokenizer, examples: list, optimizer: AdamW) -> tuple[float, float]:
+    """One step as train_sft.train makes it: (loss, norm of the gradient)."""
+    loss = train_sft.backward_step(model, examples, len(examples), tokenizer.pad_id, plain)
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.params.values(), 1.0).item()
     optimizer.step()
     optimizer.zero_grad()
+    return loss, norm
+
+
+def loss_part(model, tokenizer, examples: list, logp, optimizer: AdamW) -> str:
+    alone = train_sft.backward_step(model, examples[:1], 1, tokenizer.pad_id, plain)
+    model.zero_grad()
+    supervised = sum(sum(example.mask) for example in examples)
+    loss, norm = train_step(model, tokenizer, examples, optimizer)
     after = train_sft.mean_loss(model, examples, 2, tokenizer.pad_id, plain)
-    found.append(f"""## 6. A loss, a gradient, an update
+    return f"""## 6. A loss, a gradient, an update
 
-[train_sft.py](../train_sft.py), `backward_step` and the loop in `train`. The loss is the sum of -log p over all supervised tokens of the step, divided by their number:
-here {-logp.sum().item():.3f} / {supervised} = {loss:.4f} nats a token. (Problem 0 alone: {one:.4f}. The mean of two examples' means would be another number, and would weigh the
-tokens of short answers more.) The gradient's norm is {norm:.2f}, so it is shortened to 1; [optim.py](../nanogsm/optim.py)'s AdamW takes a step of 0.001, and the loss of the same two
-examples is {after:.4f}.
-""")
+[train_sft.py](../train_sft.py), `backward_step` and the loop in `train`. **The loss is divided by
+the number of supervised tokens of the whole step**, not of one example or one micro-batch. It is
+the sum of `-log p` over these tokens, divided by their number: here {-logp.sum().item():.3f} /
+{supervised} = {loss:.4f} nats a token. The loss of problem 0 alone is {alone:.4f}. The mean of the
+two examples' means would be another number, and it would give the tokens of short answers a larger
+weight.
 
+The norm of the gradient is {norm:.2f}, so the gradient is scaled down to a norm of 1.0. AdamW
+([optim.py](../nanogsm/optim.py)) makes an update with a learning rate of 0.001. After the update
+the loss of the same two examples is {after:.4f}.
+"""
+
+
+def lora_part(tokenizer, examples: list) -> str:
     base, _ = load_model("tiny", torch.float32)
     total = sum(p.numel() for p in base.parameters())
     names = lora.add_lora(base, 16, 32.0)
-    adapters = {n: p for n, p in base.named_parameters() if p.requires_grad}
-    count = sum(p.numel() for p in adapters.values())
-    at_start = train_sft.backward_step(base, examples, 2, tokenizer.pad_id, plain)
-    moved = sum(p.grad.abs().max() > 0 for p in adapters.values())
-    found.append(f"""## 7. The same with LoRA
+    adapters = [p for p in base.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in adapters)
+    loss = train_sft.backward_step(base, examples, 2, tokenizer.pad_id, plain)
+    moved = sum((p.grad.abs().max() > 0).item() for p in adapters)
+    return f"""## 7. The same with LoRA
 
-[lora.py](../nanogsm/lora.py). Beside each of the {len(names)} linear layers of the blocks stand two narrow matrices A and B of rank 16: {count:,} numbers are trained, {total:,} are frozen (of so
-small a model that is a lot; of gemma-2b it is 0.8%). B starts at zero, so the loss is the same {at_start:.4f}, and of the {len(adapters)} matrices only the {moved} Bs get a gradient at
-the first step: A's goes through B.
-""")
+[lora.py](../nanogsm/lora.py). Each of the {len(names)} linear layers of the blocks gets two narrow
+matrices, A and B, of rank r = 16. They change the layer's output from `W x` to
+`W x + (alpha / r) B A x`. **The scale alpha / r** is 32 / 16 = 2 here. `LoRALinear.forward`
+multiplies the output of A by it, because that has only r numbers a token. {count:,} parameters are
+trained, and {total:,} are frozen. For gemma-2b the trained share is much smaller, 0.8% of the
+model.
 
-    greedy = lambda m: tokenizer.decode(  # noqa: E731
-        generate.generate(m, [data.encode(tokenizer, prompt, problem.question)[0]], tokenizer.stop_ids, 80)[0].ids
-    )
-    untuned = greedy(load_model("tiny", torch.float32)[0]).strip()
+B starts at zero, so the loss is still {loss:.4f}. At the first step only {moved} of the
+{len(adapters)} matrices get a gradient, the Bs. The gradient of A is a product with B, so it is
+zero.
+"""
+
+
+def greedy(model, tokenizer, problem: data.Problem) -> str:
+    ids, _ = data.encode(tokenizer, PROMPT, problem.question)
+    [completion] = generate.generate(model, [ids], tokenizer.stop_ids, 80)
+    return tokenizer.decode(completion.ids).strip()
+
+
+def answer_part(model, tokenizer, problem: data.Problem, example, optimizer: AdamW) -> str:
+    untuned = greedy(load_model("tiny", torch.float32)[0], tokenizer, problem)
+    optimizer.lr = 3e-3
     for _ in range(30):
-        optimizer.lr = 3e-3
-        last = train_sft.backward_step(model, examples[:1], 1, tokenizer.pad_id, plain)
-        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    learnt = greedy(model).strip()
-    found.append(f"""## 8. An answer
+        loss, _ = train_step(model, tokenizer, [example], optimizer)
+    learned = greedy(model, tokenizer, problem)
+    found, right = data.extract_answer(learned), data.extract_answer(problem.answer)
+    return f"""## 8. An answer
 
-[generate.py](../nanogsm/generate.py), `generate`. The prompt goes through the model once and leaves its keys and values in a cache; then one token at a time, each row at its own
-position, until `<eos>`. Greedy, the untuned model says
+[generate.py](../nanogsm/generate.py), `generate`. The prompt goes through the model once and leaves
+its keys and values in a cache. After that, the model adds one token at a time, each row at its own
+position. An answer ends with `<eos>`, or where the model begins a new `Question:`. An answer that
+reaches the token limit first is called truncated. The untuned model's greedy answer is
 
 {code(untuned)}
-and after 30 more steps on problem 0 alone (loss {last:.4f}: learnt by heart, which is all that 30 steps on one example can do)
 
-{code(learnt)}
-`extract_answer` takes the number after the first `####`: {data.extract_answer(learnt):g}. That it equals the problem's {data.extract_answer(problem.answer):g} is what exact match counts.
-""")
-    found.append(ppo_section(tokenizer, problem, piece))
-    found.append(TAIL)
-    return found
+After 30 more steps on problem 0 alone the loss is {loss:.4f} and the answer is
+
+{code(learned)}
+
+The model has learned it by heart, which is all that 30 steps on one example can do.
+`extract_answer` takes the number after the first `####`, here {found:g}. The problem's own number
+is {right:g}, so exact match counts the answer as right.
+"""
+
+
+# ------------------------------------------------------------------------------------------- PPO
 
 
 def sft_steps(model, tokenizer, steps: int) -> None:
-    """The first steps of train_sft.py --tiny, at its rate."""
+    """The first steps of train_sft.py --tiny, at a constant learning rate of 0.001."""
     problems = data.load_problems("tiny", "train")[: 16 * steps]
-    examples = train_sft.encode_all(tokenizer, problems, data.Prompt(), 768)
-    trained = dict(model.named_parameters())
-    optimizer = AdamW(trained.items(), lr=1e-3)
+    examples = start.encode_all(tokenizer, problems, PROMPT, 768)
+    optimizer = AdamW(model.named_parameters(), lr=1e-3)
     for step in range(steps):
-        chosen = train_sft.examples_of_step(examples, step, 16, seed=0)
-        train_sft.backward_step(model, chosen, 16, tokenizer.pad_id, plain)
-        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        batch = train_sft.examples_of_step(examples, step, 16, seed=0)
+        train_step(model, tokenizer, batch, optimizer)
 
 
-def ppo_section(tokenizer, problem, piece) -> str:
-    """Two answers to problem 0, one right and one wrong, through train_ppo's own functions."""
-    flags = ["--tiny", "--recipe", "tuned", "--init", "tiny", "--rollouts", "2", "--device", "cpu"]
-    args = train_ppo.parse_args([*flags, "--micro-batch", "2", "--accumulation", "1", "--val-examples", "0"])
-    base, _ = load_model("tiny", torch.float32)
-    sft_steps(base, tokenizer, 40)
-    models = train_ppo.build(base, args)
-    rows = []
-    for completion in (problem.answer, "The answer is 4.\n#### 4"):
-        ids, mask = data.encode(tokenizer, data.Prompt(), problem.question, completion)
-        score = train_ppo.reward(completion, problem)
-        rows.append({"example": data.Example(ids, mask, 0), "score": score, "correct": score == 1.0,
-                     "truncated": False, "question": problem.question, "completion": completion})  # fmt: skip
-    rollout, figures = train_ppo.assess(models, rows, tokenizer.pad_id, args, plain)
-    optimizers = [AdamW(w.items(), lr) for w, lr in ((models.policy_weights(), args.lr),
-                                                    (models.value_weights(), args.value_lr))]  # fmt: skip
-    train_ppo.update(models, rollout, optimizers, args, plain, 0)
-    again, drifted = train_ppo.assess(models, rows, tokenizer.pad_id, args, plain)
-    ratio = (again.logp - rollout.logp).exp()
+def marked(tokenizer, problem: data.Problem, completion: str) -> dict:
+    """An answer to the problem, as train_ppo.sample returns it."""
+    ids, mask = data.encode(tokenizer, PROMPT, problem.question, completion)
+    score = train_ppo.reward(completion, problem)
+    return {
+        "example": data.Example(ids, mask, problem.index),
+        "score": score,
+        "correct": score == 1.0,
+        "truncated": False,
+        "question": problem.question,
+        "completion": completion,
+    }
 
-    def shown(row: int, count: int) -> str:
-        at = rollout.mask[row].nonzero()[:, 0].tolist()
-        at = at[:count] + at[-2:]
-        return code(token_table({
-            "action": [piece(rollout.ids[row, t + 1].item()) for t in at],
-            "log p": [rollout.logp[row, t].item() for t in at],
-            "value": [rollout.values[row, t].item() for t in at],
-            "return": [rollout.returns[row, t].item() for t in at],
-            "advantage": [rollout.advantages[row, t].item() for t in at],
-            "p / p_old": [ratio[row, t].item() for t in at],
-        }))  # fmt: skip
 
-    gain = lambda row: (again.logp[row] - rollout.logp[row])[rollout.mask[row]].sum().item()  # noqa: E731
+def ppo_setup(model, tokenizer) -> train_ppo.Setup:
+    args = train_ppo.parse_args(
+        "--tiny --recipe tuned --init tiny --rollouts 2 --micro-batch 2 --accumulation 1 "
+        "--val-examples 0 --device cpu".split()
+    )
+    models = train_ppo.build(model, args)
+    policy = AdamW(models.policy_weights().items(), args.lr)
+    value = AdamW(models.value_weights().items(), args.value_lr)
+    return train_ppo.Setup(models, policy, value, tokenizer, PROMPT, args, plain)
+
+
+def ppo_part(tokenizer, problem: data.Problem) -> str:
+    """A right and a wrong answer to a problem, through the steps of the loop in train_ppo.train."""
+    model, _ = load_model("tiny", torch.float32)
+    sft_steps(model, tokenizer, 40)
+    setup = ppo_setup(model, tokenizer)
+    args = setup.args
+    completions = problem.answer, "The answer is 4.\n#### 4"
+    answers = [marked(tokenizer, problem, completion) for completion in completions]
+
+    rollout = train_ppo.score(setup, answers)
+    mask = rollout.mask
+    rewards = train_ppo.token_rewards(
+        rollout.scores, rollout.logp, rollout.ref_logp, mask, args.kl_coef
+    )
+    advantages, returns = train_ppo.gae(rewards, rollout.values, mask, args.gamma, args.lam)
+    advantages = train_ppo.whiten(advantages, mask)
+    metrics = train_ppo.update(setup, rollout, advantages, returns, 0)
+
+    after = train_ppo.score(setup, answers)
+    change = torch.where(mask, after.logp - rollout.logp, 0.0)  # (2, T - 1)
+    right, wrong = change.sum(1).tolist()
+    kl = train_ppo.masked_mean(train_ppo.kl_estimates(after.logp, after.ref_logp)[1], mask).item()
+    ratio = change.exp()
+
+    def actions(row: int) -> str:
+        at = mask[row].nonzero()[:, 0].tolist()
+        at = at[:5] + at[-2:]
+        token = lambda t: piece(tokenizer, rollout.batch.ids[row, t + 1].item())  # noqa: E731
+        columns = {"log p": rollout.logp, "value": rollout.values, "reward": rewards,
+                   "return": returns, "advantage": advantages, "ratio": ratio}  # fmt: skip
+        numbers = {name: [x[row, t].item() for t in at] for name, x in columns.items()}
+        return token_table({"action": [token(t) for t in at], **numbers})
+
     return f"""## 9. A better answer: PPO
 
-[train_ppo.py](../train_ppo.py), from top to bottom. Take the model after 40 steps of SFT, and suppose it answered problem 0 twice: once rightly (the answer above) and once with `The answer is 4.` and `#### 4` below it. The rewards, 1 and 0, stand
-on each answer's last action. The critic's head starts at zero, so all values are 0; with gamma and lambda 1 the return is then the answer's score at every token. Whitening subtracts the mean
-over all actions of both answers and divides by their deviation: what was part of the right answer gets a positive advantage, the rest a negative one, the same for each of its tokens, for
-who could say yet which of them mattered? After one update (column `p / p_old`) the former are, on the whole, more probable, the latter less; an update on two answers
-is noisy, and single tokens may go the other way. A real one averages over 16 answers (the report's recipe) or 128 (ours).
+[train_ppo.py](../train_ppo.py), from top to bottom. Take the model after 40 steps of SFT. Suppose
+that it answered problem 0 twice: once with the right answer above, and once with `The answer is 4.`
+and `#### 4`. The steps are those of the loop in `train`.
 
-The right answer's first five actions and its last two:
+- **Rewards** (`token_rewards`). The score of an answer, here 1 and 0, is the reward of its last
+  action, which is `<eos>` here. From the reward of every action the KL penalty is subtracted:
+  `kl_coef (log p - log p_ref)`. It is 0 here, because policy and reference are still the same.
+- **A truncated answer earns 0.** `sample` gives it this score without calling `reward`, because an
+  answer that never ended earns nothing: the policy has to learn to end. `gae` treats its last
+  action like the last action of any answer.
+- **Advantages and returns** (`gae`). **At the last action GAE returns `A = r - V` and `R = r`**,
+  because the value after it is 0. At earlier actions both also contain what came later. The value
+  head starts at zero, so all values are 0 here. With gamma and lambda 1 the return is then the
+  answer's score at every action.
+- **Whitening** (`whiten`) subtracts the mean over all actions of both answers and divides by their
+  standard deviation. All actions of the right answer get the same positive advantage, and all
+  actions of the wrong answer the same negative one: nothing tells yet which of them mattered.
+- **Update** (`update`). **The first ratio is exactly 1.** `score` computes the old log-probs with
+  the forward pass, the weights and the micro-batches of the first update. (Those that sampling
+  computed on the way would differ by rounding, and are not kept.) The largest difference from 1 is
+  {metrics["first_ratio_error"]:g} here.
 
-{shown(0, 5)}
-The wrong one's:
+The table shows the right answer's first five actions and its last two. The column `ratio` is the
+ratio after the update:
 
-{shown(1, 5)}
-Before the update every ratio was exactly 1, and log p equal to the reference's, so that no KL penalty was due. After it the right answer's log-probability has changed by {gain(0):+.3f} in all, the
-wrong one's by {gain(1):+.3f}; the policy is {drifted["kl"]:.5f} nats a token (k3) from its reference, and from now on the rewards say so.
+{actions(0)}
+
+The same for the wrong answer:
+
+{actions(1)}
+
+The right answer's log-probability has changed by {right:+.3f} in all, the wrong answer's by
+{wrong:+.3f}. An update on two answers is noisy, and single tokens may go the other way. On a real
+model an update averages over 16 answers (recipe `original`) or 128 (`tuned`). The policy is now
+{kl:.5f} nats a token (k3) from its reference, and from the next step on its rewards include the
+penalty for that.
 """
 
+
+# -------------------------------------------------------------------------------- prose, no numbers
 
 HEAD = """# Reading nanogsm
 
-One problem becomes a prompt, ids, a mask, hidden states, log-probabilities, a loss, a gradient, a better answer. This page follows it through the code in that order; the
-numbers of its nine steps are those of the embedded model on its first training problem, made by `python -m docs.make_reading`. Open the files beside it: each reads from its top.
+One problem becomes a prompt, ids, a mask, hidden states, log-probabilities, a loss, a gradient and
+a better answer. This page follows it through the code in that order. Open the files next to it. The
+page is made by `python -m docs.make_reading`: the numbers in sections 1 to 9 are those of the
+embedded model on its first training problem.
 """
 
-TAIL = """## What the report says, and where it is here
+TERMS = """## Terms
 
-*The report* is the study behind the defaults: gemma-2b-it, one GPU, exact match on 256 test problems.
+Section 9 and [metrics.md](metrics.md) use these terms.
 
-| the report | here | what we measured |
-|---|---|---|
-| full SFT 31%, LoRA 20%, at one learning rate | `RECIPES` in train_sft.py | on the embedded model LoRA is 11 points behind at full fine-tuning's rate, 4 at ten times that rate (and a warm-up), which closes two thirds of the gap |
-| socratic answers score lower than main ones (23 and 11) | `--data socratic` | not on the embedded model (+1.0 and +0.4 points, within the noise); on real Gemma not run, as the training file was not to be had; [below](#socratic-answers-a-lower-loss-and-what-it-says) |
-| 8-bit AdamW saves memory and costs nothing | optim.py | moments in a quarter of the memory ([results/adam8bit.md](../results/adam8bit.md)); losses of a whole run differ by 0.002 ([results/tiny](../results/tiny/README.md)) |
-| gradient checkpointing, bfloat16 autocast | `Gemma.forward`, `train` | [benchmarks](../benchmarks/README.md) |
-| PPO with gamma 0.99, lambda 0.95, KL 0.05 takes 31% to 28% | `RECIPES` in train_ppo.py | below |
-| what counts is the number after the first `####` | `extract_answer` in data.py | "flexible", the last number wherever it stands, is reported beside it |
+- **Logits**: one number for each entry of the vocabulary; their softmax is the distribution of the
+  next token.
+- **Nat**: the unit of log-probabilities with the natural logarithm; a fair coin toss is worth 0.69
+  nats.
+- **Entropy**: how undecided the model is about the next token, in nats; 0 means that it always
+  picks the same one.
+- **Exact match**: the share of answers with the right number after the first `####`.
+- **Policy** (or actor): the model that is trained and samples the answers.
+- **Reference**: a frozen copy of the policy's start.
+- **KL divergence**: the mean of `log p - log q` over samples from p, a measure of how far p is from
+  q.
+- **k1 and k3**: two estimates of the KL divergence from one sample, with `d = log p - log q`:
+  `k1 = d` may be negative, `k3 = exp(-d) - 1 + d` never is.
+- **Action**: a sampled token; `<eos>` is one, too.
+- **Reward**: what an action earns at once.
+- **Return**: the rewards from an action to the end of the answer; in the code, the target that the
+  value should predict.
+- **Value**: a prediction of the return from the tokens before the action.
+- **Critic**: the part of the model that predicts values; its last layer is the value head.
+- **Advantage**: how much better an action turned out than its value predicted.
+- **GAE** (generalized advantage estimation): the advantage as a sum of the critic's one-step errors
+  from an action on, weighted by gamma and lambda.
+- **Whitening**: shifting and scaling the advantages to mean 0 and variance 1.
+- **Ratio**: the probability of an action now, divided by its probability when it was sampled.
+- **Clipping**: taking away an action's gradient once its ratio has moved far enough in the wanted
+  direction.
+- **Wilson interval**: a confidence interval of a share that also holds near 0% and 100%.
+- **McNemar test**: a test of two models on the same problems; it counts only problems on which they
+  disagree.
+"""
+
+CLAIMS = (
+    ("the original study", "here", "what we measured"),
+    (
+        "full SFT 31%, LoRA 20%, at one learning rate",
+        "`SFT` in [flags.py](../nanogsm/run/flags.py)",
+        "on the embedded model LoRA is 11 points behind full fine-tuning at the same rate, and 4 "
+        "points behind at ten times that rate with a warm-up, which closes two thirds of the gap",
+    ),
+    (
+        "socratic answers score lower than main ones (23% and 11%)",
+        "`--data socratic`",
+        "not so on the embedded model (+1.0 and +0.4 points, within the noise); not run on real "
+        "Gemma, because the training file was not available; "
+        "[below](#socratic-answers-a-lower-loss-and-what-it-says)",
+    ),
+    (
+        "8-bit AdamW saves memory and costs nothing",
+        "[optim.py](../nanogsm/optim.py)",
+        "the moments take a quarter of the memory ([results/adam8bit.md](../results/adam8bit.md)); "
+        "the losses of a whole run differ by 0.002 ([results/tiny](../results/tiny/README.md))",
+    ),
+    (
+        "gradient checkpointing, bfloat16 autocast",
+        "`Transformer.forward`, `train`",
+        "[benchmarks](../benchmarks/README.md)",
+    ),
+    (
+        "PPO with gamma 0.99, lambda 0.95, KL 0.05 goes from 31% to 28%",
+        "`PPO` in [flags.py](../nanogsm/run/flags.py)",
+        "[below](#ppo-in-the-original-study)",
+    ),
+    (
+        "the number after the first `####` counts",
+        "`extract_answer` in [data.py](../nanogsm/data.py)",
+        '"flexible", the last number wherever it stands, is shown next to it',
+    ),
+)
+
+TAIL = f"""## What the original study says, and where it is here
+
+*The original study* is the unpublished study that this project reproduces: gemma-2b-it, one GPU,
+exact match on 256 test problems. [recipes.md](recipes.md) has its settings.
+
+{table(*CLAIMS)}
 
 ## Socratic answers: a lower loss, and what it says
 
-The report's socratic runs have the lower training loss and the lower accuracy. On the embedded model full fine-tuning's held-out loss is lower too, 0.082 nats a token against main's 0.118 (three seeds), but a
-socratic training answer has 51.7 supervised tokens and one of main 36.7 (the `data` line of each run's plan): an answer costs 4.3 nats either way. The questions between the steps are
-nearly given by what stands before them, so they bring the mean per token down and teach nothing about the numbers. Losses of two kinds of answer cannot be compared by the token; exact match can, and there
-the two do not differ (29.0% and 28.0%). With LoRA socratic's loss is the higher one, 0.415 against 0.315: at that rate the form of the questions is not learnt by the end.
+In the original study the socratic runs have the lower training loss and the lower accuracy. On the
+embedded model full fine-tuning's held-out loss is lower, too: 0.082 nats a token against 0.118 for
+main (three seeds). But a socratic training answer has 51.7 supervised tokens and a main one 36.7
+(the `data` line of each run's plan), so an answer costs 4.3 nats either way. The questions between
+the steps are almost determined by the text before them. They lower the mean per token and teach
+nothing about the numbers. The losses of two kinds of answer cannot be compared by the token. Exact
+match can, and there the two do not differ (29.0% and 28.0%). With LoRA the loss of socratic answers
+is the higher one, 0.415 against 0.315: at that learning rate the form of the questions is not yet
+learned at the end of the run.
 
-Can cut answers explain the report's 23% against 31%? Of GSM8K's own test answers, as `data.encode` makes tokens of them with Gemma 3's tokenizer, these shares are longer than a limit:
+Can truncated answers explain the study's 23% against 31%? This table has the share of GSM8K's own
+test answers that are longer than a limit, encoded by `data.encode` with Gemma 3's tokenizer:
 
 | tokens | 128 | 192 | 256 | 320 | 512 |
 |---|---|---|---|---|---|
-| main, 127 on the mean | 42.5% | 11.7% | 2.3% | 0.5% | 0% |
-| socratic, 166 | 66.3% | 30.4% | 10.4% | 2.9% | 0% |
+| main, mean length 127 | 42.5% | 11.7% | 2.3% | 0.5% | 0% |
+| socratic, mean length 166 | 66.3% | 30.4% | 10.4% | 2.9% | 0% |
 
-Up to 256 tokens a model that is right three times in ten would lose two or three points by it, not eight, and long problems are those it gets wrong anyway; with 128 or 192 it could be all of it. The report
-does not say its limit. Here socratic has 512, nothing of it is cut, and the share that was cut stands beside every score.
+With a limit of 256 tokens, a model that solves three problems in ten would lose two or three points
+and not eight, and long problems are those that it gets wrong anyway. With a limit of 128 or 192,
+truncation could explain all of it. The study does not say its limit. Here the limit for socratic
+answers is 512, which truncates none of GSM8K's own answers, and the share of truncated answers is
+shown next to every score.
 
-## The report's PPO, and what holds its settings back
+## PPO in the original study
 
-First: 28% after 31%, on 256 problems, may not be a fall at all. The standard errors of the two are 2.9 and 2.8 points; the paired test that would have told is not in the report, and is `evaluate.py --compare` here.
+PPO selects habits that pay. It does not teach new ones. Half of the embedded model's training
+answers are terse, so that the model guesses where it could have worked the problem out. PPO finds
+that showing the work pays. It goes from 28% to 67% (`tuned`) or 52% (`original`) on the 1,319 test
+problems; training on nothing but worked answers reaches 76%. The 270M model gains nothing: about
+one in a hundred of its sampled answers is right. Where every answer earns the same, whitening
+scales the noise of the KL penalty up to a full step, and nothing is learned from it.
 
-Then: PPO finds what pays, it does not teach. The embedded model's fine-tuning data are half terse, so that it guesses where it could have worked; PPO finds that showing one's working pays, and goes
-from 28% to 67% (tuned) or 52% (the report's settings) on the 1,319 test problems, where training on worked answers only reaches 76%. The 270M model, of whose sampled answers one in a hundred is right,
-gains nothing: where every answer earns the same, whitening blows up the KL penalty's noise to a full step, and nothing is learnt from it.
-
-Knob by knob, on three seeds ([the table](../results/tiny/README.md#knob-by-knob)): the report's settings are held back, in this order, by lambda 0.95 (+13 points in five steps when it is 1), a KL
-penalty of 0.05 (+10), gamma 0.99 (+8), the critic's own learning rate (+4). Each has one cause. The reward comes once, at the answer's end; with lambda 0.95 a token forty places before it
-sees 13% of it, and the rest has to come from a critic that has not learnt anything yet. gamma 0.99 takes another third off and makes long answers worth less, when long answers are what pays. What
-the report leaves open matters as much: a value head that starts at random instead of zero costs 9 points (31 with our settings), weights kept in bfloat16 cost 6 to 10, because at these rates
-a step is smaller than the rounding of half the weights and more (added to the embedded model's matrices rounded to bfloat16, 1.5e-4 leaves 50% of the entries
-what they were, 5e-5 86%).
+Which settings hold the original study's PPO back?
+[recipes.md](recipes.md#which-ppo-settings-matter-most) ranks them by what they are worth, with the
+evidence and the reasons. It also says why the study's fall from 31% to 28% may be no fall at all.
 """
 
 
 def main(argv: list[str] | None = None) -> None:
-    console.Parser("Write docs/reading.md anew.").parse_args(argv)
+    flags.Parser("Write docs/reading.md again.").parse_args(argv)
     files.replace_file(PAGE, "\n".join(sections()).encode())
     print(f"written to {PAGE}")
 

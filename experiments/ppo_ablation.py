@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--steps", type=int, default=8, help="Steps of PPO in each row.")
     add("--rollouts", type=int, default=512, help="Answers sampled per step.")
     add("--seeds", type=int, default=3, help="Runs of each row, with seeds 0, 1, ...")
-    add("--only", nargs="*", default=[""], help="Run the rows that contain one of these texts.")
+    add("--only", nargs="*", help="Run only the rows that contain one of these texts.")
     add("--out", default="runs/ppo-ablation.jsonl", help="File of finished rows, one per line.")
     args = p.parse_args(argv)
     out = Path(args.out)
@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     done = {(r["row"], r["seed"]) for r in results}
     for seed in range(args.seeds):
         for row, (row_flags, patched) in rows().items():
-            if (row, seed) in done or not any(text in row for text in args.only):
+            if (row, seed) in done or not any(text in row for text in args.only or [""]):
                 continue
             with tempfile.TemporaryDirectory() as folder, patched:
                 result = {"row": row, "seed": seed, **setting, **run(row_flags, seed, args, folder)}

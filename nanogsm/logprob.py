@@ -1,10 +1,9 @@
 """Log-probabilities of chosen tokens: what SFT's loss and all of PPO's ratios and KLs are made of.
 
-`definition` says what is computed. `token_logprobs` is what everybody calls: it selects the
-supervised positions before the projection onto the vocabulary, so nobody pays for the logits of
-prompt and padding, and fast/head.py computes the same numbers block by block, so nobody holds all
-logits at once. `next_token_logprobs` makes the shift between hidden states and the tokens they
-predict:
+`definition` says what is computed. `token_logprobs` is the call that everybody uses. It selects the
+supervised positions before the projection onto the vocabulary: nobody asks for the logits of prompt
+and padding. fast/head.py then computes the same numbers block by block and never holds all logits.
+`next_token_logprobs` makes the shift between hidden states and the tokens they predict:
 
     ids       <bos>  Question  ...  Answer:   72   <eos>      hidden state t has seen tokens 0 .. t
     predicts  Question  ...  Answer:    72   <eos>            and predicts token t + 1

@@ -106,7 +106,7 @@ def everything(folder: Path) -> dict:
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--kills", type=int, default=17, help="Kills of each of the three runs.")
+    p.add_argument("--kills", type=int, default=17, help="Kills of each run. Default: 17.")
     p.add_argument("--seed", type=int, default=0, help="Seed of the moments of death.")
     args = p.parse_args()
     rng, wrong = random.Random(args.seed), 0

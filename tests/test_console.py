@@ -141,7 +141,7 @@ def test_progress_in_a_file_prints_first_last_and_sometimes(monkeypatch, capsys)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == "41/60 45/60 49/60 53/60 57/60 60/60".split()
     assert lines[0] == "step 41/60  loss 0.5  12,346 tokens/s  1.50 GiB"
-    # 15 steps of 3 s are left. The time stands early, where a narrow terminal still shows it.
+    # 15 steps of 3 s are left. The time comes early, so that a narrow terminal still shows it.
     assert lines[1].startswith("step 45/60  ETA 0:00:45  loss 0.5")
     assert "ETA" not in lines[-1]
 

@@ -230,7 +230,7 @@ def test_the_definition_is_log_softmax_and_the_blocks_equal_it(cap, temperature,
     plain, in_blocks = definition(*args), fast_head.scores(*args, block=4)
     slopes = torch.randn(2, int(mask.sum()))
     total = lambda scores: sum((w * x).sum() for w, x in zip(slopes, scores) if x is not None)  # noqa: E731
-    grads = torch.autograd.grad(total(plain), (hidden, head))
+    grads = torch.autograd.grad(total(plain), (hidden, head), retain_graph=True)
     total(in_blocks).backward()
     for k in range(1 + entropy):
         assert (plain[k] - want[k][mask]).abs().max() <= 3 * TIGHT

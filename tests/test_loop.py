@@ -140,8 +140,8 @@ def test_the_console_shows_the_metrics_asked_for_a_sample_and_the_warnings(tmp_p
 
 @pytest.fixture
 def clock(monkeypatch):
-    """[seconds], the clock of the loop: it moves only when a test moves it, and when a checkpoint is
-    written, which takes 1,000 seconds."""
+    """[seconds], the clock of the loop. It moves when a test moves it. Writing a checkpoint takes
+    1,000 seconds."""
     now = [100.0]
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     save = RunFolder.save_checkpoint

@@ -952,14 +952,20 @@ def test_the_result_is_a_run_folder_that_evaluates_and_loads(flags, rewarding, t
     argv = ["--model", out, "--data", problems, "--n", "4", "--max-new-tokens", "4"]
     assert evaluate.main([*argv, "--device", "cpu"]) == 0
     rows = [row for row in metrics(tmp_path / "run") if "reward" in row]
-    varied = next(row for row in rows if row["reward_std"])  # else nothing is to be explained
-    for name in (
-        "reward", "exact_match", "kl", "kl_sequence", "approx_kl", "entropy", "policy_loss",
-        "value_loss", "clipped", "value_clipped", "explained_variance", "grad_norm", "updates",
-        "value_grad_norm", "value", "return", "response_tokens", "truncated", "worked", "moved",
-        "tokens", "first_ratio_error",
-    ):  # fmt: skip
-        assert math.isfinite(varied[name]), name
+    varied = next(row for row in rows if row["reward_std"])  # else there is nothing to explain
+    assert varied.keys() == {
+        "step", "reward", "reward_std", "exact_match", "truncated", "worked", "response_tokens",
+        "tokens", "kl", "kl_sequence", "entropy", "explained_variance", "value", "return",
+        "policy_loss", "value_loss", "clipped", "value_clipped", "approx_kl", "grad_norm",
+        "value_grad_norm", "updates", "first_ratio_error", "moved",
+    }  # fmt: skip
+    for name, value in varied.items():
+        assert math.isfinite(value), name
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    timed = [row for row in map(json.loads, lines) if "reward" in row]
+    for row in timed:
+        phases = [row[f"seconds_{phase}"] for phase in ("rollout", "score", "update")]
+        assert min(phases) > 0 and row["seconds"] == pytest.approx(sum(phases))
     assert rows[0]["first_ratio_error"] == 0 and rows[0]["kl"] == 0 and rows[0]["moved"] > 0.9
 
 

@@ -2,8 +2,7 @@
 
 logprob.py has the definition: logits = hidden W', log_softmax, gather. Gemma's vocabulary has
 256,000 rows, so the logits of 8 answers of 300 tokens take 2.5 GB in float32, and autograd keeps
-several such tensors. `scores` returns the same numbers and never holds more than one block of
-logits.
+several such tensors. `scores` returns the same numbers and holds one block of logits at a time.
 
 The method is FlashAttention's (Dao et al. 2022, arXiv 2205.14135), with the vocabulary in the place
 of the keys. For one position let z_v be its logits over the temperature, t the target, M the
@@ -18,8 +17,8 @@ When a block raises M by d, the sums so far are put on the new scale:
     weighted <- exp(-d) (weighted - d denominator)        denominator <- exp(-d) denominator
 
 A log-prob depends on its own hidden state alone, and its gradient is again a sum over the
-vocabulary. With w_v the row of W (times the slope of the cap, where there is one) and p_v =
-exp(u_v)/denominator:
+vocabulary. Let w_v be the row of W, times the slope of the cap where there is one, and
+p_v = exp(u_v) / denominator:
 
     d log p_t / d hidden = w_t - sum_v p_v w_v
     d entropy / d hidden = sum_v p_v (mean - u_v) w_v
@@ -28,8 +27,8 @@ These sums are accumulated in the same pass over the blocks; backward only multi
 incoming gradient. The gradient of W itself (full fine-tuning) has hidden in the place of w_v, and
 factors that only backward knows:
 
-    d log p_t / d w_v = ([v = t] - p_v) hidden            d entropy / d w_v = p_v (mean - u_v)
-    hidden
+    d log p_t / d w_v = ([v = t] - p_v) hidden
+    d entropy / d w_v = p_v (mean - u_v) hidden
 
 So backward goes through the blocks once more. The exponentials of the first blocks are kept from
 forward, which saves computing their logits again.

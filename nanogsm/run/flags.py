@@ -137,7 +137,7 @@ def training_parser(description: str, settings: tuple, changes: dict, argv: list
     """A parser with the flags that both training scripts have, and with a script's own settings."""
     p = Parser(description)
     add = p.add_argument
-    add("--recipe", choices=("tuned", "original"), default="original",
+    add("--recipe", choices=("tuned", "original"), default="tuned",
         help="Where values come from that are not given.")  # fmt: skip
     add_tiny_flag(p)
     add("--lora", action="store_true", help="Train LoRA adapters on a frozen base.")
@@ -284,7 +284,8 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
     at_least = {
         "lora_r": 1, "max_new_tokens": 1, "steps": 1, "rollouts": 1, "rollout_batch": 1,
         "epochs": 1, "micro_batch": 1, "accumulation": 1, "critic_warmup": 0, "val_examples": 0,
-        "val_every": 0, "save_every": 1, "seed": 0, "kl_coef": 0, "value_coef": 0, "entropy_coef": 0,
+        "val_every": 0, "save_every": 1, "seed": 0, "kl_coef": 0, "value_coef": 0,
+        "entropy_coef": 0,
     }  # fmt: skip
     positive = ("lr", "value_lr", "clip", "value_clip", "max_grad_norm", "lora_alpha")
     check_numbers(args, at_least, positive)

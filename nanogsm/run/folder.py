@@ -1,9 +1,8 @@
 """The run folder: arguments, metrics, samples, checkpoints, and continuing after a stop.
 
     runs/<name>/
-        run_args.json     {"args": compared when a run continues, "info": versions, digests,
-        hardware,
-                           "continued": the info of each continuation that differed, "format": 2}
+        run_args.json     "args", compared when a run continues; "info": versions, digests,
+                          hardware; "continued": the info of each continuation that differed
         metrics.jsonl     one row per step, and one per validation
         samples.jsonl     questions with answers; PPO's with their rewards
         checkpoint/step-N/{tensors.safetensors, state.json, checksums.json}   until the run ends
