@@ -5,9 +5,14 @@
     python train_ppo.py --lora                  # adapters, from runs/sft-lora-main
     python train_ppo.py --init PATH --dry-run   # parameters, memory, steps; loads no weights
 
-One step: the model samples answers to problems (rollout). Each answer is right or wrong (reward). A
-critic predicts from every prefix how the answer will end. Where things went better than predicted,
-the tokens just chosen become more likely (advantage). A KL penalty keeps the model near its start.
+One step (the loop in `train` has the same numbers):
+
+    1 sample an answer to each problem; it is right or wrong               sample
+    2 log-probs by the policy and the reference, the critic's values       score
+    3 rewards: right or wrong at the end, minus a KL penalty everywhere    token_rewards
+    4 where did things go better than the critic predicted?                gae
+    5 put that on one scale                                                whiten
+    6 make those tokens more likely, and teach the critic                  update
 
 The alignment, drawn once. Tensors about actions have T - 1 columns. Column t is about the choice of
 token t + 1, made by hidden state t, which has seen tokens 0 to t:
@@ -45,15 +50,15 @@ from nanogsm.transformer import Transformer
 
 
 def reward(completion: str, problem: data.Problem) -> float:
-    """1 for the right number after "####", 0 otherwise. Any function of the two may stand here. An
-    answer that is cut off at --max-new-tokens earns 0 without being asked about."""
+    """1 for the right number after "####", 0 otherwise. Replace it with any function of the two.
+    It is not called for an answer that was cut off at --max-new-tokens: `sample` gives that 0."""
     return float(data.is_correct(completion, problem))
 
 
 # --------------------------------------------------------------------------------------- the math
 #
-# All tensors are (B, T - 1) float32 as drawn above, `mask` is bool. Every mean is over a mask:
-# one that counts prompts or padding is the commonest fault of PPO code.
+# All tensors are (B, T - 1) float32 as drawn above, `mask` is bool. Trap: a mean that also counts
+# prompts or padding looks fine and is wrong, so every mean is over a mask.
 
 Pair = tuple[Tensor, Tensor]
 
@@ -74,8 +79,9 @@ def token_rewards(scores: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, 
     Summed over an answer, log p - log p_ref is k1, an unbiased estimate of its KL divergence from
     the reference (Ziegler et al. 2019, arXiv 1909.08593).
     """
-    # The penalty is a constant, so GAE also charges a token for the KL of later tokens. k1 would
-    # not work in the loss: on-policy, its expected gradient is zero.
+    # No gradient flows through the penalty: it is part of the reward. GAE credits it backwards, so
+    # a token also pays for the KL of the tokens after it. As a term of the loss k1 would do
+    # nothing: on-policy, its expected gradient is zero.
     columns = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask, columns, -1).amax(1, keepdim=True)  # (B, 1)
     rewards = torch.where(mask, -kl_coef * (logp - ref_logp), 0.0)
@@ -85,14 +91,15 @@ def token_rewards(scores: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Pair:
     """(advantages, returns), 0 outside the mask (Schulman et al. 2015, arXiv 1506.02438):
 
-        delta_t = r_t + gamma V_{t+1} - V_t            V after the last action is 0
-        A_t     = delta_t + gamma lambda A_{t+1}       so at the last action A = r - V and R = r
+        delta_t = r_t + gamma V_{t+1} - V_t
+        A_t     = delta_t + gamma lambda A_{t+1}
         R_t     = A_t + V_t                            what the critic should have predicted
 
-    lambda trades the critic's errors (0) for the rewards' noise (1). Trap: gamma below 1 punishes
-    length. With 0.99 an answer of 140 tokens is worth a quarter of its reward at its first token.
+    After the last action V and A are 0. So at the last action A = r - V and R = r. lambda trades
+    the critic's errors (0) for the rewards' noise (1). Trap: gamma below 1 punishes length. With
+    0.99 an answer of 140 tokens is worth a quarter of its reward at its first token.
     """
-    # From right to left. A truncated answer ends at its last action, too: V after it is 0.
+    # From right to left. For a truncated answer, too, V after its last action counts as 0.
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])  # (B,)
     for t in reversed(range(rewards.shape[1])):
@@ -117,8 +124,9 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float)
 
         ratio = p / p_old        loss = -min(ratio A, clamp(ratio, 1 - clip, 1 + clip) A)
     """
-    # Past the clip, in the direction that the advantage asks for, the gradient is 0: one rollout
-    # moves a probability only so far. In the other direction the gradient stays.
+    # Past the clip, in the direction that the advantage asks for, the gradient is 0: this action
+    # asks for no more. (A large step, or other actions, can still move its probability further.)
+    # In the other direction the gradient stays.
     ratio = (logp - old_logp).exp()
     free, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     return -torch.min(free, clipped), clipped < free
@@ -139,7 +147,7 @@ def kl_estimates(logp: Tensor, other_logp: Tensor) -> Pair:
     joschu.net/blog/kl-approx). k1 = d is unbiased and may be negative. k3 = exp(-d) - 1 + d is
     unbiased, never negative and less noisy. k1 goes into the reward, k3 is for looking at."""
     d = logp - other_logp
-    # Trap: for a small d, exp(-d) - 1 in float32 is mostly rounding. expm1 is exact.
+    # Trap: for a small d, exp(-d) - 1 in float32 is mostly rounding. expm1 keeps the digits.
     return d, torch.expm1(-d) + d
 
 
@@ -149,12 +157,9 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     # Trap: give it the returns of lambda 1. Any other lambda mixes the critic's own values into
     # them, and the critic then agrees with itself.
 
-    def variance(x: Tensor) -> float:
-        return masked_mean((x - masked_mean(x, mask)) ** 2, mask).item()
-
-    if variance(returns) <= 1e-12:
-        return math.nan
-    return 1 - variance(returns - values) / variance(returns)
+    variance = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask).item()  # noqa: E731
+    share = 1 - variance(returns - values) / max(variance(returns), 1e-12)
+    return share if variance(returns) > 1e-12 else math.nan
 
 
 # ------------------------------------------------------------------------------------- the models
@@ -166,8 +171,9 @@ class Models(NamedTuple):
     # full: the actor is a model of its own, and the reference is a frozen copy of its start.
     # LoRA: the reference is the frozen base, with the adapter it may have come with. The actor is
     # the same weights plus new adapters.
-    # A shared critic is the actor with one more output. A separate critic is the reference's
-    # weights plus adapters of its own, so it costs about a percent of a model.
+    # A shared critic is the actor with one more output: its value loss trains the actor's trunk,
+    # too, weighted by value_coef. A separate critic is the reference's weights plus adapters of its
+    # own: about a percent more weights, but the activations and the time of a second model.
     actor: Transformer
     reference: Transformer  # never changes
     critic: Transformer  # the trunk whose hidden states the value head reads
@@ -231,10 +237,10 @@ def set_up(args, found, prompt: data.Prompt) -> Setup:
     base, tokenizer = load_model(found, dtype, args.device, merge=not args.lora)
     models = build(base, args)
     bits = 8 if args.optim == "adamw8bit" else 32
-    policy = AdamW(models.policy_weights().items(), args.lr, bits=bits)
-    value = AdamW(models.value_weights().items(), args.value_lr, bits=bits)
+    policy_optimizer = AdamW(models.policy_weights().items(), args.lr, bits=bits)
+    value_optimizer = AdamW(models.value_weights().items(), args.value_lr, bits=bits)
     autocast = autocast_of(args.device, args.precision)
-    return Setup(models, policy, value, tokenizer, prompt, args, autocast)
+    return Setup(models, policy_optimizer, value_optimizer, tokenizer, prompt, args, autocast)
 
 
 # ------------------------------------------------------------------------------------ the rollout
@@ -257,12 +263,12 @@ def sample(setup: Setup, problems: list[data.Problem], step: int, watch) -> list
     args, seed = setup.args, setup.args.seed * 1_000_003 + step
     questions = [problem.question for problem in problems]
     with setup.autocast():  # one context: autocast then casts the weights once, not at every token
-        answers = generate.answer(
+        completions = generate.answer(
             setup.models.actor, setup.tokenizer, questions, setup.prompt, args.max_new_tokens,
             args.rollout_batch, args.temperature, seed, watch,
         )  # fmt: skip
     marked = []
-    for problem, done in zip(problems, answers):
+    for problem, done in zip(problems, completions):
         mask = [0] * len(done.prompt) + [1] * len(done.ids)  # the end token is an action, too
         # A truncated answer never ended, so it earns nothing: the policy has to learn to end.
         score = 0.0 if done.truncated else float(reward(data.cut(done.text), problem))
@@ -304,9 +310,9 @@ def micro_batches_of(n: int, micro_batch: int, accumulation: int) -> list[list[s
 @torch.no_grad()
 def score(setup: Setup, answers: list[dict]) -> Rollout:
     """Log-probs by the policy and the reference, and values, of every action of the answers."""
-    # The old log-probs are computed here, by the training forward, and not kept from sampling. The
-    # micro-batches are those of the updates: in bfloat16 another grouping of the same rows gives
-    # slightly other log-probs. So at the first update the ratio p / p_old is exactly 1.
+    # The old log-probs are computed here and not kept from sampling. They come from the same
+    # forward, weights and micro-batches as the first update's, so its ratio p / p_old is exactly 1.
+    # (In bfloat16 other micro-batches of the same rows round differently.)
     args, models = setup.args, setup.models
     examples = [answer["example"] for answer in answers]
     batch = data.collate(examples, setup.tokenizer.pad_id, models.actor.device)
@@ -400,16 +406,17 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
     args, optimizers = setup.args, (setup.policy_optimizer, setup.value_optimizer)
     warming = step < args.critic_warmup
     updates = micro_batches_of(len(rollout.indices), args.micro_batch, args.accumulation)
-    # How many weights move is looked at in one matrix, the largest that is cheap to copy.
-    weights = setup.models.policy_weights().values()
-    probe = max(weights, key=lambda p: (p.numel() <= 2**22, p.numel()))
+    # `moved` looks at one matrix only, the largest with at most 4 million entries.
+    size = lambda p: (p.numel() <= 2**22, p.numel())  # noqa: E731
+    probe = max(setup.models.policy_weights().values(), key=size)
     before = probe.detach().clone()
 
     sums, norms, first_ratio_error = {}, [], None
     for epoch in range(args.epochs):
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 1009 + epoch)
         for i in torch.randperm(len(updates), generator=generator).tolist():
-            # Means are over the update's actions, however it is cut into micro-batches.
+            # Only the order of updates is drawn. Which answers share a micro-batch stays as scored.
+            # Means are over all actions of the update.
             count = sum(rollout.mask[rows].sum() for rows in updates[i])
             shares, ratio_errors = zip(*[
                 backward_micro(setup, rollout, advantages, returns, rows, count, warming)
@@ -461,7 +468,7 @@ def train(args, folder, found, prompt, train_problems, held_out) -> int:
                 actor, tokenizer, held_out, prompt, args.max_new_tokens, args.rollout_batch,
                 progress=run.watch,
             )  # fmt: skip
-        run.record_validation(generate.exact_match(rows))
+        run.record_validation(generate.validation_metrics(rows))
 
     with run:  # continues from the last checkpoint; Ctrl-C saves the last whole step
         for step in range(run.first, args.steps):
@@ -479,7 +486,8 @@ def train(args, folder, found, prompt, train_problems, held_out) -> int:
             advantages, returns = gae(rewards, rollout.values, mask, args.gamma, args.lam)  # 4
             metrics = rollout_metrics(answers, rollout, rewards, returns, args)
             run.phase("update")
-            metrics |= update(setup, rollout, whiten(advantages, mask), returns, step)  # 5
+            advantages = whiten(advantages, mask)  # 5
+            metrics |= update(setup, rollout, advantages, returns, step)  # 6
             run.end_step(metrics, answers[:4])
 
         save_trained(actor, tokenizer, folder.path, found.name)

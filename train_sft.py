@@ -107,7 +107,8 @@ def train(args, folder, found, prompt, examples, steps: int, held_out, held_out_
     bits = 8 if args.optim == "adamw8bit" else 32
     named = model.named_parameters()
     optimizer = AdamW(named, args.lr, weight_decay=args.weight_decay, bits=bits)
-    run = Run(folder, steps, {"": optimizer}, args, len(held_out), show=("loss", "lr"))
+    optimizers = {"": optimizer}  # prefix of its tensors' names in a checkpoint: optimizer
+    run = Run(folder, steps, optimizers, args, len(held_out), show=("loss", "lr"))
 
     def save() -> None:
         save_trained(model, tokenizer, folder.path, found.name)
@@ -119,11 +120,12 @@ def train(args, folder, found, prompt, examples, steps: int, held_out, held_out_
                 progress=run.watch,
             )  # fmt: skip
         loss = mean_loss(model, held_out_examples, args.micro_batch, tokenizer.pad_id, autocast)
-        better = run.record_validation({"val_loss": loss} | generate.exact_match(rows), rows[:3])
+        metrics = {"val_loss": loss} | generate.validation_metrics(rows)
+        better = run.record_validation(metrics, rows[:3])
         if args.keep == "best" and better:
             save()
 
-    # The step's size is fixed; how it is split into micro-batches changes memory only.
+    # How a step is split into micro-batches changes memory and rounding only.
     size, warmup = args.micro_batch * args.accumulation, round(args.warmup * steps)
     with run:  # continues from the last checkpoint; Ctrl-C saves the last whole step
         for step in range(run.first, steps):
@@ -169,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         problems = data.subset(problems, args.max_examples)
     examples = start.encode_all(tokenizer, problems, prompt, args.max_seq_length)
     held_out_examples = start.encode_all(tokenizer, held_out, prompt, args.max_seq_length)
-    # Every epoch ends with its last example, so its last step may be smaller than the others.
+    # A step does not reach into the next epoch, so an epoch's last step may be smaller.
     steps = math.ceil(len(examples) / (args.micro_batch * args.accumulation)) * args.epochs
     plan.print_sft(args, config, examples, held_out, steps)
     if args.dry_run:

@@ -33,8 +33,6 @@ from nanogsm import UserError
 from nanogsm.store import hub
 from nanogsm.tiny import problems as tiny_problems
 
-# ------------------------------------------------------------------------------------- problems
-
 GENERATED = {"tiny": "main", "tiny-socratic": "socratic", "tiny-worked": "main"}  # name -> style
 NAMED = ("main", "socratic", *GENERATED)  # data with a training and a test split
 SUBSET_SEED = 8  # fixed, so that all runs hold out and evaluate the same problems
@@ -46,87 +44,108 @@ class Problem(NamedTuple):
     index: int  # position in the file, counted from 0; results refer to problems by it
 
 
-def load_problems(data: str, split: str, data_dir: str | None = None) -> list[Problem]:
-    """Problems of "main", "socratic", a name in GENERATED or your own JSONL file. split is "train"
-    or "test"; your own file is used whole for both. UserError names the file and line at fault."""
-    if data in GENERATED:
-        pairs = tiny_problems.problems(split, GENERATED[data], data == "tiny-worked")
-        return [Problem(*pair, index) for index, pair in enumerate(pairs)]
-    if data in ("main", "socratic"):
-        name = f"{split}.jsonl" if data == "main" else f"{split}_socratic.jsonl"
-        return read_jsonl(hub.data_file(name, data_dir))
-    if not data.endswith((".jsonl", ".json")):
-        raise UserError(f"--data {data}: give {', '.join(NAMED)} or a file that ends in .jsonl")
-    return read_jsonl(Path(data))
+# -------------------------------------------------------------------------------- ids and masks
+
+INSTRUCTION = (
+    "You are a helpful math assistant. Please provide a step-by-step derivation and end your "
+    "answer with the final numerical result in the format '#### <number>'."
+)
+ONE_SHOT = Problem(  # the first training problem
+    "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in "
+    "May. How many clips did Natalia sell altogether in April and May?",
+    "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n"
+    "Natalia sold 48+24 = <<48+24=72>>72 clips altogether in April and May.\n#### 72",
+    0,
+)
 
 
-def read_jsonl(path: Path) -> list[Problem]:
-    """One object per line with the texts "question" and "answer"; the answer ends in "#### n"."""
-    try:  # utf-8-sig: Windows editors put a byte order mark first
-        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start})") from e
-    problems = []
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would split at U+2028
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            question, answer = row["question"].strip(), row["answer"].strip()
-            (question + answer).encode()  # half a surrogate pair is valid JSON, but not text
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            missing = f"; {e} is missing" if isinstance(e, KeyError) else ""
-            wanted = 'a JSON object with "question" and "answer" texts, one object per line'
-            raise UserError(f"{path} line {number}: not {wanted}{missing}") from e
-        if not question:
-            raise UserError(f"{path} line {number}: the question is empty")
-        if fault := _unscorable(answer):
-            raise UserError(f"{path} line {number}: {fault}")
-        problems.append(Problem(question, answer, len(problems)))
-    if not problems:
-        raise UserError(f"{path} has no problems in it")
-    return problems
+class Prompt(NamedTuple):
+    """How a question is asked."""
+
+    style: str = "plain"  # "plain" is Question: ... Answer:, "chat" is Gemma's turns
+    shots: int = 0  # worked examples before the question, 0 or 1
+    instruction: bool = False  # whether INSTRUCTION comes first
+
+    def __str__(self) -> str:
+        shot = "one-shot" if self.shots else "zero-shot"
+        return f"{self.style}, {shot}{', instruction' if self.instruction else ''}"
 
 
-def _unscorable(answer: str) -> str | None:
-    """Why no completion could match this answer, or why a wrong one could. None if it is fine."""
-    kept = cut(answer)  # as completions are cut
-    if extract_answer(kept) is None:
-        where = "" if kept == answer else f' before "{STOP_TEXT}", where completions are cut off'
-        return f'the answer has no "#### number"{where}'
-    rest = kept.partition("####")[2]
-    if _GOES_ON.match(rest, _AFTER_MARKER.match(rest).end()):
-        return f'what follows "####" is not one number: {rest.strip()[:40]!r}'
-    return None
+def encode(
+    tokenizer: "Tokenizer", prompt: Prompt, question: str, answer: str | None = None
+) -> tuple[list[int], list[int]]:
+    """(ids, mask) of equal length. With an answer: a training example, in which the answer and the
+    end token have mask 1. Without: the prompt alone, a prefix of the same ids."""
+    ids, mask = [], []
+
+    # Encoding piece by piece gives the ids of the whole text, because no token spans two pieces.
+    def add(*pieces: str | int, supervised: int = 0) -> None:
+        for piece in pieces:
+            new = [piece] if isinstance(piece, int) else tokenizer.encode(piece)
+            ids.extend(new)
+            mask.extend([supervised] * len(new))
+
+    # Exactly one BOS, because all texts in Gemma's pretraining start with one. Without it Gemma's
+    # perplexity is absurd. Two are a common bug: many tokenizers add one unasked.
+    add(tokenizer.bos_id)  # the only one, because `Tokenizer.encode` adds none
+    lead = INSTRUCTION + "\n\n" if prompt.instruction else ""
+    if prompt.style == "chat":
+        # Turn tokens are added as ids: "<end_of_turn>" in a question would only be text.
+        start, end, target = tokenizer.start_of_turn_id, tokenizer.end_of_turn_id, answer
+        for _ in range(prompt.shots):
+            add(start, f"user\n{lead}{ONE_SHOT.question}", end, "\n", start, "model\n")
+            add(ONE_SHOT.answer, end, "\n")
+            lead = ""
+        add(start, f"user\n{lead}{question}", end, "\n", start, "model\n")
+    else:
+        # The space after "Answer:" belongs to the target, because Gemma's tokenizer joins a word
+        # with the space before it. A prompt that ended in a space would end in a lone space token,
+        # which the model never sees there in training.
+        end, target = tokenizer.eos_id, f" {answer}"
+        for _ in range(prompt.shots):
+            add(f"{lead}Question: {ONE_SHOT.question}\nAnswer:")
+            add(f" {ONE_SHOT.answer}\n\n")
+            lead = ""
+        add(f"{lead}Question: {question}\nAnswer:")
+    if answer is not None:
+        add(target, end, supervised=1)  # EOS is learnt here, or the model would never stop
+    return ids, mask
 
 
-def split_validation(problems: list[Problem], n: int) -> tuple[list[Problem], list[Problem]]:
-    """(rest, validation): a fixed sample of n training problems is held out. Problem 0 is never
-    held out: in GSM8K it is the one-shot example, whose answer the prompt shows."""
-    if not 0 <= n < len(problems):
-        raise UserError(f"--val-examples {n} of {len(problems)} leaves none to train on: lower it")
-    held_out = set(random.Random(SUBSET_SEED).sample(range(1, len(problems)), n))
-    rest = [p for i, p in enumerate(problems) if i not in held_out]
-    return rest, [problems[i] for i in sorted(held_out)]
+class Example(NamedTuple):
+    ids: list[int]
+    mask: list[int]  # 1 on supervised (SFT) or generated (PPO) tokens
+    index: int  # of the problem
 
 
-def usual_held_out(n: int, tiny: bool) -> int:
-    """Default validation size: 64 (tiny: 256), at most 10% of the n training problems."""
-    return min(256 if tiny else 64, n // 10)
+class Batch(NamedTuple):
+    ids: torch.Tensor  # (B, T) int64
+    mask: torch.Tensor  # (B, T) bool
+    lengths: list[int]  # of the rows, without padding
 
 
-def subset(problems: list[Problem], n: int) -> list[Problem]:
-    """A fixed sample of n problems in file order, or all if there are fewer."""
-    chosen = random.Random(SUBSET_SEED).sample(range(len(problems)), min(n, len(problems)))
-    return [problems[i] for i in sorted(chosen)]
+def collate(rows: list[Example], pad_id: int, device: str | torch.device = "cpu") -> Batch:
+    """Rows padded to the longest. Padding is never supervised."""
+    # On the right: position t then holds a row's token t, and causal attention sees no padding.
+    T = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), T), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), T), dtype=torch.bool)
+    for b, row in enumerate(rows):
+        ids[b, : len(row.ids)] = torch.tensor(row.ids)
+        mask[b, : len(row.mask)] = torch.tensor(row.mask, dtype=torch.bool)
+    return Batch(ids.to(device), mask.to(device), [len(row.ids) for row in rows])
 
 
-def digest(problems: list[Problem]) -> str:
-    """SHA-256 of the problems in file order. With it a run refuses to continue on other data."""
-    in_order = sorted(problems, key=lambda problem: problem.index)
-    return hashlib.sha256(json.dumps(in_order).encode()).hexdigest()
+def micro_batches(rows: list, size: int) -> list[list]:
+    """A step's rows in the order drawn, `size` at a time."""
+    # The size changes only rounding: the loss is divided by the whole step's supervised tokens.
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def permutation(n: int, seed: int, epoch: int) -> list[int]:
+    """The order of n items in an epoch. Only (seed, epoch) decide it, so no state is saved."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(n, generator=generator).tolist()
 
 
 # ------------------------------------------------------------------------------------- answers
@@ -246,105 +265,87 @@ class Tokenizer:
         return " ".join(f"{piece!r}|{bit}" for piece, bit in zip(pieces, mask, strict=True))
 
 
-# -------------------------------------------------------------------------------- ids and masks
-
-INSTRUCTION = (
-    "You are a helpful math assistant. Please provide a step-by-step derivation and end your "
-    "answer with the final numerical result in the format '#### <number>'."
-)
-ONE_SHOT = Problem(  # the first training problem
-    "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in "
-    "May. How many clips did Natalia sell altogether in April and May?",
-    "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n"
-    "Natalia sold 48+24 = <<48+24=72>>72 clips altogether in April and May.\n#### 72",
-    0,
-)
+# ------------------------------------------------------------------------------- files of problems
 
 
-class Prompt(NamedTuple):
-    """How a question is asked."""
-
-    style: str = "plain"  # "plain" is Question: ... Answer:, "chat" is Gemma's turns
-    shots: int = 0  # worked examples before the question, 0 or 1
-    instruction: bool = False  # whether INSTRUCTION comes first
-
-    def __str__(self) -> str:
-        shot = "one-shot" if self.shots else "zero-shot"
-        return f"{self.style}, {shot}{', instruction' if self.instruction else ''}"
-
-
-def encode(
-    tokenizer: Tokenizer, prompt: Prompt, question: str, answer: str | None = None
-) -> tuple[list[int], list[int]]:
-    """(ids, mask) of equal length. With an answer: a training example, in which the answer and the
-    end token have mask 1. Without: the prompt alone, a prefix of the same ids."""
-    ids, mask = [], []
-
-    # Encoding piece by piece gives the ids of the whole text, because no token spans two pieces.
-    def add(*pieces: str | int, supervised: int = 0) -> None:
-        for piece in pieces:
-            new = [piece] if isinstance(piece, int) else tokenizer.encode(piece)
-            ids.extend(new)
-            mask.extend([supervised] * len(new))
-
-    # Exactly one BOS, because all texts in Gemma's pretraining start with one. Without it Gemma's
-    # perplexity is absurd. Two are a common bug: many tokenizers add one unasked.
-    add(tokenizer.bos_id)  # the only one, because `Tokenizer.encode` adds none
-    lead = INSTRUCTION + "\n\n" if prompt.instruction else ""
-    if prompt.style == "chat":
-        # Turn tokens are added as ids: "<end_of_turn>" in a question would only be text.
-        start, end, target = tokenizer.start_of_turn_id, tokenizer.end_of_turn_id, answer
-        for _ in range(prompt.shots):
-            add(start, f"user\n{lead}{ONE_SHOT.question}", end, "\n", start, "model\n")
-            add(ONE_SHOT.answer, end, "\n")
-            lead = ""
-        add(start, f"user\n{lead}{question}", end, "\n", start, "model\n")
-    else:
-        # The space after "Answer:" belongs to the target, because Gemma's tokenizer joins a word
-        # with the space before it. A prompt that ended in a space would end in a lone space token,
-        # which the model never sees there in training.
-        end, target = tokenizer.eos_id, f" {answer}"
-        for _ in range(prompt.shots):
-            add(f"{lead}Question: {ONE_SHOT.question}\nAnswer:")
-            add(f" {ONE_SHOT.answer}\n\n")
-            lead = ""
-        add(f"{lead}Question: {question}\nAnswer:")
-    if answer is not None:
-        add(target, end, supervised=1)  # EOS is learnt here, or the model would never stop
-    return ids, mask
+def load_problems(data: str, split: str, data_dir: str | None = None) -> list[Problem]:
+    """Problems of "main", "socratic", a name in GENERATED or your own JSONL file. split is "train"
+    or "test"; your own file is used whole for both. UserError names the file and line at fault."""
+    if data in GENERATED:
+        pairs = tiny_problems.problems(split, GENERATED[data], data == "tiny-worked")
+        return [Problem(*pair, index) for index, pair in enumerate(pairs)]
+    if data in ("main", "socratic"):
+        name = f"{split}.jsonl" if data == "main" else f"{split}_socratic.jsonl"
+        return read_jsonl(hub.data_file(name, data_dir))
+    if not data.endswith((".jsonl", ".json")):
+        raise UserError(f"--data {data}: give {', '.join(NAMED)} or a file that ends in .jsonl")
+    return read_jsonl(Path(data))
 
 
-class Example(NamedTuple):
-    ids: list[int]
-    mask: list[int]  # 1 on supervised (SFT) or generated (PPO) tokens
-    index: int  # of the problem
+def read_jsonl(path: Path) -> list[Problem]:
+    """One object per line with the texts "question" and "answer"; the answer ends in "#### n"."""
+    try:  # utf-8-sig: Windows editors put a byte order mark first
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start})") from e
+    problems = []
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would split at U+2028
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            question, answer = row["question"].strip(), row["answer"].strip()
+            (question + answer).encode()  # half a surrogate pair is valid JSON, but not text
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            missing = f"; {e} is missing" if isinstance(e, KeyError) else ""
+            wanted = 'a JSON object with "question" and "answer" texts, one object per line'
+            raise UserError(f"{path} line {number}: not {wanted}{missing}") from e
+        if not question:
+            raise UserError(f"{path} line {number}: the question is empty")
+        if fault := _unscorable(answer):
+            raise UserError(f"{path} line {number}: {fault}")
+        problems.append(Problem(question, answer, len(problems)))
+    if not problems:
+        raise UserError(f"{path} has no problems in it")
+    return problems
 
 
-class Batch(NamedTuple):
-    ids: torch.Tensor  # (B, T) int64
-    mask: torch.Tensor  # (B, T) bool
-    lengths: list[int]  # of the rows, without padding
+def _unscorable(answer: str) -> str | None:
+    """Why no completion could match this answer, or why a wrong one could. None if it is fine."""
+    kept = cut(answer)  # as completions are cut
+    if extract_answer(kept) is None:
+        where = "" if kept == answer else f' before "{STOP_TEXT}", where completions are cut off'
+        return f'the answer has no "#### number"{where}'
+    rest = kept.partition("####")[2]
+    if _GOES_ON.match(rest, _AFTER_MARKER.match(rest).end()):
+        return f'what follows "####" is not one number: {rest.strip()[:40]!r}'
+    return None
 
 
-def collate(rows: list[Example], pad_id: int, device: str | torch.device = "cpu") -> Batch:
-    """Rows padded to the longest. Padding is never supervised."""
-    # On the right: position t then holds a row's token t, and causal attention sees no padding.
-    T = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), T), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), T), dtype=torch.bool)
-    for b, row in enumerate(rows):
-        ids[b, : len(row.ids)] = torch.tensor(row.ids)
-        mask[b, : len(row.mask)] = torch.tensor(row.mask, dtype=torch.bool)
-    return Batch(ids.to(device), mask.to(device), [len(row.ids) for row in rows])
+def split_validation(problems: list[Problem], n: int) -> tuple[list[Problem], list[Problem]]:
+    """(rest, validation): a fixed sample of n training problems is held out. Problem 0 is never
+    held out: in GSM8K it is the one-shot example, whose answer the prompt shows."""
+    if not 0 <= n < len(problems):
+        raise UserError(f"--val-examples {n} of {len(problems)} leaves none to train on: lower it")
+    held_out = set(random.Random(SUBSET_SEED).sample(range(1, len(problems)), n))
+    rest = [p for i, p in enumerate(problems) if i not in held_out]
+    return rest, [problems[i] for i in sorted(held_out)]
 
 
-def micro_batches(rows: list, size: int) -> list[list]:
-    """A step's rows in the order drawn, `size` at a time."""
-    # The size changes only rounding: the loss is divided by the whole step's supervised tokens.
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+def usual_held_out(n: int, tiny: bool) -> int:
+    """Default validation size: 64 (tiny: 256), at most 10% of the n training problems."""
+    return min(256 if tiny else 64, n // 10)
 
 
-def permutation(n: int, seed: int, epoch: int) -> list[int]:
-    """The order of n items in an epoch. Only (seed, epoch) decide it, so no state is saved."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(n, generator=generator).tolist()
+def subset(problems: list[Problem], n: int) -> list[Problem]:
+    """A fixed sample of n problems in file order, or all if there are fewer."""
+    chosen = random.Random(SUBSET_SEED).sample(range(len(problems)), min(n, len(problems)))
+    return [problems[i] for i in sorted(chosen)]
+
+
+def digest(problems: list[Problem]) -> str:
+    """SHA-256 of the problems in file order. With it a run refuses to continue on other data."""
+    in_order = sorted(problems, key=lambda problem: problem.index)
+    return hashlib.sha256(json.dumps(in_order).encode()).hexdigest()

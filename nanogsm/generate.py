@@ -7,9 +7,16 @@ token at its own position. So there is no left padding, and positions are simple
     row 0    p0  p1  p2  p3  r0  r1  .   .      its next token goes to slot 6
     row 1    p0  p1  r0  r1  r2  .   .   .      ... to slot 5; what lies beyond is masked
 
-A row that finishes is given to the next waiting prompt, so a batch never waits for its longest
-answer. Sampling has a temperature and nothing else: with top-k or top-p, PPO could not say how
-probable the sampled token was.
+The idea in four lines; the rest of `generate` keeps many rows busy:
+
+    run the prompt once; its keys and values fill the cache        (_prefill)
+    repeat: choose a token from the last hidden state              (choose)
+            if it ends the answer, stop
+            run that one token; it attends to the whole cache      (KVCache.attend_next)
+
+A row that finishes is given to the next waiting prompt, so a batch waits for a long answer only
+when no prompts are left. Sampling has a temperature and nothing else: with top-k or top-p the
+tokens would come from another distribution than the one whose log-probs PPO computes.
 """
 
 import math
@@ -23,7 +30,7 @@ from torch import Tensor
 from nanogsm import data
 from nanogsm.data import Problem, Prompt, Tokenizer
 from nanogsm.fast import cpu
-from nanogsm.transformer import Config, Transformer, attend, attend_causally, causal_mask
+from nanogsm.transformer import Config, Transformer, attend_causally, causal_mask, softmax_attention
 
 PREFILL_TOKENS = 2048  # of prompts, padding included, that go through the model at once
 # How many tokens are decoded before the host looks at them: looking makes it wait for a GPU.
@@ -75,7 +82,7 @@ class KVCache:
             mask = masks[self.config.window(layer)]
             parts = (x.split(size) for x in (q, self.k[layer], self.v[layer], mask))
             return torch.cat([
-                attend(q, k[:, :, :n], v[:, :, :n], mask[..., :n], scale, cap)
+                softmax_attention(q, k[:, :, :n], v[:, :, :n], mask[..., :n], scale, cap)
                 for n, q, k, v, mask in zip(used, *parts, strict=True)
             ])  # fmt: skip
 
@@ -138,7 +145,7 @@ def generate(
     slots = max(map(len, prompts), default=0) + max_new_tokens
     cache = KVCache(model.config, batch, slots, model.product_dtype, device)
     if temperature:
-        # Token i of request n has its own number, uniform[n, i], whichever row it is decoded in. So
+        # Token i of request r has its own number, uniform[r, i], whichever row it is decoded in. So
         # a completion does not depend on the other requests in its batch, rounding apart.
         uniform = torch.rand(n, max_new_tokens, generator=torch.Generator().manual_seed(seed))
         uniform = uniform.to(device)
@@ -187,9 +194,10 @@ def generate(
                 position[rows] = torch.tensor([len(p) for p in asked], device=device)
                 for row, i in zip(rows, token[rows].tolist()):
                     accept(row, [i])
-                continue  # an answer of one token has freed its row already
+                continue  # answers that ended with their first token have freed their rows again
             if not waiting and len(idle) >= len(request) / 8:
-                # The tail of the batch: the last busy rows move into the gaps, and the rest goes.
+                # No prompt is left and an eighth of the rows is idle: the last busy rows move into
+                # the gaps, and the batch shrinks.
                 busy = [row for row, r in enumerate(request) if r >= 0]
                 behind = [row for row in busy if row >= len(busy)]
                 keep = [row if request[row] >= 0 else behind.pop() for row in range(len(busy))]
@@ -285,7 +293,7 @@ def answer_and_mark(
     ]
 
 
-def exact_match(rows: list[dict]) -> dict:
+def validation_metrics(rows: list[dict]) -> dict:
     """What a validation logs of its rows: the shares that are right and that were cut off."""
     return {
         "val_exact_match": sum(row["correct"] for row in rows) / len(rows),

@@ -1,9 +1,9 @@
 """Log-probabilities of chosen tokens: what SFT's loss and all of PPO's ratios and KLs are made of.
 
-`definition` says what is computed. `token_logprobs` is the call that everybody uses. It selects the
-supervised positions before the projection onto the vocabulary: nobody asks for the logits of prompt
-and padding. fast/head.py then computes the same numbers block by block and never holds all logits.
-`next_token_logprobs` makes the shift between hidden states and the tokens they predict:
+`definition` says what is computed. fast/head.py computes the same numbers block by block and never
+holds all logits. `token_logprobs` selects the supervised positions before the projection onto the
+vocabulary: nobody asks for the logits of prompt and padding. `next_token_logprobs`, which the
+training scripts call, makes the shift between hidden states and the tokens they predict:
 
     ids       <bos>  Question  ...  Answer:   72   <eos>      hidden state t has seen tokens 0 .. t
     predicts  Question  ...  Answer:    72   <eos>            and predicts token t + 1
@@ -29,7 +29,8 @@ def definition(
     return chosen, -(logp.exp() * logp).sum(-1) if entropy else None
 
 
-scores = head.scores  # the faster form of `definition`; tests put the definition here instead
+# The faster form of `definition`. Tests put the definition here instead.
+scores = head.scores
 
 
 def token_logprobs(

@@ -6,7 +6,7 @@
 
 Only A and B are trained: r (in + out) numbers instead of in * out. A starts random and B at zero,
 so training starts exactly at the base model, and in the first step only B gets a gradient.
-`merge` is a function called by name. Nothing happens as a side effect of eval().
+Some libraries merge the adapter inside eval(). Here only `merge` does.
 """
 
 import math
@@ -32,9 +32,9 @@ class Matrix(nn.Module):
 class LoRALinear(nn.Module):
     """A frozen linear layer plus its low-rank change. `base` may already be a LoRALinear."""
 
-    # The adapter is float32 even on a bfloat16 base: at LoRA's learning rates most updates of a
-    # bfloat16 weight would be lost in rounding. Adapters are stacked, because merging the first one
-    # into a bfloat16 weight would round it.
+    # The adapter is float32 even on a bfloat16 base: many updates of a bfloat16 weight would be
+    # rounded away, the more so as the learning rate falls. Adapters are stacked, because merging
+    # the first one into a bfloat16 weight would round it.
 
     def __init__(self, base: "nn.Linear | LoRALinear", a: Tensor, b: Tensor, scale: float):
         """a (r, in) and b (out, r) are the start, drawn or loaded; scale is alpha / r."""
@@ -63,7 +63,7 @@ class LoRALinear(nn.Module):
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) of one adapter of scale 1 that equals this adapter and those below it:
 
-        s1 B1 A1 + s2 B2 A2  =  (s1 B1 | s2 B2) (A1 over A2)        its rank is the ranks' sum
+        s1 B1 A1 + s2 B2 A2  =  (s1 B1 | s2 B2) (A1 over A2)        its r is r1 + r2
         """
         a, b = self.lora_A.weight, self.scale * self.lora_B.weight
         if isinstance(self.base, LoRALinear):

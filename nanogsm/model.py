@@ -334,7 +334,7 @@ def compute_in_float32(model: Transformer) -> None:
     used. All are copied out of the checkpoint's mapped file, or the file would stay in memory as
     well.
     """
-    model.activations = torch.float32
+    model.activation_dtype = torch.float32
     embedding = model.model.embed_tokens.weight
     for p in model.parameters():
         p.data = p.data.to(torch.float32 if p is embedding else p.dtype, copy=True)
@@ -364,5 +364,5 @@ def frozen_copy(model: Transformer, bf16: bool) -> Transformer:
         if id(p) in linear or torch.equal(rounded.to(p.dtype), p):
             memo[id(p)] = nn.Parameter(rounded, requires_grad=False)
     frozen = copy.deepcopy(model, memo).requires_grad_(False)
-    frozen.activations = model.activations or model.model.embed_tokens.weight.dtype
+    frozen.activation_dtype = model.activation_dtype or model.model.embed_tokens.weight.dtype
     return frozen

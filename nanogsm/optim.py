@@ -1,7 +1,7 @@
 """AdamW with moments of one byte per entry, and the learning-rate schedule.
 
 AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) keeps two moments per weight: running means of
-the gradient (m) and of its square (v). In float32 both take 8 bytes, 20 GB for Gemma 2B. Here each
+the gradient (m) and of its square (v). In float32 both take 8 bytes, 20 GB for gemma-2b. Here each
 takes one byte, plus a float32 scale per block of at most 256 entries, after Dettmers et al. 2021
 (arXiv 2110.02861). Four things differ from that paper. results/adam8bit.md measures each of them:
 
@@ -21,92 +21,21 @@ from torch import Tensor, nn
 from nanogsm import UserError
 
 MAX_BLOCK = 256  # most entries that share one scale
-MIN_BLOCK = 16  # a row of LoRA's B; in shorter blocks the scales cost what the bytes save
+MIN_BLOCK = 16  # a row of LoRA's B at rank 16; shorter rows keep float32 moments
 MIN_8BIT_SIZE = 4096  # entries; smaller tensors (norms, a value head) keep float32 moments
 CHUNK = 1 << 20  # entries updated at a time, which limits temporary tensors to about 50 MB
-
-
-def cosine_with_min_lr(
-    step: int, total_steps: int, lr: float, min_lr: float, warmup_steps: int = 0
-) -> float:
-    """The learning rate of `step`, counted from 0: a linear warm-up to `lr`, then half a cosine
-    down to `min_lr` at `total_steps`, then constant.
-
-    Until `total_steps` it equals transformers' get_cosine_with_min_lr_schedule_with_warmup. Trap:
-    with a warm-up the rate of step 0 is 0, so the first update changes nothing.
-    """
-    if step < warmup_steps:
-        return lr * step / warmup_steps
-    # From 0 at the end of the warm-up to 1 at total_steps.
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def block_size(shape: tuple[int, ...]) -> int | None:
-    """Entries per scale for a tensor of this shape, or None if its moments stay float32.
-
-    It is the largest divisor of the row length up to 256, so that no block spans two rows: 256 for
-    Gemma's width 2048, 192 for 1152, 160 for 640, 16 for LoRA's B of rank 16.
-    """
-    # A row of the embedding belongs to one token. If a frequent and a rare token shared a scale,
-    # the rare token's moments would be rounded away.
-    if math.prod(shape) < MIN_8BIT_SIZE:
-        return None
-    largest = max(n for n in range(1, MAX_BLOCK + 1) if shape[-1] % n == 0)
-    return largest if largest >= MIN_BLOCK else None
-
-
-def dither(n: int, step: int, device: torch.device | None = None) -> Tensor:
-    """(n,) rounding offsets in [0, 1), spread evenly over the entries and, per entry, over steps.
-
-    Integer arithmetic gives the same offsets on every device and in a continued run, without a
-    random state to save. Evenly spread offsets also leave less noise in v than random ones.
-    """
-    # A quiet step changes v by at most about 0.1%, but neighbouring codes are 3% or more apart.
-    # Rounded to nearest, v would stick: too large in noise, frozen where gradients vanish. With
-    # an offset that differs from step to step, rounding is right on average.
-    i = torch.arange(n, device=device)
-    # Roberts' R2 sequence: 2**24 / p and 2**24 / p**2, where p is the plastic number 1.3247.
-    return ((i * 12664745 + step * 9560333) % 2**24).float() / 2**24
-
-
-def quantise(x: Tensor, dtype: torch.dtype, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """x (blocks, entries) as codes of `dtype`, same shape, and float32 scales (blocks, 1).
-
-        |x| = scale * (code / levels)**4        scale = max |x| of the block
-
-    The exact code plus `offset` (shape of x, in [0, 1)) is rounded down. int8 is for m: 127 levels
-    and a sign. uint8 is for sqrt(v) >= 0: 255 levels, of which the smallest used is 16.
-    """
-    levels = torch.iinfo(dtype).max
-    code = x.abs()
-    scale = code.amax(-1, keepdim=True)  # (blocks, 1)
-    # The lower bound keeps a block of zeros from dividing 0 by 0. Two square roots: a fourth root.
-    code = code.div_(scale.clamp_min(torch.finfo(torch.float32).tiny)).sqrt_().sqrt_()
-    # If sqrt(v) rounded to 0 and m did not, m / (sqrt(v) + eps) could be thousands of times too
-    # large. Codes below 16 are over 25% apart, so they too could be far too small for their m. An
-    # entry raised to 16, which is 1.5e-5 of the scale, takes too small a step. That does no harm.
-    # The upper bound is needed: in float32 255 + 0.9999999 is 256, which a byte stores as 0.
-    code = code.mul_(levels).add_(offset).clamp_(0 if dtype == torch.int8 else 16, levels)
-    return code.copysign_(x).to(dtype), scale  # the cast rounds towards zero
-
-
-def dequantise(code: Tensor, scale: Tensor) -> Tensor:
-    """The float32 values (blocks, entries) of codes; all zero in a block with scale 0."""
-    x = code.float()
-    x = x * x.abs()  # a square that keeps the sign
-    return (x * x.abs()).mul_(scale / torch.iinfo(code.dtype).max ** 4)
 
 
 class AdamW:
     """AdamW over `named_params`, pairs of name and parameter. Frozen parameters are left out.
 
-    bits=32 computes what torch.optim.AdamW does. bits=8 stores the moments as bytes. The loop sets
-    `lr` before each step. There are no parameter groups: a loop with two learning rates (PPO's
-    value head) makes two objects. Parameters and gradients are float32 or bfloat16, the arithmetic
-    is float32. The moments are made on the parameters' device, so move the model first. Raises
-    ValueError for repeated names and if nothing is trainable. Trap: bfloat16 parameters are rounded
-    after each step. At lr 5e-7 that undoes about 99% of the changes, in 8 bits and in 32.
+    bits=32 computes what torch.optim.AdamW does, except that vectors are not decayed. bits=8 stores
+    the moments as bytes. A loop may change `lr` between steps. There are no parameter groups: a
+    loop with two learning rates (PPO's value head) makes two objects. Parameters and gradients are
+    float32 or bfloat16, the arithmetic is float32. The moments are made on the parameters' device,
+    so move the model first. Raises ValueError for repeated names and if nothing is trainable. Trap:
+    bfloat16 parameters are rounded after each step. At lr 5e-7 that undoes about 99% of the
+    changes, in 8 bits and in 32.
     """
 
     def __init__(
@@ -139,7 +68,7 @@ class AdamW:
     def step(self) -> None:
         """Update every parameter w that has a gradient g:
 
-            m = beta1 * m + (1 - beta1) * g         w = w - lr * weight_decay * w
+            m = beta1 * m + (1 - beta1) * g         w = w - lr * weight_decay * w    (matrices)
             v = beta2 * v + (1 - beta2) * g**2      w = w - lr * m / c1 / (sqrt(v / c2) + eps)
 
         Trap: a gradient that is not finite spoils its block's moments for good, so check the
@@ -163,6 +92,8 @@ class AdamW:
             chunk = max(1, CHUNK * blocks // p.numel())  # blocks at a time
             chunks = zip(*(t.view(blocks, -1).split(chunk) for t in tensors))
             for weight, g, m_state, v_state, *scales in chunks:  # (chunk, entries of a block)
+                # 32 bits: m and v are the state itself, updated in place. 8 bits: copies, written
+                # back below.
                 w, g, m, v = weight.float(), g.float(), m_state, v_state
                 if scales:
                     m, v = dequantise(m_state, scales[0]), dequantise(v_state, scales[1]).square_()
@@ -213,3 +144,75 @@ class AdamW:
     def state_bytes(self) -> int:
         """Bytes of the moments and their scales."""
         return sum(t.nbytes for tensors in self.moments.values() for t in tensors)
+
+
+def block_size(shape: tuple[int, ...]) -> int | None:
+    """Entries per scale for a tensor of this shape, or None if its moments stay float32.
+
+    It is the largest divisor of the row length up to 256, so that no block spans two rows: 256 for
+    Gemma's width 2048, 192 for 1152, 160 for 640, 16 for LoRA's B of rank 16.
+    """
+    # A row of the embedding belongs to one token. If a frequent and a rare token shared a scale,
+    # the rare token's moments would be rounded away.
+    if math.prod(shape) < MIN_8BIT_SIZE:
+        return None
+    largest = max(n for n in range(1, MAX_BLOCK + 1) if shape[-1] % n == 0)
+    return largest if largest >= MIN_BLOCK else None
+
+
+def dither(n: int, step: int, device: torch.device | None = None) -> Tensor:
+    """(n,) rounding offsets in [0, 1), spread evenly over the entries and, per entry, over steps.
+
+    Integer arithmetic gives the same offsets on every device and in a continued run, without a
+    random state to save. Evenly spread offsets also leave less noise in v than random ones.
+    """
+    # A quiet step changes v by at most about 0.1%, but neighbouring codes are 3% or more apart.
+    # Rounded to nearest, v would stick: too large in noise, frozen where gradients vanish. With
+    # an offset that differs from step to step, rounding is right on average.
+    i = torch.arange(n, device=device)
+    # Roberts' R2 sequence: 2**24 / p and 2**24 / p**2, where p is the plastic number 1.3247.
+    return ((i * 12664745 + step * 9560333) % 2**24).float() / 2**24
+
+
+def quantise(x: Tensor, dtype: torch.dtype, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """x (blocks, entries) as codes of `dtype`, same shape, and float32 scales (blocks, 1).
+
+        |x| = scale * (code / levels)**4        scale = max |x| of the block
+
+    The exact code plus `offset` (shape of x, in [0, 1)) is rounded down. int8 is for m: 127 levels
+    and a sign. uint8 is for sqrt(v) >= 0: codes 16 to 255.
+    """
+    levels = torch.iinfo(dtype).max
+    code = x.abs()
+    scale = code.amax(-1, keepdim=True)  # (blocks, 1)
+    # The lower bound keeps a block of zeros from dividing 0 by 0. Two square roots: a fourth root.
+    code = code.div_(scale.clamp_min(torch.finfo(torch.float32).tiny)).sqrt_().sqrt_()
+    # If sqrt(v) rounded to 0 and m did not, m / (sqrt(v) + eps) could be thousands of times too
+    # large. Codes below 16 are over 25% apart, so they too could be far too small for their m. An
+    # entry raised to 16, which is 1.5e-5 of the scale, takes too small a step. That does no harm.
+    # The upper bound is needed: in float32 255 + 0.9999999 is 256, which a byte stores as 0.
+    code = code.mul_(levels).add_(offset).clamp_(0 if dtype == torch.int8 else 16, levels)
+    return code.copysign_(x).to(dtype), scale  # the cast rounds towards zero
+
+
+def dequantise(code: Tensor, scale: Tensor) -> Tensor:
+    """The float32 values (blocks, entries) of codes; all zero in a block with scale 0."""
+    x = code.float()
+    x = x * x.abs()  # a square that keeps the sign
+    return (x * x.abs()).mul_(scale / torch.iinfo(code.dtype).max ** 4)
+
+
+def cosine_with_min_lr(
+    step: int, total_steps: int, lr: float, min_lr: float, warmup_steps: int = 0
+) -> float:
+    """The learning rate of `step`, counted from 0: a linear warm-up to `lr`, then half a cosine
+    down to `min_lr` at `total_steps`, then constant.
+
+    Until `total_steps` it equals transformers' get_cosine_with_min_lr_schedule_with_warmup. Trap:
+    with a warm-up the rate of step 0 is 0, so the first update changes nothing.
+    """
+    if step < warmup_steps:
+        return lr * step / warmup_steps
+    # From 0 at the end of the warm-up to 1 at total_steps.
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))

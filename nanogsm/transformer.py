@@ -8,18 +8,19 @@ point is missed, everything still runs, and the logits are those of another mode
            RMSNorm multiplies by (1 + weight), in float32, and rounds last. Llama rounds first.
            The MLP is gated by GELU in its tanh form, whatever older configs call it.
            head_dim is free: heads * head_dim need not equal hidden_size.
-           The embedding matrix is also the output projection. No layer has a bias.
-  Gemma 2  Attention scores are soft-capped before the mask, so fused attention cannot be used.
+           The embedding matrix is also the output projection.
+  Gemma 2  Attention scores are soft-capped before the mask, which PyTorch's fused attention cannot.
            The final logits are soft-capped, too.
            Local (sliding-window) and global layers alternate, starting with a local one.
   2 and 3  A norm follows attention and MLP as well, before the residual addition. The name
            `post_attention_layernorm` means something else in Gemma 1: its norm before the MLP.
   Gemma 3  Queries and keys pass through RMSNorm before rotary. There is one global layer to five
-           local ones, and each kind has its own rotary base. A window of W includes the query.
+           local ones, and each kind has its own rotary base.
 
-Sources: the Gemma reports (arXiv 2403.08295, 2408.00118, 2503.19786) and the checkpoints.
+The window of a local layer includes the query. No layer has a bias, as in Llama. Sources: the
+Gemma reports (arXiv 2403.08295, 2408.00118, 2503.19786) and the checkpoints.
 
-Shapes   B batch   T tokens   S cached positions   D hidden_size   F intermediate_size
+Shapes   B batch   T tokens   S cached positions   D hidden_size   I intermediate_size
          V vocabulary   H query heads   K key/value heads   N head_dim
 """
 
@@ -127,9 +128,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x (B, H, T, N)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float | None):
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap):
     """softmax(q k' * scale) v: q (B, H, T, N); k, v (B, K, S, N) -> (B, H, T, N). mask (B or 1, 1,
-    T, S) is True where a query may look; None means causal, with S = T."""
+    T, S) is True where a query may look. None means causal, with S = T and without a cap."""
     (B, H, T, N), K = q.shape, k.shape[1]
     if cap is None and T == 1 and mask is not None:
         # One new token per row. The H/K query heads that share a key head take the place of the
@@ -141,7 +142,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
         v = v[:, :, None].expand(-1, -1, H // K, -1, -1).reshape(B, H, -1, N)
     if cap is None:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
-    # Gemma 2 squeezes scores into (-cap, cap) before the mask. No fused kernel does that.
+    # Gemma 2 squeezes scores into (-cap, cap) before the mask, so attention is written out.
     scores = cap * torch.tanh(q @ k.transpose(2, 3) * (scale / cap))  # (B, H, T, S)
     scores = scores.masked_fill(~mask, -math.inf)
     return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
@@ -160,13 +161,13 @@ def causal_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
 
 
 def attend_causally(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale, cap) -> Tensor:
-    """`attend` for rows that start at position 0, where queries and keys are the same tokens."""
+    """For rows that start at position 0, where queries and keys are the same tokens."""
     T = q.shape[2]
     mask = None  # plain causal attention needs no mask, and the fused kernels want none
     if cap is not None or (window is not None and T > window):
         positions = torch.arange(T, device=q.device)[None]
         mask = causal_mask(positions, positions, window)
-    return attend(q, k, v, mask, scale, cap)
+    return softmax_attention(q, k, v, mask, scale, cap)
 
 
 def attend_rows(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window, scale, cap) -> Tensor:
@@ -229,12 +230,12 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        D, hidden = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj = Linear(D, hidden), Linear(D, hidden)
-        self.down_proj = Linear(hidden, D)
+        D, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj, self.up_proj = Linear(D, inner), Linear(D, inner)
+        self.down_proj = Linear(inner, D)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = F.gelu(self.gate_proj(x), approximate="tanh")  # (B, T, F)
+        gate = F.gelu(self.gate_proj(x), approximate="tanh")  # (B, T, I)
         return self.down_proj(gate * self.up_proj(x))  # (B, T, D)
 
 
@@ -270,10 +271,10 @@ class Transformer(nn.Module):
     Without, the causal mask hides it from real tokens, and what comes out there means nothing.
     """
 
-    # Three seams. Each default is right by itself; load_model sets the faster form.
-    lookup = staticmethod(F.embedding)  # fast/head.py adds its gradient to weight.grad in place
-    attend_rows = staticmethod(attend_rows)
-    recompute: dict | None = None  # keywords of torch's checkpoint(); None keeps all activations
+    # Three parts that can be replaced. Each default is right by itself.
+    lookup = staticmethod(F.embedding)  # load_model sets one that adds to weight.grad in place
+    attend_rows = staticmethod(attend_rows)  # for a kernel that takes all rows in one launch
+    recompute: dict | None = None  # keywords of torch's checkpoint(): less memory, more time
 
     def __init__(self, config: Config):
         super().__init__()
@@ -286,14 +287,14 @@ class Transformer(nn.Module):
         norm = RMSNorm(D, config.rms_norm_eps)
         # Called "model" because the checkpoint's tensor names begin with "model.".
         self.model = nn.ModuleDict({"embed_tokens": embedding, "layers": layers, "norm": norm})
-        self.activations: torch.dtype | None = None  # None: the dtype of the weights
+        self.activation_dtype: torch.dtype | None = None  # None: that of the weights
 
     def forward(
         self, ids: Tensor, lengths: list[int] | None = None, positions: Tensor | None = None,
         attend: Callable | None = None,
     ) -> Tensor:  # fmt: skip
         """ids (B, T), with lengths[b] real tokens in row b -> hidden (B, T, D). Generation passes
-        its own positions (B or 1, T) and attend, which read and write the KV cache."""
+        an `attend` that uses the KV cache, and the positions (B, 1) of new tokens."""
         c, put_back = self.config, None
         if lengths is not None:
             ids, positions, attend, put_back = end_to_end(ids, lengths, self)
@@ -305,9 +306,8 @@ class Transformer(nn.Module):
                 return attend_causally(q, k, v, c.window(layer), scale, cap)
 
         angles = {kind: rotary(positions, c.head_dim, *c.rope[kind]) for kind in set(c.layer_types)}
-
         weight = self.model.embed_tokens.weight
-        x = self.lookup(ids, weight).to(self.activations or weight.dtype)  # (B, T, D)
+        x = self.lookup(ids, weight).to(self.activation_dtype or weight.dtype)  # (B, T, D)
         # The scale is rounded as x is: for gemma-2b sqrt(2048) = 45.2548, and 45.25 in bfloat16.
         # Under full fine-tuning x is float32 even with autocast, so there it is 45.2548.
         x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype).item()
@@ -322,7 +322,7 @@ class Transformer(nn.Module):
 
     @property
     def vocabulary(self) -> Vocabulary:
-        # The embedding matrix once more: a token's row is both what goes in and what is looked for.
+        # Row v embeds token v at the input; its product with a hidden state is token v's logit.
         return Vocabulary(self.model.embed_tokens.weight, self.config.final_logit_softcapping)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -334,7 +334,7 @@ class Transformer(nn.Module):
         return self.model.embed_tokens.weight.device
 
     @property
-    def product_dtype(self) -> torch.dtype:  # of matrix products, here and now
+    def product_dtype(self) -> torch.dtype:  # of matrix products now: autocast's, if it is on
         if torch.is_autocast_enabled(self.device.type):
             return torch.get_autocast_dtype(self.device.type)
-        return self.activations or self.model.embed_tokens.weight.dtype
+        return self.activation_dtype or self.model.embed_tokens.weight.dtype

@@ -202,7 +202,7 @@ def test_attend_rows_may_be_replaced_by_one_launch_for_all_rows(gemma, name):
         T = max(lengths)
         i, j = torch.arange(T)[:, None], torch.arange(T)[None]
         mask = (j <= i) & (i - j < (window or T))
-        out = transformer.attend(pad(q), pad(k), pad(v), mask[None, None], scale, cap)
+        out = transformer.softmax_attention(pad(q), pad(k), pad(v), mask[None, None], scale, cap)
         return torch.cat([row[:, :n] for row, n in zip(out, lengths)], 1)[None]
 
     model.attend_rows = attend_padded
