@@ -81,7 +81,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.batch_size = args.batch_size or (256 if args.tiny else 64)
     args.data, args.precision = flags.for_tiny(args)
     if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
-        raise UserError(f"--temperature is {args.temperature}: give 0 (greedy) or, say, 0.7")
+        raise UserError(f"--temperature is {args.temperature}: give 0 (greedy) or 0.01 to 100")
     if args.samples > 1 and args.temperature == 0:
         raise UserError("--samples above 1 needs --temperature above 0: greedy answers are equal")
     if args.ask is not None and not args.ask.strip():
@@ -178,7 +178,7 @@ def print_summary(s: dict) -> None:
     for key, value in s.items():
         if key.startswith(("pass@", "maj@")):
             print(f"{key:<13} {value:6.1%}")
-    print(f"flexible      {s['flexible_accuracy']:6.1%}  (the last number, in the format or not)")
+    print(f"flexible      {s['flexible_accuracy']:6.1%}  (last number right, in format or not)")
     length = f"mean length {s['mean_tokens']:.0f} tokens"
     print(f"in format     {s['formatted']:6.1%}  truncated {s['truncated']:.1%}, {length}")
     speed = f"{s['tokens_per_s']:,.0f} tokens/s, {s['seconds']:.0f} s"

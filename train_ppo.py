@@ -410,7 +410,6 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
     size = lambda p: (p.numel() <= 2**22, p.numel())  # noqa: E731
     probe = max(setup.models.policy_weights().values(), key=size)
     before = probe.detach().clone()
-
     sums, norms, first_ratio_error = {}, [], None
     for epoch in range(args.epochs):
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 1009 + epoch)
@@ -439,7 +438,6 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
             setup.value_optimizer.step()
             for optimizer in optimizers:
                 optimizer.zero_grad()
-
     n = len(norms)
     return {name: (total / n).item() for name, total in sums.items()} | {
         "grad_norm": sum(norm for norm, _ in norms) / n,  # before it was scaled down

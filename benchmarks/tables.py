@@ -61,13 +61,16 @@ def embedded() -> str:
 
 def short() -> str:
     """The same for the main README: scores alone, of the first prompt and the trained rows."""
-    lines = ["| | original study, gemma-2b-it | embedded model |", "|---|---|---|"]
+    lines = ["| | recipe | original study, gemma-2b-it | embedded model |", "|---|---|---|---|"]
     for row in study.ROWS:
         found = by_row(row.name)
         if found and (row.script or row.original is not None):
             original = f"{row.original:.0f}%" if row.original is not None else ""
             accuracy = fmean(f["accuracy"] for f in found)
-            lines.append(f"| {row.title} | {original} | {accuracy:.1%} |")
+            words = row.flags.split()
+            recipe = f"`{words[words.index('--recipe') + 1]}`" if row.script else ""
+            title = row.title.removesuffix(", tuned")
+            lines.append(f"| {title} | {recipe} | {original} | {accuracy:.1%} |")
     return "\n".join(lines)
 
 

@@ -227,9 +227,9 @@ def loss_part(model, tokenizer, examples: list, logp, optimizer: AdamW) -> str:
 [train_sft.py](../train_sft.py), `backward_step` and the loop in `train`. **The loss is divided by
 the number of supervised tokens of the whole step**, not of one example or one micro-batch. It is
 the sum of `-log p` over these tokens, divided by their number: here {-logp.sum().item():.3f} /
-{supervised} = {loss:.4f} nats a token. The loss of problem 0 alone is {alone:.4f}. The mean of the
-two examples' means would be another number, and it would give the tokens of short answers a larger
-weight.
+{supervised} = {loss:.4f} nats per token. The loss of problem 0 alone is {alone:.4f}. The mean of
+the two examples' means would be a different number, and it would give the tokens of short answers a
+larger weight.
 
 The norm of the gradient is {norm:.2f}, so the gradient is scaled down to a norm of 1.0. AdamW
 ([optim.py](../nanogsm/optim.py)) makes an update with a learning rate of 0.001. After the update
@@ -250,9 +250,9 @@ def lora_part(tokenizer, examples: list) -> str:
 [lora.py](../nanogsm/lora.py). Each of the {len(names)} linear layers of the blocks gets two narrow
 matrices, A and B, of rank r = 16. They change the layer's output from `W x` to
 `W x + (alpha / r) B A x`. **The scale alpha / r** is 32 / 16 = 2 here. `LoRALinear.forward`
-multiplies the output of A by it, because that has only r numbers a token. {count:,} parameters are
-trained, and {total:,} are frozen. For gemma-2b the trained share is much smaller, 0.8% of the
-model.
+multiplies the output of A by it, because that output has only r numbers per token. {count:,}
+parameters are trained, and {total:,} are frozen. For gemma-2b the trained share is much smaller,
+0.8% of the model.
 
 B starts at zero, so the loss is still {loss:.4f}. At the first step only {moved} of the
 {len(adapters)} matrices get a gradient, the Bs. The gradient of A is a product with B, so it is
@@ -399,7 +399,7 @@ The same for the wrong answer:
 The right answer's log-probability has changed by {right:+.3f} in all, the wrong answer's by
 {wrong:+.3f}. An update on two answers is noisy, and single tokens may go the other way. On a real
 model an update averages over 16 answers (recipe `original`) or 128 (`tuned`). The policy is now
-{kl:.5f} nats a token (k3) from its reference, and from the next step on its rewards include the
+{kl:.5f} nats per token (k3) from its reference, and from the next step on its rewards include the
 penalty for that.
 """
 
@@ -433,8 +433,8 @@ Section 9 and [metrics.md](metrics.md) use these terms.
   `k1 = d` may be negative, `k3 = exp(-d) - 1 + d` never is.
 - **Action**: a sampled token; `<eos>` is one, too.
 - **Reward**: what an action earns at once.
-- **Return**: the rewards from an action to the end of the answer; in the code, the target that the
-  value should predict.
+- **Return**: the sum of the rewards from an action to the end of the answer, discounted by
+  gamma; in the code, the target that the value should predict.
 - **Value**: a prediction of the return from the tokens before the action.
 - **Critic**: the part of the model that predicts values; its last layer is the value head.
 - **Advantage**: how much better an action turned out than its value predicted.
@@ -483,13 +483,13 @@ CLAIMS = (
     (
         "the number after the first `####` counts",
         "`extract_answer` in [data.py](../nanogsm/data.py)",
-        '"flexible", the last number wherever it stands, is shown next to it',
+        '"flexible" counts the last number, wherever it is, and is shown next to it',
     ),
 )
 
 TAIL = f"""## What the original study says, and where it is here
 
-*The original study* is the unpublished study that this project reproduces: gemma-2b-it, one GPU,
+*The original study* is the unpublished study that this project implements: gemma-2b-it, one GPU,
 exact match on 256 test problems. [recipes.md](recipes.md) has its settings.
 
 {table(*CLAIMS)}
@@ -497,14 +497,14 @@ exact match on 256 test problems. [recipes.md](recipes.md) has its settings.
 ## Socratic answers: a lower loss, and what it says
 
 In the original study the socratic runs have the lower training loss and the lower accuracy. On the
-embedded model full fine-tuning's held-out loss is lower, too: 0.082 nats a token against 0.118 for
-main (three seeds). But a socratic training answer has 51.7 supervised tokens and a main one 36.7
-(the `data` line of each run's plan), so an answer costs 4.3 nats either way. The questions between
-the steps are almost determined by the text before them. They lower the mean per token and teach
-nothing about the numbers. The losses of two kinds of answer cannot be compared by the token. Exact
-match can, and there the two do not differ (29.0% and 28.0%). With LoRA the loss of socratic answers
-is the higher one, 0.415 against 0.315: at that learning rate the form of the questions is not yet
-learned at the end of the run.
+embedded model full fine-tuning's held-out loss is lower, too: 0.082 nats per token against 0.118
+for main (three seeds). But a socratic training answer has 51.7 supervised tokens and a main one
+36.7 (the `data` line of each run's plan), so an answer costs 4.2 or 4.3 nats either way. The
+questions between the steps are almost determined by the text before them. They lower the mean per
+token and teach nothing about the numbers. So the loss per token cannot compare two kinds of answer.
+Exact match can, and there the two hardly differ (29.0% and 28.0%). With LoRA the loss of socratic
+answers is the higher one, 0.415 against 0.315: at that learning rate the form of the questions is
+not yet learned at the end of the run.
 
 Can truncated answers explain the study's 23% against 31%? This table has the share of GSM8K's own
 test answers that are longer than a limit, encoded by `data.encode` with Gemma 3's tokenizer:
@@ -514,8 +514,8 @@ test answers that are longer than a limit, encoded by `data.encode` with Gemma 3
 | main, mean length 127 | 42.5% | 11.7% | 2.3% | 0.5% | 0% |
 | socratic, mean length 166 | 66.3% | 30.4% | 10.4% | 2.9% | 0% |
 
-With a limit of 256 tokens, a model that solves three problems in ten would lose two or three points
-and not eight, and long problems are those that it gets wrong anyway. With a limit of 128 or 192,
+With a limit of 256 tokens, a model that solves three problems in ten would lose two or three
+points, not eight, and it tends to get the long problems wrong anyway. With a limit of 128 or 192,
 truncation could explain all of it. The study does not say its limit. Here the limit for socratic
 answers is 512, which truncates none of GSM8K's own answers, and the share of truncated answers is
 shown next to every score.
@@ -523,7 +523,7 @@ shown next to every score.
 ## PPO in the original study
 
 PPO selects habits that pay. It does not teach new ones. Half of the embedded model's training
-answers are terse, so that the model guesses where it could have worked the problem out. PPO finds
+answers are terse, so the model guesses where it could have worked the problem out. PPO finds
 that showing the work pays. It goes from 28% to 67% (`tuned`) or 52% (`original`) on the 1,319 test
 problems; training on nothing but worked answers reaches 76%. The 270M model gains nothing: about
 one in a hundred of its sampled answers is right. Where every answer earns the same, whitening

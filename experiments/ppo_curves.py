@@ -38,7 +38,8 @@ def read(path: Path) -> list[dict]:
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}): see the commands above --help") from error
+        commands = "the commands at the top of experiments/ppo_curves.py make it"
+        raise UserError(f"cannot read {path} ({error}); {commands}") from error
 
 
 def answers(run: Path) -> dict[int, dict]:

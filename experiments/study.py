@@ -4,7 +4,7 @@
     python -m experiments.study              # google/gemma-2b-it on GSM8K: not run yet
     python -m experiments.study --model PATH --sft="--max-examples 1024" --rows untuned full-main
 
-This project reproduces the original study (gemma-2b-it, 256 test problems, unpublished). Its rows
+This project implements the original study (gemma-2b-it, 256 test problems, unpublished). Its rows
 use the recipe `original`, ours use `tuned`. Each row is an ordinary run of train_sft.py or
 train_ppo.py and its evaluation, in a folder of its own. Commands are printed as they start, and
 --dry-run prints them all.
@@ -144,7 +144,7 @@ def evaluation(row: Row, args: argparse.Namespace, kind: str = "test") -> Path |
 
 def run(command: list[str]) -> tuple[int, str]:
     """Run one of our scripts and show its output as it comes. Returns its status and its last line
-    on stderr. Ctrl-C reaches the script by itself, which saves and stops; SIGTERM is passed on."""
+    on stderr. The script gets Ctrl-C directly, saves and stops; SIGTERM is passed on to it."""
     print(f"\n$ python {shlex.join(command)}", flush=True)
     script = [sys.executable, str(ROOT / command[0]), *command[1:]]
     process = subprocess.Popen(script, stderr=subprocess.PIPE, text=True)

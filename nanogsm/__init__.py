@@ -2,8 +2,9 @@
 
 import os
 
-# For bfloat16 products on a CPU, PyTorch compiles code for each shape and caches the newest 1,024
-# in two places. Batch lengths keep changing, so a run would grow by gigabytes. 64 are enough.
+# For bfloat16 products on a CPU, PyTorch compiles a kernel for each shape and keeps the newest
+# 1,024 in each of two caches. Batch lengths keep changing, so they would grow to gigabytes. 64 are
+# enough.
 for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(name, "64")
 

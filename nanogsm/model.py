@@ -2,8 +2,8 @@
 save_adapter.
 
 A model folder is in the Hub's layout and an adapter folder in PEFT's, so transformers and peft read
-what is saved here, and we read theirs. What we do not compute is refused by name: otherwise a model
-would run, and it would be another one.
+what is saved here, and we read theirs. What is not supported is refused by name: otherwise a model
+would load, run and compute something else.
 """
 
 import copy
@@ -29,8 +29,8 @@ from nanogsm.transformer import Config, Transformer
 
 
 def read_config(folder: Path) -> Config:
-    """Read folder/config.json as transformers 4 or 5 spells it. Raises UserError on anything this
-    file cannot run, rather than running something else."""
+    """Read folder/config.json in the spelling of transformers 4 or 5. Raises UserError for anything
+    that is not supported, rather than computing something else."""
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return _config_from(raw)
@@ -47,7 +47,7 @@ def _config_from(raw: dict) -> Config:
         "vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**22, "head_dim": 2**12,
         "num_hidden_layers": 1000, "num_attention_heads": 2**12, "num_key_value_heads": 2**12,
     }  # fmt: skip
-    for name, limit in sizes.items():  # first of all: what follows counts up to them
+    for name, limit in sizes.items():  # checked first, because the code below loops up to them
         if type(raw[name]) is not int or not 0 < raw[name] <= limit:
             raise ValueError(f"{name} is {raw[name]!r}")
     layers = raw["num_hidden_layers"]
@@ -56,9 +56,9 @@ def _config_from(raw: dict) -> Config:
         unsupported += ["attn_logit_softcapping", "final_logit_softcapping"]
     for name in unsupported:
         if raw.get(name):
-            raise ValueError(f"{name} is set, and not supported")
+            raise ValueError(f"{name} is set, but is not supported")
     if raw.get("tie_word_embeddings") is False:
-        raise ValueError("an output head of its own (tie_word_embeddings false) is not supported")
+        raise ValueError("a separate output head (tie_word_embeddings false) is not supported")
     activation = raw.get("hidden_activation") or raw.get("hidden_act") or "gelu_pytorch_tanh"
     if activation not in ("gelu", "gelu_pytorch_tanh"):  # "gelu" in old files means the tanh form
         raise ValueError(f"activation {activation!r} is not supported")
@@ -92,7 +92,7 @@ def _config_from(raw: dict) -> Config:
         layer_types=tuple(layer_types),
         sliding_window=raw.get("sliding_window") if "sliding_attention" in layer_types else None,
         rope=_rope_from(raw),
-        # Asked for with [] where a family must have it: without it another model would run.
+        # Read with [], not .get(): a Gemma 2 without its caps would compute something else.
         attn_logit_softcapping=raw["attn_logit_softcapping"] if kind == "gemma2" else None,
         final_logit_softcapping=raw["final_logit_softcapping"] if kind == "gemma2" else None,
         dtype=getattr(torch, dtype),
@@ -102,21 +102,21 @@ def _config_from(raw: dict) -> Config:
 
 
 def _check(config: Config) -> None:
-    """ValueError for numbers with which the model would fail, or be another one."""
+    """Raise ValueError for numbers with which the model would crash or compute something else."""
     floats = "rms_norm_eps query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping"
     for name in floats.split():
         value = getattr(config, name)
         if not (_positive(value) or (value is None and name.endswith("capping"))):
             raise ValueError(f"{name} is {value!r}")
     if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
-        raise ValueError("heads must divide by key/value heads, and head_dim by 2")
+        raise ValueError("heads must be a multiple of key/value heads, and head_dim even")
     window = config.sliding_window
     if "sliding_attention" in config.layer_types and not (
         type(window) is int and 0 < window < 2**31
     ):
-        raise ValueError(f"there are local layers, and sliding_window is {window!r}")
+        raise ValueError(f"there are local layers, but sliding_window is {window!r}")
     if not set(config.layer_types) <= config.rope.keys():
-        raise ValueError("rope_parameters lack a kind of layer that layer_types names")
+        raise ValueError("rope_parameters has no entry for one of the layer_types")
 
 
 def _positive(value) -> bool:
@@ -142,7 +142,7 @@ def _rope_from(raw: dict) -> dict[str, tuple[float, float]]:
     local = (
         float(raw.get("rope_local_base_freq") or 1e4),
         1.0,
-    )  # old: scaling is for global layers
+    )  # in transformers 4, rope_scaling is for global layers only
     return {
         "full_attention": everywhere,
         "sliding_attention": local if raw["model_type"] == "gemma3_text" else everywhere,
@@ -163,7 +163,7 @@ def load_model(
 
     dtype is that of the weights; None keeps the checkpoint's. A run that trained adapters comes
     back as base plus adapters (float32). `merge` adds the adapters to the base instead, which
-    rounds in a 16-bit dtype. Raises UserError for every mistake that a user can make.
+    rounds in a 16-bit dtype. Raises UserError for files that are missing, damaged or not supported.
     """
     found = name if isinstance(name, hub.ModelFiles) else hub.find_model(str(name))
     tokenizer = Tokenizer(found.base)
@@ -182,8 +182,8 @@ def load_model(
 
 
 def use_fast_forms(model: Transformer) -> None:
-    """Set the faster forms at transformer.py's seams. A model without them gives the same results,
-    more slowly and with more memory."""
+    """Set the faster forms at transformer.py's seams. A model without them gives the same results
+    up to rounding, more slowly and with more memory."""
     model.lookup = head.lookup
 
 
@@ -211,22 +211,22 @@ def _load_weights(model: Transformer, folder: Path, dtype: torch.dtype, device: 
 
 
 def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path | str) -> None:
-    """Write a folder in the Hub's layout, which transformers reads as well, with weights in the
-    dtype that the base came in. The folder is whole or absent. Raises ValueError for a model with
+    """Write a folder in the Hub's layout, which transformers reads, too. The weights get the dtype
+    of the base's checkpoint. The folder is whole or absent. Raises ValueError for a model with
     adapters: merge them first."""
     if lora.adapters(model):
         raise ValueError("merge the adapters, or save them alone with save_adapter")
-    with files.replaced_folder(folder) as beside:
-        # The checkpoint's small files go along unchanged, for other tools to read.
+    with files.replaced_folder(folder) as new:
+        # The checkpoint's small files are copied unchanged, for other tools to read.
         for name in (*hub.REQUIRED, *hub.OPTIONAL):
             if (tokenizer.folder / name).exists():
-                files.write(beside / name, [(tokenizer.folder / name).read_bytes()])
+                files.write(new / name, [(tokenizer.folder / name).read_bytes()])
         weights = {name: p.detach() for name, p in model.named_parameters()}
-        files.write_tensors(beside / "model.safetensors", weights, model.config.dtype)
+        files.write_tensors(new / "model.safetensors", weights, model.config.dtype)
 
 
 def save_trained(model: Transformer, tokenizer: Tokenizer, folder: Path, base_model: str) -> None:
-    """Save what a run trained in its folder: adapter/ if the model has adapters, model/ if not."""
+    """Save a run's result in its folder: adapter/ if the model has adapters, model/ if not."""
     if lora.adapters(model):
         save_adapter(model, folder / "adapter", base_model)
     else:
@@ -272,14 +272,14 @@ def save_adapter(model: nn.Module, folder: Path, base_model: str) -> None:
         for name, pair in factors.items()
         for side, factor in zip(("lora_A", "lora_B"), pair)
     }
-    with files.replaced_folder(folder) as beside:
-        files.write_json(beside / "adapter_config.json", config)
-        files.write_tensors(beside / "adapter_model.safetensors", tensors)
+    with files.replaced_folder(folder) as new:
+        files.write_json(new / "adapter_config.json", config)
+        files.write_tensors(new / "adapter_model.safetensors", tensors)
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Put a saved adapter, ours or PEFT's, on a model. Raises UserError if it is of a kind that we
-    do not compute, or belongs to another model."""
+    """Put a saved adapter, ours or PEFT's, on a model. Raises UserError if its kind is not
+    supported or if it belongs to another model."""
     file = Path(folder) / "adapter_model.safetensors"
     try:
         config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
@@ -295,7 +295,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     kinds = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
     other = [kind for kind in kinds if config.get(kind)]
     if config.get("peft_type") != "LORA" or other or config.get("bias", "none") != "none":
-        what = ", ".join(other) or "see bias"
+        what = ", ".join(other) or "see peft_type and bias"
         raise UserError(f"the adapter in {folder} is not plain LoRA ({what})")
 
     layers = dict(model.named_modules())
@@ -343,7 +343,7 @@ def compute_in_float32(model: Transformer) -> None:
 def twin(model: Transformer) -> Transformer:
     """A second model object on the very same weights: adapters added to one are not on the other.
 
-    deepcopy takes what its memo holds as copied already, so the weights themselves are shared. The
+    deepcopy treats its memo's entries as copied already, so the weights themselves are shared. The
     alternative, switching adapters on and off in one model, has a trap: a checkpointed forward is
     computed again in backward, and by then the switch may be in the other position.
     """

@@ -106,8 +106,8 @@ def test_a_misspelt_flag_is_one_line(script, place):
 @pytest.mark.parametrize(
     "script, argv, says",
     [
-        (train_sft, ["--merge"], "--merge goes with --lora"),
-        (train_sft, ["--lora-r", "8"], "--lora-r goes with --lora"),
+        (train_sft, ["--merge"], "--merge needs --lora"),
+        (train_sft, ["--lora-r", "8"], "--lora-r needs --lora"),
         (train_sft, ["--keep", "best", "--val-examples", "2"], "--keep best needs --val-every"),
         (train_sft, ["--keep", "best", "--val-every", "1", "--val-examples", "0"],
          "nothing to choose by"),

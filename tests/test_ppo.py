@@ -25,6 +25,7 @@ from nanogsm import UserError, data
 from nanogsm.lora import adapters, add_lora
 from nanogsm.model import load_model, save_adapter, save_model, set_checkpointing
 from nanogsm.optim import AdamW
+from nanogsm.run import flags
 from nanogsm.run.health import health
 from nanogsm.run.loop import Run
 from train_ppo import (
@@ -929,7 +930,7 @@ def test_a_run_does_not_continue_from_another_start(flags, rewarding, tmp_path):
     model.model.layers[2].mlp.up_proj.weight.data += 0.01
     save_model(model, tokenizer, tmp_path / "other")
     shutil.copy(tmp_path / "other/model.safetensors", start)
-    with pytest.raises(UserError, match="what --init names changed"):
+    with pytest.raises(UserError, match="the content of --init changed"):
         train_ppo.main(argv)
 
 
@@ -1013,12 +1014,12 @@ def test_a_small_adapter_to_start_from_is_not_rounded_away(flags, tmp_path, monk
 
 def test_a_missing_start_says_what_to_do_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"no runs/sft-full-main yet.*python train_sft.py makes"):
+    with pytest.raises(UserError, match=r"no runs/sft-full-main yet.*with python train_sft.py,"):
         train_ppo.main([])
-    with pytest.raises(UserError, match=r"runs/tiny/sft-full-main yet.*train_sft.py --tiny makes"):
+    with pytest.raises(UserError, match=r"runs/tiny/sft-full-main yet.*train_sft.py --tiny,"):
         train_ppo.main(["--tiny"])
-    with pytest.raises(UserError, match=r"no runs/sft-lora-main yet.*train_sft.py --lora makes"):
-        train_ppo.main(["--lora", "--init", "runs/sft-lora-main"])
+    with pytest.raises(UserError, match=r"no runs/sft-lora-main yet.*train_sft.py --lora,"):
+        train_ppo.main(["--lora"])
     assert not list(tmp_path.iterdir())
 
 
@@ -1081,6 +1082,28 @@ def test_a_start_passes_on_what_it_held_out_of_the_same_problems_and_its_longer_
     assert parsed("mine.jsonl", "mine.jsonl", 400) == (5, 400)
 
 
+def test_tuned_is_the_default_recipe():
+    for parse in (train_ppo.parse_args, flags.sft_args):
+        for given in ([], ["--lora"], ["--tiny"], ["--tiny", "--lora"]):
+            default = vars(parse([*given, "--device", "cpu"]))
+            assert default == vars(parse([*given, "--device", "cpu", "--recipe", "tuned"]))
+            assert default != vars(parse([*given, "--device", "cpu", "--recipe", "original"]))
+
+
+def test_a_run_that_has_begun_keeps_the_start_it_recorded(tmp_path, monkeypatch):
+    """Before it had another default: without this the same command would be refused."""
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs/tiny/ppo-lora-main"
+    run.mkdir(parents=True)
+    args = {"init": "runs/tiny/elsewhere", "val_examples": 3, "data": "tiny"}
+    info = {"prompt": data.Prompt()._asdict()}
+    (run / "run_args.json").write_text(json.dumps({"args": args, "info": info}))
+    command = ["--tiny", "--lora", "--device", "cpu"]
+    assert train_ppo.parse_args(command).init == "runs/tiny/elsewhere"
+    assert train_ppo.parse_args([*command, "--init", "other"]).init == "other"
+    assert train_ppo.parse_args([*command, "--out", "new"]).init == "runs/tiny/sft-lora-main"
+
+
 def test_original_is_the_recipe_of_the_original_study():
     args = train_ppo.parse_args(["--recipe", "original", "--device", "cpu"])
     assert (args.lr, args.kl_coef, args.value_coef, args.entropy_coef) == (5e-7, 0.05, 0.1, 0.01)
@@ -1091,6 +1114,10 @@ def test_original_is_the_recipe_of_the_original_study():
     assert (args.init, args.out) == ("runs/sft-full-main", "runs/ppo-full-main")
     tiny = train_ppo.parse_args(["--recipe", "original", "--tiny", "--device", "cpu"])
     assert (tiny.init, tiny.out) == ("runs/tiny/sft-full-main", "runs/tiny/ppo-full-main")
+    lora = train_ppo.parse_args(["--recipe", "original", "--tiny", "--lora", "--device", "cpu"])
+    assert (lora.init, lora.out) == ("runs/tiny/sft-lora-main", "runs/tiny/ppo-lora-main")
+    lora = train_ppo.parse_args(["--recipe", "original", "--lora", "--device", "cpu"])
+    assert lora.init == "runs/sft-lora-main"
     lora = train_ppo.parse_args(["--recipe", "original", "--tiny", "--lora", "--device", "cpu"])
     assert (lora.lr, lora.gamma, lora.out) == (5e-5, 0.99, "runs/tiny/ppo-lora-main")
     assert lora.micro_batch * lora.accumulation == 16

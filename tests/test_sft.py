@@ -276,7 +276,7 @@ def test_changed_data_is_not_continued(problems, tmp_path):
     train_sft.main(argv)
     file = tmp_path / "sums.jsonl"
     file.write_text(file.read_text().replace("apples", "pears"))
-    with pytest.raises(UserError, match="what --data names changed"):
+    with pytest.raises(UserError, match="the content of --data changed"):
         train_sft.main(argv)
 
 
@@ -423,7 +423,7 @@ def test_dry_run_needs_no_weights_and_writes_nothing(problems, tmp_path, capsys)
         (["--min-lr", "1"], "--min-lr"),
         (["--warmup", "2"], "--warmup"),
         (["--max-grad-norm", "0"], "--max-grad-norm is 0"),
-        (["--merge"], "--merge goes with --lora"),
+        (["--merge"], "--merge needs --lora"),
         (["--keep", "best"], "--val-every"),
         (["--val-examples", "99"], "--val-examples 99"),
         (["--device", "tpu"], "--device tpu"),

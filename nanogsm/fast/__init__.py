@@ -1,2 +1,2 @@
-"""Faster forms of what the heart computes. Each gives the same results as its plain form: a test
-says so."""
+"""Faster forms of what the heart computes. Each gives the same results as its plain form, up to
+rounding, and a test checks it."""

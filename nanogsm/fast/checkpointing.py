@@ -1,4 +1,4 @@
-"""Gradient checkpointing: what the backward pass computes again instead of keeping. Torch only.
+"""Gradient checkpointing: what the backward pass recomputes instead of keeping. Torch only.
 
 CHECKPOINTING[name] is what Transformer.recompute takes: None, or keywords of torch's checkpoint().
 "none" keeps everything. "full" keeps only each block's input and computes the block again. "light"

@@ -3,8 +3,8 @@ time. Torch only.
 
 A CPU's matrix kernels (oneDNN) read a weight in blocks. Every product first brings the weight into
 that order, and with few rows this takes longer than multiplying. `packed` does it once. For 32 rows
-of Gemma 3 270M a product then takes 0.6 (bfloat16) or 0.4 (float32) of its time. PyTorch's compiler
-uses the same two operators for the same purpose.
+of Gemma 3 270M a product then takes 60% (bfloat16) or 40% (float32) of the time it took before.
+PyTorch's compiler uses the same two operators for the same purpose.
 """
 
 import functools
@@ -15,9 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-VOCABULARY_BLOCK = (
-    2**13
-)  # rows of the vocabulary at a time, so that a block's logits stay in the cache
+# Rows of the vocabulary at a time, so that a block's logits stay in the cache.
+VOCABULARY_BLOCK = 2**13
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -72,7 +71,7 @@ def packed(model, choose: Callable) -> Iterator[Callable]:
 
 
 def most_likely(blocks: Iterable[Tensor]) -> Tensor:
-    """The token (b,) with the largest logit, the first of several. Blocks of logits (b, width)."""
+    """The token (b,) with the largest logit, the first one if several tie. Blocks (b, width)."""
     start = 0  # of the block, in the vocabulary
     for logits in blocks:
         if start == 0:
@@ -88,9 +87,9 @@ def most_likely(blocks: Iterable[Tensor]) -> Tensor:
 
 
 def inverse_cdf(blocks: list[Tensor], temperature: float, uniform: Tensor) -> Tensor:
-    """The token (b,) at which the cumulative probability passes uniform (b,). First the block is
-    found, by the blocks' sums of exponentials, then the token in it. Only the logits are held for
-    all of the vocabulary."""
+    """The token (b,) at which the cumulative probability passes uniform (b,). The blocks' sums of
+    exponentials give the block, then its own exponentials give the token. Nothing but the logits is
+    held for the whole vocabulary."""
 
     def exponentials(logits: Tensor, top: Tensor) -> Tensor:
         return (logits.float() / temperature).sub_(top[:, None]).exp_()
@@ -111,8 +110,8 @@ def inverse_cdf(blocks: list[Tensor], temperature: float, uniform: Tensor) -> Te
 
 
 def _passes(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the cumulative sum of weights (b, n) passes uniform (b,) of the whole, and how far into
-    that entry it does, in [0, 1)."""
+    """The entry at which the cumulative sum of weights (b, n) passes a fraction, uniform (b,), of
+    the total, and how far into that entry the point lies, in [0, 1)."""
     cdf = weights.double().cumsum(-1)  # in float32 the tail of small probabilities would round away
     wanted = uniform.double()[:, None] * cdf[:, -1:]
     at = torch.searchsorted(cdf, wanted, right=True).clamp(max=weights.shape[-1] - 1)

@@ -5,7 +5,7 @@ logprob.py has the definition: logits = hidden W', log_softmax, gather. Gemma's 
 several such tensors. `scores` returns the same numbers and holds one block of logits at a time.
 
 The method is FlashAttention's (Dao et al. 2022, arXiv 2205.14135), with the vocabulary in the place
-of the keys. For one position let z_v be its logits over the temperature, t the target, M the
+of the keys. For one position let z_v be its logits divided by the temperature, t the target, M the
 largest logit seen so far and u_v = z_v - M. Two sums over the vocabulary are enough:
 
     denominator = sum_v exp(u_v)            log p_t = u_t - log(denominator)
@@ -43,13 +43,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits held at a time. On a CPU a block should stay in the cache: with 8 or 16 MB of logits this
-# takes three quarters of the time it takes with 256 MB. A GPU wants few and large kernels.
+# Logits held at a time. On a CPU a block should stay in the cache: with blocks of 8 or 16 MB
+# `scores` takes three quarters of its time with 256 MB. A GPU is faster with few, large kernels.
 BLOCK_LOGITS = {"cpu": 2**21, "cuda": 2**26, "mps": 2**26}
-BLOCK_MULTIPLE = 1024  # blocks of a multiple of so many rows multiply faster
+BLOCK_MULTIPLE = 1024  # a block multiplies faster if its number of rows is a multiple of this
 # Exponentials kept from forward to backward where W is trained, in the dtype of matrix products.
-# 2**27 are those of 512 positions, half of a micro-batch of 8 answers of GSM8K. Keeping all would
-# save another 4% of a full fine-tuning step for 0.3 GiB.
+# With Gemma 3's vocabulary, 2**27 are enough for 512 positions, half of a micro-batch of 8 answers
+# of GSM8K. Keeping all would save another 4% of a full fine-tuning step and take 0.3 GiB more.
 KEPT_EXPONENTIALS = {"cpu": 2**27, "cuda": 2**29, "mps": 2**27}
 
 
@@ -72,7 +72,7 @@ def scores(
     block = block or block_rows(hidden.device.type, *hidden.shape)
     weight, cap = vocabulary
     if not torch.is_grad_enabled():
-        weight = weight.detach()  # inside _Scores there is no other way to tell
+        weight = weight.detach()  # needs_input_grad would be True for it even under no_grad
     found = _Scores.apply(hidden, weight, targets, cap, temperature, entropy, block)
     return found[0], found[1] if entropy else None
 
@@ -247,8 +247,8 @@ def _add_weight_gradient(
 
 
 def _block(weight, cap, low, targets, start, block, temperature) -> tuple[Tensor, ...]:
-    """The block of the vocabulary that begins at row `start`: its rows w (block, D); their logits
-    over the temperature in float32 (block, n); the cap's slope at them, or None; whether each
+    """The block of the vocabulary that begins at row `start`: its rows w (block, D); their logits /
+    temperature in float32 (block, n); the cap's slope at these logits, or None; whether each
     target is one of the rows (n,), and which one (1, n), arbitrary if it is none.
 
     The vocabulary is the first dimension because a CPU multiplies into (block, n) a third faster

@@ -65,8 +65,8 @@ def check_place(args, folder: Path, name: str) -> None:
 
 
 def rank(path: Path) -> tuple:
-    """Sorting key of a folder's evaluations; `read_rows` takes the last. Later are: the test split,
-    then fewer settings in the name, then more problems, then the newer file."""
+    """Sort key of a folder's evaluations, of which `read_rows` takes the last: it prefers the test
+    split, then fewer settings in the name, then more problems, then the newer file."""
     parts = path.stem.split("-")
     n = max((int(part) for part in parts if part.isdecimal()), default=0)
     return path.name.startswith("eval-test"), -len(parts), n, path.stat().st_mtime

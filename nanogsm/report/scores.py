@@ -26,8 +26,8 @@ def wilson(correct: float, n: int) -> tuple[float, float]:
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided p-value that A and B are equally good, from the problems that only one of
-    them solved. If they are, each of those is the toss of a fair coin (McNemar 1947)."""
+    """Exact two-sided p-value of the hypothesis that A and B are equally good. Under it, each
+    problem that only one of them solved is the toss of a fair coin (McNemar 1947)."""
     n, k = only_a + only_b, min(only_a, only_b)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
@@ -71,7 +71,7 @@ def majority(rows: list[dict]) -> bool:
 def summarise(rows: list[dict], samples: int) -> dict:
     """The summary of an evaluation; `rows` holds the samples of a problem next to each other. The
     interval counts problems, because samples of one problem are not independent. With several
-    samples it is slightly too wide."""
+    samples it is wider than it needs to be."""
     groups = [rows[i : i + samples] for i in range(0, len(rows), samples)]
     accuracy = fmean(row["correct"] for row in rows)
     low, high = wilson(accuracy * len(groups), len(groups))

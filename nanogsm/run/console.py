@@ -117,8 +117,8 @@ class Progress:
     def update(self, step: int, **metrics: float | str | None) -> None:
         """Show step/total, the time left, and the metrics in the order given.
 
-        `memory` is in bytes, `tokens_per_s` is a rate; None is left out. The time left is measured
-        from this process's first update: steps of earlier processes do not count.
+        `memory` is in bytes, `tokens_per_s` is a rate; None is left out. The time left is estimated
+        from the steps since this process's first update.
         """
         now = time.monotonic()
         self.first = self.first or (step, now)
@@ -159,8 +159,8 @@ def _shown(name: str, value: float | str) -> str:
 
 MEMORY_ADVICE = (
     "out of memory: give --checkpointing full, or halve --micro-batch and double --accumulation "
-    "(the same result), or lower --max-seq-length, or give --lora (PPO: also --rollout-batch, "
-    "--max-new-tokens; evaluate.py: --batch-size)"
+    "(the same result), or lower --max-seq-length, or give --lora; in PPO lower --rollout-batch or "
+    "--max-new-tokens, in evaluate.py --batch-size"
 )
 
 

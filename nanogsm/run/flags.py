@@ -1,8 +1,8 @@
 """Command-line flags and recipes of the two training scripts, and the parser every command uses.
 
-A recipe gives a value to what the command line leaves open. `tuned` is ours, `original` is the
-study's that this project reproduces; docs/recipes.md compares them and says what the study leaves
-open.
+A recipe gives values to the flags that the command line leaves unset. `tuned` has our settings,
+`original` those of the study that this project implements. docs/recipes.md compares them and says
+what the study leaves open.
 """
 
 import argparse
@@ -46,9 +46,9 @@ PPO = (
     Setting("steps", "Steps: each is a rollout with its updates.", 100, 100),
     Setting("rollouts", "Answers sampled per step.", 512, 512),
     Setting("rollout_batch", "Answers sampled per batch. More take more memory.", 32, 64),
-    Setting("critic", "Trunk of the critic: the policy's own, or adapters of its own.",
-            "shared", "shared"),
-    Setting("critic_warmup", "First steps, which train the critic alone.", 0, 0),
+    Setting("critic", "shared: the critic reads the policy's hidden states. separate: it has "
+            "adapters of its own.", "shared", "shared"),
+    Setting("critic_warmup", "Number of first steps that train the critic alone.", 0, 0),
     Setting("kl_coef", "Reward lost per nat of KL from the reference.", 0.05, 0.001),
     Setting("gamma", "Discount per token.", 0.99, 1.0),
     Setting("lam", "GAE's lambda.", 0.95, 1.0),
@@ -58,11 +58,11 @@ PPO = (
             "result; how it is split changes memory.", 8, 16),
     Setting("lr", "Learning rate of the policy, constant.", (5e-7, 5e-7), (1e-6, 2e-5)),
     Setting("value_lr", "Learning rate of the value head and of a separate critic.", 5e-7, 1e-4),
-    Setting("value_coef", "Weight of the value loss, in a shared trunk. (On weights of its own "
-            "Adam undoes a constant factor.)", 0.1, 1.0),
+    Setting("value_coef", "Weight of the value loss in a shared critic. (In a separate one it has "
+            "hardly any effect, because Adam undoes a constant factor.)", 0.1, 1.0),
     Setting("entropy_coef", "Weight of the entropy bonus.", 0.01, 0.0),
-    Setting("clip", "PPO's epsilon: how far from 1 the probability ratio counts.", 0.2, 0.2),
-    Setting("value_clip", "How far from its value at rollout time a value counts.", 0.2, 0.5),
+    Setting("clip", "PPO's epsilon: probability ratios are clipped to 1 +- epsilon.", 0.2, 0.2),
+    Setting("value_clip", "Clip range of a value's change since the rollout.", 0.2, 0.5),
 )  # fmt: skip
 PPO_TINY = {
     "original": {"steps": 20, "rollout_batch": 256, "micro_batch": 16, "accumulation": 1,
@@ -129,7 +129,7 @@ def add_compute_flags(p: argparse.ArgumentParser) -> None:
     """--device and --precision, to be resolved by machine.pick_compute."""
     text = "cuda, mps or cpu. auto takes the first that is there."
     p.add_argument("--device", default="auto", help=text)
-    text = "Of matrix products. auto is bf16 where the hardware has it."
+    text = "Precision of matrix products. auto is bf16 where the hardware has it."
     p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=text)
 
 
@@ -138,13 +138,13 @@ def training_parser(description: str, settings: tuple, changes: dict, argv: list
     p = Parser(description)
     add = p.add_argument
     add("--recipe", choices=("tuned", "original"), default="tuned",
-        help="Where values come from that are not given.")  # fmt: skip
+        help="Where the values of unset flags come from.")  # fmt: skip
     add_tiny_flag(p)
     add("--lora", action="store_true", help="Train LoRA adapters on a frozen base.")
     add("--lora-r", type=int, help="Rank of the adapters. Default: 16.")
     add("--lora-alpha", type=float, help="The change is scaled by alpha / r. Default: 32.")
     add("--data", default="main",
-        help="main, socratic or a .jsonl file of your own (with --tiny also worked).")  # fmt: skip
+        help="main, socratic, worked (--tiny only) or a .jsonl file of your own.")  # fmt: skip
     add_data_dir_flag(p)
     add("--max-new-tokens", type=int, help="Longest answer, in tokens. Default: 320 (socratic 512, "
         "tiny 128, tiny's socratic 160).")  # fmt: skip
@@ -156,15 +156,16 @@ def training_parser(description: str, settings: tuple, changes: dict, argv: list
         other = f"; original: {_shown(theirs)}" if theirs != ours else ""
         text = f"{setting.help} Default: {_shown(ours)}{other}."
         add(f"--{setting.name.replace('_', '-')}", type=kind, help=text)
-    add("--max-grad-norm", type=float, default=1.0, help="Gradients are scaled down to this norm.")
+    add("--max-grad-norm", type=float, default=1.0,
+        help="Limit of the gradient norm. Larger gradients are scaled down.")  # fmt: skip
     add("--optim", choices=("adamw8bit", "adamw"), default="adamw8bit",
         help="AdamW with moments in 8 or 32 bits.")  # fmt: skip
     add("--checkpointing", choices=CHECKPOINTING,
-        help="What backward computes again: nothing, the cheap part, or every block. More takes "
-        "less memory. Default: light (tiny: none).")  # fmt: skip
+        help="What backward recomputes: nothing, the cheap part, or every block. Recomputing more "
+        "takes less memory. Default: light (tiny: none).")  # fmt: skip
     add("--val-examples", type=int, help="Training problems held out for validation. Default: 64 "
         "(tiny: 256), at most a tenth of the data.")  # fmt: skip
-    add("--seed", type=int, default=0, help="Seed of the order of problems, sampling and adapters.")
+    add("--seed", type=int, default=0, help="Seed of sampling, adapters and the order of problems.")
     add("--save-every", type=int, help="Steps between checkpoints.")
     add("--overwrite", action="store_true", help="Start over in a folder that has a run.")
     add("--wandb", metavar="PROJECT", help="Also send the metrics to Weights & Biases.")
@@ -195,8 +196,8 @@ def fill_in(args: argparse.Namespace, script: str, settings: tuple, changes: dic
 
 
 def for_tiny(args: argparse.Namespace) -> tuple[str, str]:
-    """(--data, --precision) as --tiny means them: its own problems, and float32, in which so small
-    a model is no slower and machines agree more closely."""
+    """(data, precision). With --tiny: the embedded problems, and float32 unless --precision is
+    given. So small a model is no slower in float32, and machines agree more closely."""
     given = args.data or "main"
     if not args.tiny:
         return given, args.precision
@@ -218,7 +219,7 @@ def sft_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--instruction", action="store_true", help="Begin prompts with the instruction.")
     add("--max-seq-length", type=int, default=768, help="Longer examples are left out.")
     add("--max-examples", type=int, help="Train on a fixed sample of this many examples.")
-    add("--min-lr", type=float, help="Where the cosine ends. Default: a tenth of --lr.")
+    add("--min-lr", type=float, help="Learning rate at the end. Default: a tenth of --lr.")
     add("--weight-decay", type=float, default=0.0, help="AdamW's weight decay, of matrices only.")
     add("--val-every", type=int, default=0, help="Steps between validations. 0: at the end only.")
     add("--keep", choices=("last", "best"), default="last",
@@ -228,7 +229,7 @@ def sft_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     for name in ("lora_r", "lora_alpha"):
         if getattr(args, name) is not None and not args.lora:
-            raise UserError(f"--{name.replace('_', '-')} goes with --lora")
+            raise UserError(f"--{name.replace('_', '-')} needs --lora")
     args.tiny = args.tiny or bool(args.model and past.is_tiny(args.model))
     if args.model is None:  # an empty name is a mistake, and is refused later
         args.model = "tiny" if args.tiny else "google/gemma-2b-it"
@@ -248,10 +249,10 @@ def sft_args(argv: list[str] | None = None) -> argparse.Namespace:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} is {getattr(args, name):g}: give a number from 0 to {most:g}")
     if args.merge and not args.lora:
-        raise UserError("--merge goes with --lora: full fine-tuning has nothing to merge")
+        raise UserError("--merge needs --lora: full fine-tuning has nothing to merge")
     if args.keep == "best" and args.val_every == 0:
         raise UserError(
-            "--keep best needs --val-every: steps between the validations to choose from"
+            "--keep best needs --val-every, or there is only one validation to choose from"
         )
     return args
 

@@ -43,8 +43,9 @@ except ImportError:  # Windows
 FORMAT = 2  # of run_args.json and checkpoints; folders without a format are older
 LOGS = ("metrics.jsonl", "samples.jsonl")
 CHECKPOINT_FILES = ("tensors.safetensors", "state.json")
-# What --overwrite deletes, in this order. Killed half-way, the folder must neither look finished
-# nor continue with deleted logs, and run_args.json must still show that it is a run folder.
+# What --overwrite deletes, in this order. After a kill half-way the folder must neither look
+# finished nor continue with deleted logs, and run_args.json must still show that it is a run
+# folder.
 OWNED = ("summary.json", "checkpoint", "model", "adapter", "value_head.safetensors",
          "eval-*.json", "eval-*.jsonl", *LOGS, "run_args.json")  # fmt: skip
 
@@ -107,9 +108,9 @@ class RunFolder:
 
     def _withdraw(self) -> None:
         """Leave no trace of a run that failed before its first step, for example on damaged
-        weights. Otherwise the same command with better weights would be refused for its other
-        arguments. A folder that holds anything else, such as a checkpoint or notes, remains a run
-        folder."""
+        weights. Otherwise the same command with repaired weights would be refused, because their
+        digest has changed. A folder that holds anything else, such as a checkpoint or notes,
+        remains a run folder."""
         begin = {"run_args.json", *LOGS, ".lock"}
         if {path.name for path in self.path.iterdir()} - begin:
             return
@@ -186,7 +187,7 @@ class RunFolder:
                 json.dumps(a[name], sort_keys=True) if name in a else "absent" for a in (old, args)
             )
             if was != now and name.endswith("_sha256"):
-                changed.append(f"what --{name.removesuffix('_sha256')} names changed")
+                changed.append(f"the content of --{name.removesuffix('_sha256')} changed")
             elif was != now:
                 changed.append(f"{name} was {was}, now {now}")
         if changed:
@@ -195,7 +196,7 @@ class RunFolder:
             )  # another script's run
             raise UserError(
                 f"{self.path} was started with other arguments ({'; '.join(changed[:6])}{more}): "
-                "give the old ones to continue, another run folder, or --overwrite to start over"
+                "give the old ones to continue, or give another --out, or --overwrite to start over"
             )
         seen = record.get("continued") or [record["info"]]
         if info != seen[-1]:  # another machine, for example: equal bits are no longer promised
@@ -303,7 +304,7 @@ class RunFolder:
 
 def _append(file: BinaryIO, row: dict) -> None:
     line = files.to_json(row)
-    while line:  # a nearly full disk takes a part; the next write then says why
+    while line:  # a nearly full disk may write only a part; the next write then raises
         line = line[file.write(line) :]
 
 
@@ -356,13 +357,13 @@ def _claim(folder: Path) -> int | None:
     try:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:  # Windows forbids others to read locked bytes: lock one far behind the process number
+        else:  # Windows forbids others to read locked bytes: lock one far beyond the process id
             os.lseek(lock, 1 << 20, os.SEEK_SET)
             msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
     except OSError as error:
         if error.errno in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):
             os.close(lock)  # some network drives have no locks, and must stay usable
-            print(f"warning: {folder} cannot be locked: start no second run in it")
+            print(f"warning: {folder} cannot be locked: do not start a second run in it")
             return None
         os.lseek(lock, 0, os.SEEK_SET)
         pid = os.read(lock, 20).decode(errors="replace").strip()

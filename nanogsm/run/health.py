@@ -15,7 +15,7 @@ def health(metrics: dict, critic_warmup: int) -> list[str]:
     if m["truncated"] > 0.2:
         lines.append(
             f"{m['truncated']:.0%} of the answers are cut off: raise --max-new-tokens, "
-            "or the policy no longer ends its answers"
+            "or lower --lr if the policy has forgotten how to end an answer"
         )
     if m["kl_sequence"] > 30:
         lines.append(
@@ -37,5 +37,5 @@ def health(metrics: dict, critic_warmup: int) -> list[str]:
             "--rollouts, or problems that are sometimes solved"
         )
     if m["moved"] < 0.5 and m["step"] > critic_warmup:
-        lines.append(f"only {m['moved']:.0%} of the weights moved: --lr is below their rounding")
+        lines.append(f"only {m['moved']:.0%} of the weights moved: updates round to 0, raise --lr")
     return lines

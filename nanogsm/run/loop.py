@@ -173,8 +173,8 @@ def check_finite(step: int, indices: list[int], lower: str, **values: float) -> 
         return
     what = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
     raise UserError(
-        f"{what} at step {step + 1}; problems {indices}: lower {lower}, with --overwrite or "
-        "another --out; the last checkpoint, if any, is kept"
+        f"{what} at step {step + 1}; problems {indices}: lower {lower} and start over with another "
+        "--out, or with --overwrite, which deletes the last checkpoint"
     )
 
 

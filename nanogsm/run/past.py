@@ -53,6 +53,6 @@ def recorded_init(folder: str) -> str | None:
 
 
 def what_next(out: str, of_data: str, held_out: int) -> str:
-    """The last line of a finished run. For a user's own file it asks the held-out problems."""
+    """The last line that a run prints. With a user's own file it evaluates held-out problems."""
     own = f" --split validation --data {of_data}" if of_data not in data.NAMED and held_out else ""
     return f"the result is in {out}; next: python evaluate.py --model {out}{own}"

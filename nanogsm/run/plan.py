@@ -22,8 +22,8 @@ from nanogsm.transformer import Config, Transformer
 
 def model_bytes(c: Config, total: int, trained: int, bf16: bool) -> int:
     """A model's weights during training. If all are trained: float32, plus the bfloat16 copies of
-    linear layers that autocast keeps. If some are: float32 adapters on a base in bfloat16, or, with
-    float32 products, on a base as its checkpoint has it, whose embedding is cast once."""
+    linear layers that autocast keeps. With adapters: float32 adapters and a bfloat16 base. With
+    float32 products that base has its checkpoint's dtype, and its embedding is cast once."""
     embedding = c.vocab_size * c.hidden_size
     if trained == total:
         return 4 * total + 2 * (total - embedding) * bf16
@@ -45,7 +45,7 @@ def activation_bytes(c: Config, tokens: int, frozen: bool, bf16: bool, checkpoin
     D, F, N = c.hidden_size, c.intermediate_size, c.head_dim
     heads = c.num_attention_heads + 2 * c.num_key_value_heads
     product = 2 if bf16 else 4  # bytes of a number that goes into a matrix product
-    stream = 2 if bf16 and frozen else 4  # of one in the residual stream, as wide as the weights
+    stream = 2 if bf16 and frozen else 4  # of one in the residual stream: the weights' dtype
     block = tokens * (4 * F * product + 3 * heads * N * product + 8 * D * stream)
     inputs = tokens * D * stream
     products = tokens * product * (2 * F + 2 * D + (heads + c.num_attention_heads) * N)

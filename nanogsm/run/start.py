@@ -9,9 +9,9 @@ from nanogsm.run import machine, past
 from nanogsm.run.folder import RunFolder
 from nanogsm.store import hub
 
-# Settings that may change when a run continues. Some change memory and not the result; of the two
-# factors of a batch only the product counts, and it is compared. A data file may move: its content
-# is compared, by digest.
+# Settings that may change when a run continues. Some change memory and not the result. micro_batch
+# and accumulation may change if their product, "batch", does not. A data file may move, because its
+# content is compared by digest.
 MAY_DIFFER = ("save_every", "data_dir", "data", "device", "merge", "wandb", "checkpointing",
               "micro_batch", "accumulation", "rollout_batch")  # fmt: skip
 
@@ -77,8 +77,8 @@ def prompt_of_init(args) -> data.Prompt:
     if not os.path.isdir(args.init) and args.init.startswith("runs/"):
         sft = "python train_sft.py" + " --tiny" * args.tiny + " --lora" * ("lora" in args.init)
         raise UserError(
-            f"there is no {args.init} yet: PPO starts from a fine-tuned model; {sft} makes the "
-            "default one, --init names another (for --dry-run any model)"
+            f"there is no {args.init} yet: PPO starts from a fine-tuned model; make the default "
+            f"one with {sft}, or name another with --init (for --dry-run any model will do)"
         )
     run = past.run_of(args.init)
     return data.Prompt(**run[1]["info"]["prompt"]) if run else data.Prompt()

@@ -136,7 +136,7 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
         raise UserError(f"{folder} is incomplete, missing: {', '.join(missing)}")
     for path in shards:
         if not _stays_inside(path):
-            raise UserError(f"{path} is a link out of its folder: replace it by the file itself")
+            raise UserError(f"{path} is a link out of its folder: replace it with the file itself")
     return shards
 
 
