@@ -1,5 +1,5 @@
-"""Shared by all tests: the fixtures' place, one thread (tiny models lose time to a second), Python's own
-signal handlers."""
+"""Shared by all tests: the fixtures' place, one thread (tiny models lose time to a second),
+Python's own signal handlers."""
 
 import signal
 from pathlib import Path

@@ -55,7 +55,8 @@ def test_looking_at_the_tokens_less_often_changes_nothing(gemma, monkeypatch, te
 
 @pytest.mark.parametrize("together", [1, 2, 3])
 def test_rows_that_attend_in_groups_say_the_same(gemma, monkeypatch, together):
-    """Even groups and uneven ones, with idle places in them, and fewer as rows come to their end."""
+    """Even groups and uneven ones, with idle places in them, and fewer as rows come to their
+    end."""
     model, _ = gemma("gemma3")
     stops, used = frozenset(range(7, 60)), set()
     at_once = g.generate(model, prompts(), stops, 11, 7, 1.0, seed=5)
@@ -126,9 +127,9 @@ def test_first_tokens_of_one_prompt_follow_its_distribution(gemma):
 
 
 def test_sampled_answers_are_as_probable_as_training_says(gemma):
-    """What PPO's ratio rests on: over many answers of four tokens, the mean of token_logprobs at each
-    of the four is minus the mean entropy there, within 4 standard errors; at another temperature
-    than the one they were drawn at it is not."""
+    """What PPO's ratio rests on: over many answers of four tokens, the mean of token_logprobs at
+    each of the four is minus the mean entropy there, within 4 standard errors; at another
+    temperature than the one they were drawn at it is not."""
     model, _ = gemma("gemma3")
     n, length = 2000, 4
     done = g.generate(model, [prompts(3)[2]] * n, NEVER, length, 500, temperature=1.5, seed=0)
@@ -141,7 +142,9 @@ def test_sampled_answers_are_as_probable_as_training_says(gemma):
     def surprise(temperature: float):
         """Standard errors by which logp exceeds its expectation, at each of the four tokens."""
         with torch.no_grad():
-            logp, entropy = token_logprobs(model.vocabulary, hidden, ids[:, start:], mask, temperature, True)
+            logp, entropy = token_logprobs(
+                model.vocabulary, hidden, ids[:, start:], mask, temperature, True
+            )
         excess = (logp + entropy).double()
         return excess.mean(0) / (excess.std(0) / n**0.5)
 
@@ -156,7 +159,15 @@ def test_inverse_cdf_by_hand(width):
     for temperature in (1.0, 0.5):
         blocks = (logits * temperature).split(width, -1)
         assert cpu.inverse_cdf(blocks, temperature, uniform).tolist() == [0, 0, 2, 2, 3, 3, 3]
-        assert g.inverse_cdf(logits * temperature, temperature, uniform).tolist() == [0, 0, 2, 2, 3, 3, 3]
+        assert g.inverse_cdf(logits * temperature, temperature, uniform).tolist() == [
+            0,
+            0,
+            2,
+            2,
+            3,
+            3,
+            3,
+        ]
     impossible_first = torch.tensor([[0.0, 1.0]]).log()
     for blocks in ([impossible_first], impossible_first.split(1, -1)):
         assert cpu.inverse_cdf(blocks, 1.0, torch.zeros(1)).tolist() == [1]

@@ -52,7 +52,9 @@ def test_values_and_gradients_equal_those_of_the_full_logits(
 ):
     head, hidden, targets, mask = setting(head_is_trained)
     some = int(mask.sum()) * 4 * (1 + entropy) * 3  # three blocks of 4
-    monkeypatch.setitem(fast_head.KEPT_EXPONENTIALS, "cpu", {"nothing": 0, "some": some, "all": 2**20}[kept])
+    monkeypatch.setitem(
+        fast_head.KEPT_EXPONENTIALS, "cpu", {"nothing": 0, "some": some, "all": 2**20}[kept]
+    )
     weight = torch.randn(1 + entropy, B, T)  # any upstream gradient, different for every position
     leaves = (hidden, head) if head_is_trained else (hidden,)
 
@@ -109,13 +111,17 @@ def test_garbage_at_unmasked_positions_changes_nothing():
     head, hidden, targets, mask = setting(False)
     before, _ = token_logprobs(Vocabulary(head, 3.0), hidden, targets, mask)
     spoilt = hidden.detach().masked_fill(~mask[..., None], float("nan"))
-    after, _ = token_logprobs(Vocabulary(head, 3.0), spoilt, targets.masked_fill(~mask, V + 1000), mask)
+    after, _ = token_logprobs(
+        Vocabulary(head, 3.0), spoilt, targets.masked_fill(~mask, V + 1000), mask
+    )
     assert torch.equal(before, after)
 
 
 def test_nothing_is_made_for_a_gradient_under_no_grad(monkeypatch):
     head, hidden, targets, mask = setting(True)
-    monkeypatch.setattr(fast_head, "_for_gradient", None)  # by which all that a derivative needs has to pass
+    monkeypatch.setattr(
+        fast_head, "_for_gradient", None
+    )  # by which all that a derivative needs has to pass
     with torch.no_grad():
         logp, entropy = token_logprobs(Vocabulary(head, 3.0), hidden, targets, mask, entropy=True)
     want = by_hand(head, hidden, targets, mask, 1.0)
@@ -125,7 +131,8 @@ def test_nothing_is_made_for_a_gradient_under_no_grad(monkeypatch):
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("head_is_trained", [False, True])
 def test_nothing_is_held_once_the_scores_are_gone(head_is_trained, entropy):
-    """Outputs that the graph's node holds and that hold the node would stay for ever, step by step."""
+    """Outputs that the graph's node holds and that hold the node would stay for ever, step by
+    step."""
     head, hidden, targets, mask = setting(head_is_trained)
     logp, _ = token_logprobs(Vocabulary(head), hidden, targets, mask, entropy=entropy)
     node = weakref.ref(next(node for node, _ in logp.grad_fn.next_functions if node))
@@ -142,7 +149,9 @@ def test_rows_are_added_at_places_that_repeat(on_cpu):
         is_cpu = on_cpu
 
     total = torch.ones(3, 2, dtype=torch.bfloat16).as_subclass(Matrix)
-    fast_head.add_rows(total, torch.tensor([2, 0, 2]), torch.tensor([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0]]))
+    fast_head.add_rows(
+        total, torch.tensor([2, 0, 2]), torch.tensor([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0]])
+    )
     assert total.tolist() == [[5, 9], [1, 1], [18, 35]]
 
 
@@ -150,7 +159,9 @@ def test_a_head_in_bfloat16_learns_without_autocast():
     head, hidden, targets, mask = setting(True)
     half = head.detach().bfloat16().requires_grad_()
     token_logprobs(Vocabulary(half), hidden.bfloat16(), targets, mask)[0].sum().backward()
-    want = torch.autograd.grad(by_hand(half, hidden.bfloat16(), targets, mask, 1.0, None)[0].sum(), half)[0]
+    want = torch.autograd.grad(
+        by_hand(half, hidden.bfloat16(), targets, mask, 1.0, None)[0].sum(), half
+    )[0]
     assert (half.grad - want).abs().max() <= 0.02 * want.abs().max()
 
 
@@ -171,7 +182,10 @@ def test_no_supervised_position_is_no_trouble(head_is_trained):
 
 @pytest.mark.parametrize("block", [None, 1])
 def test_logits_that_are_all_far_below_zero(block):
-    hidden, head = torch.full((1, 1, 2), -100.0), torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 1.01]])
+    hidden, head = (
+        torch.full((1, 1, 2), -100.0),
+        torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 1.01]]),
+    )
     args = torch.tensor([[1]]), torch.tensor([[True]])
     logp, entropy = token_logprobs(Vocabulary(head), hidden, *args, entropy=True, block=block)
     want = by_hand(head, hidden, *args, 1.0, None)  # -200, -200 and -201
@@ -183,7 +197,9 @@ def test_huge_logits_do_not_overflow(block):
     hidden = torch.tensor([[[300.0, -300.0]]], requires_grad=True)
     head = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     target, mask = torch.tensor([[1]]), torch.tensor([[True]])
-    logp, entropy = token_logprobs(Vocabulary(head), hidden, target, mask, entropy=True, block=block)
+    logp, entropy = token_logprobs(
+        Vocabulary(head), hidden, target, mask, entropy=True, block=block
+    )
     assert logp.item() == -600 and entropy.item() == 0
     (logp + entropy).sum().backward()
     assert torch.equal(hidden.grad, torch.tensor([[[-1.0, 1.0]]]))
@@ -203,12 +219,19 @@ def test_bfloat16_autocast_keeps_the_scores_in_float32(head_is_trained):
 
 @pytest.mark.parametrize("head_is_trained", [False, True])
 def test_a_confident_tokens_gradient_is_not_lost_to_rounding(head_is_trained):
-    """p_t = 0.999: of two equal numbers in bfloat16, w_t and the mean of all w, rounding leaves 0.4%,
-    four times what is left in truth. The errors allowed are those of bfloat16's roundings, a few of 2^-8."""
+    """p_t = 0.999: of two equal numbers in bfloat16, w_t and the mean of all w, rounding leaves
+    0.4%, four times what is left in truth. The errors allowed are those of bfloat16's roundings, a
+    few of 2^-8."""
     torch.manual_seed(1)
     head = torch.randn(V, 64).bfloat16().float().requires_grad_(head_is_trained)
     target = torch.tensor([[7]])
-    hidden = (head[7] / head[7].norm() ** 2 * 10).detach().bfloat16().float()[None, None].requires_grad_(True)
+    hidden = (
+        (head[7] / head[7].norm() ** 2 * 10)
+        .detach()
+        .bfloat16()
+        .float()[None, None]
+        .requires_grad_(True)
+    )
     with torch.autocast("cpu", torch.bfloat16):
         logp, _ = token_logprobs(Vocabulary(head), hidden, target, torch.tensor([[True]]))
     assert 0.99 < logp.exp().item() < 0.9999

@@ -123,7 +123,9 @@ def test_every_adapter_learns_under_checkpointing_and_the_base_never_does(gemma)
         randomise(model)
         set_checkpointing(model, checkpointing)
         model.logits(model(IDS)).logsumexp(-1).mean().backward()
-        grads[checkpointing] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        grads[checkpointing] = {
+            n: p.grad for n, p in model.named_parameters() if p.grad is not None
+        }
     assert len(grads["none"]) == 2 * 42
     for other in (grads["light"], grads["full"]):
         assert other.keys() == grads["none"].keys()
@@ -180,7 +182,9 @@ def test_an_adapter_that_lacks_layers_it_names_is_refused(gemma, tmp_path):
         with pytest.raises(UserError, match="is incomplete: it has nothing for"):
             load_adapter(gemma("gemma3")[0], tmp_path / "a")
     save_file(some, tmp_path / "a/adapter_model.safetensors")
-    config = json.loads((tmp_path / "a/adapter_config.json").read_text()) | {"layers_to_transform": [0]}
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text()) | {
+        "layers_to_transform": [0]
+    }
     (tmp_path / "a/adapter_config.json").write_text(json.dumps(config))
     load_adapter(gemma("gemma3")[0], tmp_path / "a")
 

@@ -214,13 +214,15 @@ def test_attend_rows_may_be_replaced_by_one_launch_for_all_rows(gemma, name):
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_rows_of_given_lengths_are_as_if_each_were_alone(gemma, name, checkpointing):
-    """Hidden states and gradients, of rows within the window of 8, at it and past it, in any order; and no
-    layer sees padding."""
+    """Hidden states and gradients, of rows within the window of 8, at it and past it, in any order;
+    and no layer sees padding."""
     model, _ = gemma(name)
     set_checkpointing(model, checkpointing)
     ids = torch.randint(5, 380, (5, 16), generator=torch.Generator().manual_seed(0))
     lengths = [8, 16, 3, 1, 9]
-    slopes = torch.randn(5, 16, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    slopes = torch.randn(
+        5, 16, model.config.hidden_size, generator=torch.Generator().manual_seed(1)
+    )
     each = [model(row[None, :n])[0] for row, n in zip(ids, lengths)]
     sum((hidden * slope[: len(hidden)]).sum() for hidden, slope in zip(each, slopes)).backward()
     want = {n: p.grad.clone() for n, p in model.named_parameters()}
@@ -299,11 +301,14 @@ def test_checkpointing_preserves_loss_and_every_gradient(gemma, name, monkeypatc
         grads[checkpointing] = {n: p.grad for n, p in model.named_parameters()}
     for name, grad in grads["none"].items():
         assert grad is not None, name
-        assert torch.equal(grad, grads["light"][name]) and torch.equal(grad, grads["full"][name]), name
+        assert torch.equal(grad, grads["light"][name]) and torch.equal(grad, grads["full"][name]), (
+            name
+        )
 
 
 def test_a_light_checkpoint_multiplies_nothing_again_but_an_adapters_way_up(gemma, monkeypatch):
-    """Counted by PyTorch: 2 x inner size multiplications and additions for each number of a product."""
+    """Counted by PyTorch: 2 x inner size multiplications and additions for each number of a
+    product."""
     model, _ = gemma("gemma3")
     lora.add_lora(model, 4, 8)
     monkeypatch.setattr(checkpointing_file, "MIN_INNER_SIZE", 5)
@@ -364,7 +369,9 @@ def test_packed_weights_compute_the_same(gemma, name, weights, autocast):
     model, _ = gemma(name, weights)
     lora.add_lora(model, 4, 8)
     for i, layer in enumerate(lora.adapters(model).values()):
-        layer.lora_B.weight.data += torch.randn(layer.lora_B.weight.shape, generator=_generator(i)) / 10
+        layer.lora_B.weight.data += (
+            torch.randn(layer.lora_B.weight.shape, generator=_generator(i)) / 10
+        )
     ids = torch.randint(5, 380, (3, 9), generator=_generator(0))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         half = model.product_dtype == torch.bfloat16
@@ -440,7 +447,10 @@ def shards(folder):
         shutil.copy(FIXTURES / "gemma3" / file, folder)
     weights = load_file(FIXTURES / "gemma3/model.safetensors")
     names = sorted(weights)
-    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    parts = {
+        "model-00001-of-00002.safetensors": names[::2],
+        "model-00002-of-00002.safetensors": names[1::2],
+    }
     for file, keys in parts.items():
         save_file({k: weights[k] for k in keys}, folder / file)
     index = {"weight_map": {k: file for file, keys in parts.items() for k in keys}}

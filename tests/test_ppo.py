@@ -25,7 +25,7 @@ from nanogsm import UserError, data
 from nanogsm.lora import adapters, add_lora
 from nanogsm.model import load_model, save_adapter, save_model, set_checkpointing
 from nanogsm.optim import AdamW
-from nanogsm.run import flags
+from nanogsm.run.flags import sft_args
 from nanogsm.run.health import health
 from nanogsm.run.loop import Run
 from train_ppo import (
@@ -1083,7 +1083,7 @@ def test_a_start_passes_on_what_it_held_out_of_the_same_problems_and_its_longer_
 
 
 def test_tuned_is_the_default_recipe():
-    for parse in (train_ppo.parse_args, flags.sft_args):
+    for parse in (train_ppo.parse_args, sft_args):
         for given in ([], ["--lora"], ["--tiny"], ["--tiny", "--lora"]):
             default = vars(parse([*given, "--device", "cpu"]))
             assert default == vars(parse([*given, "--device", "cpu", "--recipe", "tuned"]))
