@@ -456,7 +456,7 @@ def train(args, folder, found, prompt, train_problems, held_out) -> int:
     setup = set_up(args, found, prompt)
     actor, tokenizer = setup.models.actor, setup.tokenizer
     optimizers = {"policy/": setup.policy_optimizer, "critic/": setup.value_optimizer}
-    show = ("reward", "kl_sequence", "response_tokens")
+    show = {"reward": "reward", "kl": "kl_sequence", "length": "response_tokens"}
     warn = lambda metrics: health(metrics, args.critic_warmup)  # noqa: E731
     run = Run(folder, args.steps, optimizers, args, len(held_out), show, warn)
 

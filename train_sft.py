@@ -108,7 +108,7 @@ def train(args, folder, found, prompt, examples, steps: int, held_out, held_out_
     named = model.named_parameters()
     optimizer = AdamW(named, args.lr, weight_decay=args.weight_decay, bits=bits)
     optimizers = {"": optimizer}  # prefix of its tensors' names in a checkpoint: optimizer
-    run = Run(folder, steps, optimizers, args, len(held_out), show=("loss", "lr"))
+    run = Run(folder, steps, optimizers, args, len(held_out), {"loss": "loss", "lr": "lr"})
 
     def save() -> None:
         save_trained(model, tokenizer, folder.path, found.name)

@@ -215,7 +215,7 @@ def train(args: argparse.Namespace, folder: RunFolder) -> int:
     parameters = sum(p.numel() for p in weights.values())
     print(f"{parameters:,} parameters, {args.steps * ROWS * ROW_TOKENS:,} tokens to read")
 
-    run = Run(folder, args.steps, {"": optimizer}, args, show=("loss",))
+    run = Run(folder, args.steps, {"": optimizer}, args, show={"loss": "loss"})
     with run:
         for step in range(run.first, args.steps):
             ids = rows_of_step(tokenizer, args.seed, step, left_out)

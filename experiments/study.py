@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
             if command[0] == "evaluate.py" and evaluation(row, args, kind):
                 continue
             status, said = run(command)
-            if status in (130, 143):
+            if status in (129, 130, 143):
                 return status
             if status == 2:
                 failed[row.name] = said

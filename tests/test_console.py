@@ -16,12 +16,15 @@ import torch
 
 from nanogsm import UserError
 from nanogsm.run import console, machine
-from nanogsm.run.console import Interrupt, Progress, graceful_stop, printable
+from nanogsm.run.console import Interrupt, Progress, _shown, graceful_stop, printable
 
 # ---- stopping
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+STOPS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+
+@pytest.mark.parametrize("number, code", STOPS)
 def test_signal_sets_a_flag_and_handlers_are_restored(default_signals, capfd, number, code):
     before = signal.getsignal(number)
     with graceful_stop() as stop:
@@ -144,6 +147,42 @@ def test_progress_in_a_file_prints_first_last_and_sometimes(monkeypatch, capsys)
     # 15 steps of 3 s are left. The time comes early, so that a narrow terminal still shows it.
     assert lines[1].startswith("step 45/60  ETA 0:00:45  loss 0.5")
     assert "ETA" not in lines[-1]
+
+
+def test_the_time_left_follows_the_recent_steps(monkeypatch, capsys):
+    """The first 30 steps were ten times slower, as on a CPU that somebody else used."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with Progress(100) as progress:
+        for step in range(61):
+            clock[0] += 100 if step <= 30 else 10
+            progress.update(step)
+    assert capsys.readouterr().out.splitlines()[-1] == "step 60/100  ETA 0:06:40"
+
+
+def test_a_long_step_uses_up_the_time_left(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with Progress(12) as progress:
+        for step in (0, 1, 2):
+            clock[0] += 60
+            progress.update(step)
+        for _ in range(2):  # as answers of the next step come in
+            clock[0] += 20
+            progress.update(2, answered=5)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[3] for line in lines[1:]] == ["0:11:00", "0:10:00", "0:09:40", "0:09:20"]
+
+
+def test_ppos_progress_line_fits_80_columns():
+    shown = {
+        "reward": 0.35546875,
+        "kl": 12.3456789,
+        "length": 125.33984375,
+        "tokens_per_s": 12345.6,
+    }
+    line = f"step 100/100  ETA 0:12:34  {'  '.join(_shown(*x) for x in shown.items())}"
+    assert line.endswith("reward 0.355  kl 12.3  length 125  12,346 tokens/s") and len(line) < 80
 
 
 def test_the_last_step_of_a_progress_line_is_printed_once(monkeypatch, capsys):

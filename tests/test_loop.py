@@ -36,7 +36,9 @@ def quick(monkeypatch, default_signals):
 class Toy:
     """A weight whose gradient depends on the step, its optimizer, and a run around them."""
 
-    def __init__(self, path, steps=STEPS, held_out=0, show=(), warn=lambda metrics: (), **changes):
+    def __init__(
+        self, path, steps=STEPS, held_out=0, show=None, warn=lambda metrics: (), **changes
+    ):
         self.weight = torch.nn.Parameter(torch.zeros(4))
         self.optimizer = AdamW([("w", self.weight)], lr=0.1, bits=32)
         self.folder = RunFolder(path, {"steps": steps}, {})
@@ -122,7 +124,7 @@ def test_the_console_shows_the_metrics_asked_for_a_sample_and_the_warnings(tmp_p
     def warn(metrics):
         return ["the loss is high"] if metrics["loss"] > 1 else []
 
-    toy = Toy(tmp_path / "r", steps=4, val_every=2, show=("loss",), warn=warn)
+    toy = Toy(tmp_path / "r", steps=4, val_every=2, show={"cost": "loss"}, warn=warn)
     with toy.folder, toy.run as run:
         for step in range(4):
             answer = {"question": f"{step}?", "completion": " two\nlines ", "score": 0.5}
@@ -131,7 +133,7 @@ def test_the_console_shows_the_metrics_asked_for_a_sample_and_the_warnings(tmp_p
     assert [line for line in out.splitlines() if "high" in line] == [
         "step 3: the loss is high", "step 4: the loss is high",
     ]  # fmt: skip
-    assert "step 1/4" in out and "step 4/4" in out and "loss 3" in out and "3.25" not in out
+    assert "step 1/4" in out and "step 4/4" in out and "cost 3" in out and "3.25" not in out
     assert "GiB" in out and "tokens/s" in out
     preview = "a sampled answer:\n    0?\n    two\n    lines\n    -> reward 0.5\n"
     assert preview in out and preview.replace("0?", "2?") in out  # one for every two steps
@@ -143,7 +145,8 @@ def clock(monkeypatch):
     """[seconds], the clock of the loop. It moves when a test moves it. Writing a checkpoint takes
     1,000 seconds."""
     now = [100.0]
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    both = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0])
+    monkeypatch.setattr(loop, "time", both)
     save = RunFolder.save_checkpoint
 
     def slow_save(*given):
@@ -433,3 +436,37 @@ def test_finish_writes_the_summary_and_drops_the_checkpoint(tmp_path):
         run.finish({"loss": run.metrics["loss"]})
     assert json.loads((tmp_path / "r/summary.json").read_text()) == {"steps": 1, "loss": 2.0}
     assert toy.folder.finished and checkpoints(tmp_path / "r") == []
+
+
+# ------------------------------------------------------------------------------------ a shared CPU
+
+
+@pytest.mark.parametrize(
+    "threads, cores, seconds, device, speaks",
+    [
+        (1, 0.5, 9.0, "cpu", True),
+        (2, 1.0, 9.0, "cpu", True),  # two threads that get one core between them
+        (1, 0.9, 9.0, "cpu", False),
+        (2, 1.8, 9.0, "cpu", False),
+        (64, 1.5, 9.0, "cpu", False),  # small models do not fill so many
+        (1, 0.1, 0.01, "cpu", False),  # fast enough, whoever else is there
+        (1, 0.1, 9.0, "cuda", False),  # a CPU that waits for a GPU is as it should be
+    ],
+)
+def test_a_shared_cpu_is_noticed_once(
+    tmp_path, monkeypatch, capsys, threads, cores, seconds, device, speaks
+):
+    wall, monkeypatch_threads = [100.0], lambda: threads
+    both = SimpleNamespace(perf_counter=lambda: wall[0], process_time=lambda: cores * wall[0])
+    monkeypatch.setattr(loop, "time", both)
+    monkeypatch.setattr(loop, "peak_memory", lambda device: 0)
+    monkeypatch.setattr(torch, "get_num_threads", monkeypatch_threads)
+
+    def take_time(step):
+        wall[0] += seconds
+
+    Toy(tmp_path / "r", steps=14, device=device).train(in_step=take_time)
+    out = capsys.readouterr().out
+    assert out.count("OMP_NUM_THREADS=1") == (1 if speaks else 0)
+    if speaks:
+        assert f"the last five steps got {cores:.1f} cores" in out

@@ -3,8 +3,11 @@
 import contextlib
 import json
 import os
+import pty
 import shutil
 import signal
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -456,3 +459,29 @@ def test_recipes_set_what_is_not_given():
     tuned = train_sft.parse_args(flags)
     assert (tuned.lr, tuned.warmup, tuned.out) == (2e-4, 0.0, "runs/sft-lora-main")
     assert (tuned.lora_r, tuned.lora_alpha) == (16, 32.0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no terminals of this kind")
+def test_a_closed_terminal_saves_and_ends_the_run(tmp_path):
+    """As when an ssh connection drops: the terminal is gone, SIGHUP comes, print() fails."""
+    out = tmp_path / "run"
+    argv = [*"--tiny --val-examples 0 --save-every 1000 --device cpu --out".split(), str(out)]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, train_sft.__file__, *argv])
+    said = b""
+    while b"step 2/" not in said:
+        said += os.read(terminal, 4096)
+    os.close(terminal)
+    for _ in range(300):  # 30 seconds
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+    assert ended and os.waitstatus_to_exitcode(status) == 129
+    rows = (out / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) >= 2 and [p.name for p in (out / "checkpoint").iterdir()] == [
+        f"step-{len(rows)}"
+    ]

@@ -177,7 +177,7 @@ def test_ppo_is_not_run_without_its_start(faked):
     assert "points" not in rows["lora-main"] and "accuracy" in rows["lora-main"]
 
 
-@pytest.mark.parametrize("status", [130, 143])
+@pytest.mark.parametrize("status", [129, 130, 143])
 def test_a_stop_stops_the_study(faked, status):
     ran, ends = faked
     ends |= {"--lora": status}

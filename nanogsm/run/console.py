@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -32,6 +33,9 @@ def disk_full(error: OSError) -> bool:
 # ---- stopping
 
 
+SIGHUP = getattr(signal, "SIGHUP", None)  # a closed terminal or a dropped ssh; not on Windows
+
+
 class Stopped(Exception):
     """Raised to stop a run at the last whole step, for example during sampling."""
 
@@ -41,9 +45,13 @@ class Interrupt:
 
     requested: int | None = None
 
+    def __init__(self):
+        self.terminal = [fd for fd in (1, 2) if os.isatty(fd)]  # stdout, stderr
+
     @property
     def exit_code(self) -> int:
-        """What the script returns: 130 after Ctrl-C, 143 after SIGTERM, 0 without a request."""
+        """What the script returns: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP (a closed
+        terminal), 0 without a request."""
         return 128 + self.requested if self.requested else 0
 
     def message(self, step: int) -> str:
@@ -55,6 +63,9 @@ class Interrupt:
         if number == signal.SIGINT and self.requested:
             raise KeyboardInterrupt
         self.requested = number
+        if number == SIGHUP:  # the terminal is gone, and writing to it would end the run unsaved
+            for fd in self.terminal:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
         # print() is not re-entrant, and the signal may have interrupted one.
         with contextlib.suppress(OSError):
             os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
@@ -62,7 +73,7 @@ class Interrupt:
 
 @contextlib.contextmanager
 def graceful_stop() -> Iterator[Interrupt]:
-    """`with graceful_stop() as stop`: SIGINT and SIGTERM only set `stop.requested`.
+    """`with graceful_stop() as stop`: SIGINT, SIGTERM and SIGHUP only set `stop.requested`.
 
     The loop looks at it at each step boundary, saves and leaves. A second Ctrl-C raises
     KeyboardInterrupt at once. Trap: outside the main thread Python allows no handlers. There, and
@@ -70,7 +81,7 @@ def graceful_stop() -> Iterator[Interrupt]:
     """
     stop, previous = Interrupt(), {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in filter(None, (signal.SIGINT, signal.SIGTERM, SIGHUP)):
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 previous[number] = signal.signal(number, stop._handle)
     try:
@@ -106,7 +117,7 @@ class Progress:
         self.line = ""  # what the terminal's last line shows
         self.printed = -math.inf  # when a line was last printed
         self.ended = False  # whether that line was the last step's
-        self.first: tuple[int, float] | None = None  # step and time of the first update
+        self.seen: deque[tuple[int, float]] = deque(maxlen=20)  # (step, when it was first shown)
 
     def __enter__(self) -> "Progress":
         return self
@@ -117,15 +128,17 @@ class Progress:
     def update(self, step: int, **metrics: float | str | None) -> None:
         """Show step/total, the time left, and the metrics in the order given.
 
-        `memory` is in bytes, `tokens_per_s` is a rate; None is left out. The time left is estimated
-        from the steps since this process's first update.
+        `memory` is in bytes, `tokens_per_s` is a rate; None is left out. The time left follows from
+        the last 20 steps that this process has shown.
         """
         now = time.monotonic()
-        self.first = self.first or (step, now)
+        if not self.seen or step > self.seen[-1][0]:
+            self.seen.append((step, now))
         parts = [f"{self.unit} {step}/{self.total}"]
-        if self.first[0] < step < self.total:
-            left = (self.total - step) * (now - self.first[1]) / (step - self.first[0])
-            parts.append(f"ETA {datetime.timedelta(seconds=round(left))}")
+        (first, began), (last, ended) = self.seen[0], self.seen[-1]
+        if first < last < self.total:
+            left = (self.total - last) * (ended - began) / (last - first) - (now - ended)
+            parts.append(f"ETA {datetime.timedelta(seconds=max(0, round(left)))}")
         parts += [_shown(name, value) for name, value in metrics.items() if value is not None]
         text = printable("  ".join(parts))
         if self.terminal:
@@ -152,7 +165,7 @@ def _shown(name: str, value: float | str) -> str:
         return f"{value / 2**30:.2f} GiB"
     if name == "tokens_per_s":
         return f"{value:,.0f} tokens/s"
-    return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+    return f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
 
 
 # ---- the way in and out

@@ -20,11 +20,15 @@ import math
 import time
 from collections.abc import Callable, Iterable
 
+import torch
+
 from nanogsm import UserError
 from nanogsm.optim import AdamW
 from nanogsm.run import console
 from nanogsm.run.folder import RunFolder
 from nanogsm.run.machine import peak_memory
+
+WORTH_SAYING = 2.0  # seconds; five steps that take less are not worth a remark about their speed
 
 
 class Run:
@@ -33,7 +37,7 @@ class Run:
     optimizers: {prefix of its names in the checkpoint: optimizer}. They hold all that training
     changes: weights, moments and step counts. args: the script's, of which save_every, val_every,
     device and wandb are read here. held_out: how many problems a validation asks, 0 for no
-    validation. show: metrics for the progress line. warn(metrics) returns lines to print.
+    validation. show: {label: metric} for the progress line. warn(metrics) returns lines to print.
     """
 
     def __init__(
@@ -43,17 +47,19 @@ class Run:
         optimizers: dict[str, AdamW],
         args,
         held_out: int = 0,
-        show: tuple[str, ...] = (),
+        show: dict[str, str] | None = None,
         warn: Callable[[dict], Iterable[str]] = lambda metrics: (),
     ):
         self.folder, self.steps, self.optimizers, self.args = folder, steps, optimizers, args
-        self.held_out, self.show, self.warn = held_out, show, warn
+        self.held_out, self.show, self.warn = held_out, show or {}, warn
         self.first = self.step = 0  # where this process begins; how many steps are done
         self.metrics: dict = {}  # of the last step
         self.validated: dict = {}  # the last validation, and the best one
         self.best: dict = {}
         self.status = 0
         self._phases: list[tuple[str, float]] = []
+        self._clock: tuple[int, float, float] | None = None  # step, wall time, CPU time
+        self.device = torch.device(args.device).type
 
     def __enter__(self) -> "Run":
         self._continue()
@@ -101,14 +107,29 @@ class Run:
             self.progress.note(f"step {self.step}: {line}")
         if answers and (self.step - 1) % (self.args.val_every or self.steps) == 0:
             self.progress.note(preview(answers[0]))
-        shown = {name: self.metrics[name] for name in self.show}
+        shown = {label: self.metrics[name] for label, name in self.show.items()}
         speed = self.metrics["tokens"] / self.metrics["seconds"]
-        self.progress.update(self.step, **shown, memory=memory, tokens_per_s=speed)
+        self.progress.update(self.step, **shown, tokens_per_s=speed, memory=memory)
+        self._look_at_the_clock(end)
         self._phases, self._began = [], time.perf_counter()
         if self.step % self.args.save_every == 0 or self.step == self.steps:
             self.save_checkpoint()
         if self.stop.requested and self.step < self.steps:
             raise console.Stopped
+
+    def _look_at_the_clock(self, now: float) -> None:
+        """After five steps on a CPU, say once if this process had to wait for a core. Threads that
+        wait for each other on a shared CPU can be far slower than a single one."""
+        self._clock = self._clock or (self.step, now, time.process_time())
+        step, wall, cpu = self._clock
+        if self.device != "cpu" or self.step != step + 5 or now - wall < WORTH_SAYING:
+            return
+        cores = (time.process_time() - cpu) / (now - wall)
+        if cores < 0.6 * min(2, torch.get_num_threads()):
+            self.progress.note(
+                f"the last five steps got {cores:.1f} cores: other processes use this CPU; a run "
+                "with OMP_NUM_THREADS=1 in front of the command is then often faster"
+            )
 
     def watch(self, finished: int, tokens: int) -> None:
         """The `progress` of generate: show how many answers are finished, stop if asked."""
