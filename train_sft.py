@@ -72,12 +72,12 @@ def backward_step(
 
 @torch.no_grad()
 def mean_loss(model: Transformer, examples: list, micro_batch: int, pad_id: int, autocast) -> float:
-    """The same loss over examples, without gradients."""
+    """The same loss over examples, without gradients; NaN if there are none."""
     supervised = sum(sum(example.mask) for example in examples)  # answer tokens and end tokens
     total = 0.0
     for rows in data.micro_batches(examples, micro_batch):
         total -= answer_logprobs(model, rows, pad_id, autocast).sum().item()
-    return total / supervised
+    return total / supervised if examples else math.nan
 
 
 # ---------------------------------------------------------------------------------------- the run
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.max_examples:
         problems = data.subset(problems, args.max_examples)
     examples = start.encode_all(tokenizer, problems, prompt, args.max_seq_length)
-    held_out_examples = start.encode_all(tokenizer, held_out, prompt, args.max_seq_length)
+    held_out_examples = start.encode_all(tokenizer, held_out, prompt, args.max_seq_length, True)
     # A step does not reach into the next epoch, so an epoch's last step may be smaller.
     steps = math.ceil(len(examples) / (args.micro_batch * args.accumulation)) * args.epochs
     plan.print_sft(args, config, examples, held_out, steps)

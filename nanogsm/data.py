@@ -20,7 +20,6 @@ mask marks sampled tokens, and experiments/pretrain_tiny.py adds BOS and EOS to 
 import hashlib
 import json
 import math
-import os
 import random
 import re
 from pathlib import Path
@@ -30,7 +29,7 @@ import tokenizers
 import torch
 
 from nanogsm import UserError
-from nanogsm.store import hub
+from nanogsm.store import files, hub
 from nanogsm.tiny import problems as tiny_problems
 
 GENERATED = {"tiny": "main", "tiny-socratic": "socratic", "tiny-worked": "main"}  # name -> style
@@ -153,9 +152,19 @@ def permutation(n: int, seed: int, epoch: int) -> list[int]:
 # "1,234" is one number, "3, 5" and "1,5" are two, and "10-3" ends in 3. The part before the digits
 # shares no character with them, so matching takes linear time.
 _DIGITS = r"([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
-_AFTER_MARKER = re.compile(r"([-$\s]*)" + _DIGITS)  # "#### 72", "####$72", "#### -$72"
+_AFTER_MARKER = re.compile(r"([-\u2212$\s]*)" + _DIGITS)  # "#### 72", "####$72", "#### -$72"
 _ANYWHERE = re.compile(r"((?:(?<![0-9])-)?\$?)" + _DIGITS)
-_GOES_ON = re.compile(r"\s*[-+*/^:.,]\s*[0-9(]|[eE][-+]?[0-9]")  # "1/2", "5 - 10", "1,5", "1e6"
+# What makes of the digits another number, on the same line: "18 000", "18/1", "5 - 10", "1'234",
+# "1_234", "1,5", "18e2", "1 1/2", "1½", "2 x 10", "5 or 6", "1 million". "18 apples" stays 18.
+_OPERATOR = r"[-\u2010-\u2015\u2212+*/\u2044^:.,'\u2019_x\u00d7\u00b7=]"
+_WORD = r"(?:or|and|to)"
+_AMOUNT = r"(?:k|dozen|hundred|thousand|million|billion|trillion)"
+_DIGIT = r"[\d\u00bc-\u00be\u2150-\u215f]"  # of any script, or a fraction such as ½
+_GOES_ON = re.compile(
+    rf"[^\S\n]*(?:(?:{_OPERATOR}|{_WORD}\b)?[^\S\n]*{_DIGIT}|{_OPERATOR}[^\S\n]*\(|{_AMOUNT}\b)"
+    r"|e[-+\u2212]?\d",
+    re.IGNORECASE,
+)
 TOLERANCE = 1e-6
 STOP_TEXT = "Question:"  # a completion that starts a new question has gone past its answer
 
@@ -164,7 +173,10 @@ def extract_answer(text: str) -> float | None:
     """The number right after the first "####" (the original study's rule), or None."""
     _, marker, rest = text.partition("####")
     found = _AFTER_MARKER.match(rest) if marker else None
-    return _to_number(*found.groups()) if found else None
+    # Trap: without the second check "#### 18 000" and "#### 18/2" would count as 18.
+    if found is None or _GOES_ON.match(rest, found.end()):
+        return None
+    return _to_number(*found.groups())
 
 
 def last_number(text: str) -> float | None:
@@ -174,7 +186,7 @@ def last_number(text: str) -> float | None:
 
 
 def _to_number(prefix: str, digits: str) -> float | None:
-    value = float(digits.replace(",", "")) * (-1 if "-" in prefix else 1)
+    value = float(digits.replace(",", "")) * (-1 if re.search(r"[-\u2212]", prefix) else 1)
     return value if math.isfinite(value) else None  # several hundred digits are infinite
 
 
@@ -252,6 +264,14 @@ class Tokenizer:
             stops |= {i for i in (given if isinstance(given, list) else [given]) if type(i) is int}
         return stops
 
+    def token_beyond(self, size: int) -> str | None:
+        """A token that text can contain and whose id is not below size. (Special tokens cannot be
+        contained in text, so Gemma 3's image tokens may lie beyond its text model's embeddings.)"""
+        added = self._tokenizer.get_added_tokens_decoder()
+        ids = [self._tokenizer.get_vocab_size(with_added_tokens=False) - 1]
+        ids += [i for i, token in added.items() if not token.special]
+        return self._tokenizer.id_to_token(max(ids)) if max(ids) >= size else None
+
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -277,50 +297,33 @@ def load_problems(data: str, split: str, data_dir: str | None = None) -> list[Pr
     if data in ("main", "socratic"):
         name = f"{split}.jsonl" if data == "main" else f"{split}_socratic.jsonl"
         return read_jsonl(hub.data_file(name, data_dir))
-    if not data.endswith((".jsonl", ".json")):
+    if not data.lower().endswith((".jsonl", ".json")):
         raise UserError(f"--data {data}: give {', '.join(NAMED)} or a file that ends in .jsonl")
     return read_jsonl(Path(data))
 
 
 def read_jsonl(path: Path) -> list[Problem]:
     """One object per line with the texts "question" and "answer"; the answer ends in "#### n"."""
-    try:  # utf-8-sig: Windows editors put a byte order mark first
-        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start})") from e
     problems = []
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would split at U+2028
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            question, answer = row["question"].strip(), row["answer"].strip()
-            (question + answer).encode()  # half a surrogate pair is valid JSON, but not text
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            missing = f"; {e} is missing" if isinstance(e, KeyError) else ""
-            wanted = 'a JSON object with "question" and "answer" texts, one object per line'
-            raise UserError(f"{path} line {number}: not {wanted}{missing}") from e
-        if not question:
-            raise UserError(f"{path} line {number}: the question is empty")
+    for number, question, answer in files.read_pairs(path):
         if fault := _unscorable(answer):
             raise UserError(f"{path} line {number}: {fault}")
         problems.append(Problem(question, answer, len(problems)))
-    if not problems:
-        raise UserError(f"{path} has no problems in it")
     return problems
 
 
 def _unscorable(answer: str) -> str | None:
     """Why no completion could match this answer, or why a wrong one could. None if it is fine."""
     kept = cut(answer)  # as completions are cut
-    if extract_answer(kept) is None:
+    rest = kept.partition("####")[2]
+    found = _AFTER_MARKER.match(rest)
+    if not re.search(_DIGIT, rest):
         where = "" if kept == answer else f' before "{STOP_TEXT}", where completions are cut off'
         return f'the answer has no "#### number"{where}'
-    rest = kept.partition("####")[2]
-    if _GOES_ON.match(rest, _AFTER_MARKER.match(rest).end()):
-        return f'what follows "####" is not one number: {rest.strip()[:40]!r}'
+    # In doubt a gold answer is refused: one that nobody can match would only lower the score.
+    if extract_answer(kept) is None or rest[found.end() :].strip() not in ("", "."):
+        shown = rest.strip()[:40]
+        return f'what follows the first "####" is not one number and nothing else: {shown!r}'
     return None
 
 

@@ -59,8 +59,11 @@ def _config_from(raw: dict) -> Config:
             raise ValueError(f"{name} is set, but is not supported")
     if raw.get("tie_word_embeddings") is False:
         raise ValueError("a separate output head (tie_word_embeddings false) is not supported")
-    activation = raw.get("hidden_activation") or raw.get("hidden_act") or "gelu_pytorch_tanh"
-    if activation not in ("gelu", "gelu_pytorch_tanh"):  # "gelu" in old files means the tanh form
+    activation = raw.get("hidden_activation") or "gelu_pytorch_tanh"
+    if kind == "gemma":  # whose old files say "gelu" and mean the tanh form
+        activation = raw.get("hidden_activation") or raw.get("hidden_act") or activation
+        activation = "gelu_pytorch_tanh" if activation == "gelu" else activation
+    if activation != "gelu_pytorch_tanh":
         raise ValueError(f"activation {activation!r} is not supported")
 
     sliding = {  # layer i (from 0) is local
@@ -133,20 +136,21 @@ def _rope_from(raw: dict) -> dict[str, tuple[float, float]]:
             raise ValueError(f"rope theta and factor are {found!r}")
         return float(found[0]), float(found[1])
 
-    new = raw.get("rope_parameters")
-    if new and "full_attention" in new:  # transformers 5, a table per kind of layer
-        return {kind: theta_and_factor(r, 10_000.0) for kind, r in new.items() if r}
-    everywhere = theta_and_factor(
-        new or raw.get("rope_scaling") or {}, raw.get("rope_theta") or 1e4
-    )
-    local = (
-        float(raw.get("rope_local_base_freq") or 1e4),
-        1.0,
-    )  # in transformers 4, rope_scaling is for global layers only
-    return {
-        "full_attention": everywhere,
-        "sliding_attention": local if raw["model_type"] == "gemma3_text" else everywhere,
-    }
+    # What transformers' config classes have where a file leaves the base out.
+    defaults = {"full_attention": 1e4, "sliding_attention": 1e4}
+    if raw["model_type"] == "gemma3_text":
+        defaults["full_attention"] = 1e6
+    new = raw.get("rope_parameters") or {}
+    if new.keys() & defaults.keys():  # transformers 5: a table for each kind of layer
+        tables = {kind: new.get(kind) or {} for kind in defaults}
+        return {kind: theta_and_factor(tables[kind], defaults[kind]) for kind in defaults}
+    base = raw.get("rope_theta") or defaults["full_attention"]
+    everywhere = theta_and_factor(new or raw.get("rope_scaling") or {}, base)
+    if raw["model_type"] != "gemma3_text":
+        return dict.fromkeys(defaults, everywhere)
+    # In transformers 4 rope_scaling is for global layers only.
+    local = float(raw.get("rope_local_base_freq") or defaults["sliding_attention"])
+    return {"full_attention": everywhere, "sliding_attention": (local, 1.0)}
 
 
 # --------------------------------------------------------------------------------------- weights
@@ -171,6 +175,9 @@ def load_model(
         model = Transformer(read_config(found.base))
     if max(tokenizer.stop_ids | {tokenizer.bos_id}) >= model.config.vocab_size:
         raise UserError(f"{found.base}: the tokenizer's ids exceed the model's vocabulary")
+    if beyond := tokenizer.token_beyond(model.config.vocab_size):
+        raise UserError(f"{found.base}: the tokenizer's token {beyond!r} is beyond the model's "
+                        f"{model.config.vocab_size} embeddings")  # fmt: skip
     _load_weights(model, found.base, dtype or model.config.dtype, device)
     use_fast_forms(model)
     if found.adapter:
@@ -187,24 +194,33 @@ def use_fast_forms(model: Transformer) -> None:
     model.lookup = head.lookup
 
 
+EMBEDDING = "model.embed_tokens.weight"
+
+
 def _load_weights(model: Transformer, folder: Path, dtype: torch.dtype, device: str) -> None:
     """Strict: every tensor the model has, none it does not have, each of the right shape."""
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    wanted["lm_head.weight"] = wanted[EMBEDDING]  # as some files call the tied embedding
     loaded: dict[str, Tensor] = {}
     for file, named in hub.weight_files(folder).items():
         try:
             with safe_open(file, framework="pt", device=str(device)) as tensors:
                 for key in tensors.keys() if named is None else named & set(tensors.keys()):
-                    if key == "lm_head.weight":  # some exporters repeat the tied embedding
-                        continue
                     shape = tuple(tensors.get_slice(key).get_shape())
                     if wanted.get(key) != shape:
                         need = f"needs {wanted[key]}" if key in wanted else "has no such tensor"
                         raise UserError(f"{file}: {key} has shape {shape}, the model {need}")
                     loaded[key] = tensors.get_tensor(key).to(dtype)
+                    # A sum is NaN or infinite if one entry is, and reads the tensor once.
+                    if not loaded[key].sum(dtype=torch.float32).isfinite():
+                        raise UserError(f"{file}: {key} has entries that are NaN or infinite")
         except SafetensorError as e:
             raise UserError(f"{file} is damaged or incomplete ({e}): download it again") from e
-    missing = sorted(wanted.keys() - loaded.keys())
+    lm_head = loaded.pop("lm_head.weight", None)
+    if lm_head is not None and not torch.equal(loaded.setdefault(EMBEDDING, lm_head), lm_head):
+        reason = "differs from the embedding; a separate output head is not supported"
+        raise UserError(f"{folder}: lm_head.weight {reason}")
+    missing = sorted(wanted.keys() - loaded.keys() - {"lm_head.weight"})
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}")
     model.load_state_dict(loaded, strict=True, assign=True)

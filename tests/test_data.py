@@ -137,16 +137,16 @@ def problems(n: int) -> list[Problem]:
         ("#### 0.5", 0.5),
         ("#### .5", 0.5),
         ("#### 72%", 72),
-        ("#### 3-5", 3),
+        ("#### 3-5", None),
         # commas are part of a number only between thousands
         ("#### 1,234,567.50", 1234567.5),
         ("#### 1,234, or so", 1234),
-        ("#### 1,5", 1),
-        ("#### 1,2345", 1),
-        ("#### 12,34", 12),
-        ("#### 3 5", 3),
-        ("#### 3, 5", 3),
-        ("#### 1234,567", 1234),
+        ("#### 1,5", None),
+        ("#### 1,2345", None),
+        ("#### 12,34", None),
+        ("#### 3 5", None),
+        ("#### 3, 5", None),
+        ("#### 1234,567", None),
         ("#### ,", None),
         ("#### ,234", None),
         ("#### -", None),
@@ -166,7 +166,7 @@ def problems(n: int) -> list[Problem]:
         # float() or \d would accept these
         ("#### ٧٢", None),
         ("#### ７２", None),
-        ("#### 1_000", 1),
+        ("#### 1_000", None),
         ("#### nan", None),
         ("#### inf", None),
         ("#### " + "9" * 400, None),
@@ -221,7 +221,7 @@ LONG = 20_000  # characters; quadratic time would be seconds, linear time is mil
         ("- $" * LONG, None, None),
         (" " * LONG + "72", 72, 72),
         ("1" + ",234" * LONG + "5", None, 2345),  # the whole is too large to be a float
-        ("1," * LONG, 1, 1),
+        ("1," * LONG, None, 1),
         ("7" * LONG, None, None),
     ],
     ids=["spaces", "lines", "minus", "dollars", "mixed", "number", "groups", "commas", "digits"],
@@ -626,20 +626,52 @@ def test_an_answer_that_nothing_could_match_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "end", ["1/2", "5 - 10", "1,5", "10:30", "2^3", "1e6", "3, 4", "1.23.45", "2*(3+4)"]
-)
+    "end",
+    ["1/2", "5 - 10", "1,5", "10:30", "2^3", "1e6", "3, 4", "1.23.45", "2*(3+4)", "5 apples", "5%",
+     "5, as said", "1 000", "1\u00a0000", "1\u202f000", "12 345,50", "1.234,5", "1'234", "1\u2019234",
+     "1_234", "½", "1½", "1 1/2", "5-6", "5\u20136", "5 or 6", "2 x 10^5", "1 million", "2k",
+     "\u0667\u0662", "\uff17\uff12", "5\u0662", "1. Add", "Step 1"],
+)  # fmt: skip
 def test_an_answer_that_goes_on_after_its_number_is_refused(tmp_path, end):
     path = write(tmp_path, row(answer=f"So\n#### {end}"))
-    said = f'line 1: what follows "####" is not one number: {end!r}'
+    said = f'line 1: what follows the first "####" is not one number and nothing else: {end!r}'
     with pytest.raises(UserError, match=re.escape(said)):
         read_jsonl(path)
 
 
 @pytest.mark.parametrize(
-    "end", ["5", "-5", "$1,234.50", "5 apples", "5.", "5%", "5, as said", "5\n\n"]
+    "end", ["5", "-5", "$1,234.50", "5.", "5\n\n", "\u22125", "-$5", ".5", "0"]
 )
 def test_an_answer_of_one_number_is_taken(tmp_path, end):
     assert len(read_jsonl(write(tmp_path, row(answer=f"So\n#### {end}")))) == 1
+
+
+@pytest.mark.parametrize("answer", ["#### 1. Add\n2+2=4\n#### 8", "#### 7\n#### 8", "####\n#### 8"])
+def test_an_answer_with_a_second_marker_is_refused(tmp_path, answer):
+    with pytest.raises(UserError, match='line 1: what follows the first "####" is not one number'):
+        read_jsonl(write(tmp_path, row(answer=answer)))
+
+
+@pytest.mark.parametrize(
+    "completion, right",
+    [
+        ("18/1", False), ("18-0", False), ("18 000", False), ("18e2", False), ("18\u00a0000", False),
+        ("18\u202f000", False), ("18'000", False), ("18_000", False), ("18½", False),
+        ("18 1/2", False), ("18 or 19", False), ("18 to 20", False), ("18\u201320", False),
+        ("18 million", False), ("18k", False), ("18 x 2", False), ("18.5", False), ("180", False),
+        ("\u221218", False), ("-18", False), ("18\u0662", False),
+        ("18", True), ("18.", True), ("18.00", True), ("$18.00", True), ("18 apples", True),
+        ("18%", True), ("18 kg", True), ("18 (in all)", True), ("18, I think", True),
+        ("18 to go", True), ("18\n5 left", True), ("18...", True),
+    ],
+)  # fmt: skip
+def test_a_completion_earns_credit_for_the_number_it_states_and_no_other(completion, right):
+    problem = Problem("How many?", "So\n#### 18", 0)
+    assert data.is_correct(f"So\n#### {completion}", problem) == right
+
+
+def test_a_minus_sign_of_unicode_is_a_minus():
+    assert data.is_correct("#### \u22125", Problem("?", "#### -5", 0))
 
 
 def test_missing_folder_empty_and_not_utf8_files_are_user_errors(tmp_path):
@@ -790,3 +822,18 @@ def test_gsm8k_by_a_real_tokenizer(tmp_path):
         assert ids == raw.encode(joint, add_special_tokens=False).ids
         longest = max(longest, len(ids))
     assert 400 < longest <= 768  # train_sft.py's --max-seq-length leaves nothing out
+
+
+def test_a_permutation_follows_from_seed_and_epoch_alone():
+    orders = {
+        (seed, epoch): data.permutation(50, seed, epoch) for seed in range(3) for epoch in range(3)
+    }
+    assert all(sorted(order) == list(range(50)) for order in orders.values())
+    assert len({tuple(order) for order in orders.values()}) == 9
+    assert data.permutation(50, 2, 1) == orders[2, 1]
+
+
+def test_a_files_ending_may_be_in_capitals(tmp_path):
+    path = tmp_path / "MINE.JSONL"
+    path.write_text(row() + "\n")
+    assert len(data.load_problems(str(path), "train")) == 1

@@ -51,6 +51,43 @@ def test_the_fixtures_cover_both_kinds_of_layer_and_of_key_heads(gemma):
     assert {c.num_key_value_heads for c in kinds.values()} == {1, 2}
 
 
+DEFAULTS = load_file(FIXTURES / "config_defaults.safetensors")
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+ROPE = {
+    "full": {"rope_parameters": {"full_attention": LINEAR}},
+    "scaling": {"rope_scaling": LINEAR},
+}
+
+
+@pytest.mark.parametrize("variant", DEFAULTS)
+def test_a_field_left_out_is_demanded_or_what_transformers_takes_it_to_be(tmp_path, variant):
+    """A guess would run, as another model. Logits of the last of 24 tokens, window 8."""
+    name, spelling, field = variant.split(".")
+    shutil.copytree(FIXTURES / name, tmp_path / name)
+    old = spelling == "config_old"
+    config = json.loads((FIXTURES / name / f"config{'_old' * old}.json").read_text())
+    del config["rope_parameters" if spelling == "rope" else field]
+    config |= ROPE[field] if spelling == "rope" else {}
+    (tmp_path / name / "config.json").write_text(json.dumps(config))
+    try:
+        model, _ = load_model(tmp_path / name, torch.float32)
+    except UserError as error:
+        assert (
+            f"missing field '{field}'" in str(error)
+            or f"{field} is None" in str(error)
+            or (field == "sliding_window" and "sliding_window is None" in str(error))
+        )
+        return
+    ids = expected(name)["ids"][:1]
+    assert (logits(model, ids)[0, -1] - DEFAULTS[variant]).abs().max() <= TIGHT
+
+
+def test_fields_that_matter_are_not_all_demanded():
+    """Those that published files do leave out have to be taken from transformers' defaults."""
+    assert {f"gemma3.{x}" for x in ("config.rope_parameters", "config_old.rope_theta",
+            "config_old.rope_local_base_freq", "rope.full", "rope.scaling")} <= DEFAULTS.keys()  # fmt: skip
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_old_spelling_of_config_means_the_same(gemma, name, tmp_path):
     shutil.copytree(FIXTURES / name, tmp_path / name)
@@ -465,13 +502,75 @@ def test_sharded_weights_load_like_a_single_file(gemma, tmp_path):
     assert torch.equal(logits(model, ids), logits(gemma("gemma3")[0], ids))
 
 
-def test_a_redundant_output_head_is_ignored(tmp_path):
+def with_head(folder, head, embedding=True):
+    """The fixture's model in `folder`, with lm_head.weight beside its embedding or in its place."""
+    shutil.copytree(FIXTURES / "gemma3", folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = head(weights["model.embed_tokens.weight"]).clone()
+    if not embedding:
+        del weights["model.embed_tokens.weight"]
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("embedding", [True, False])
+def test_a_tied_output_head_in_the_file_is_the_embedding(gemma, tmp_path, embedding):
+    """Some exporters write both, safetensors' save_model writes only one of two tied tensors."""
+    model, _ = load_model(with_head(tmp_path / "m", lambda weight: weight, embedding))
+    ids = expected("gemma3")["ids"]
+    assert torch.equal(logits(model, ids), logits(gemma("gemma3")[0], ids))
+
+
+def test_an_output_head_that_differs_from_the_embedding_is_refused(tmp_path):
+    """It was once ignored: other logits, and nothing said so."""
+    spoilt = with_head(tmp_path / "m", lambda weight: weight + 1e-3)
+    with pytest.raises(UserError, match="lm_head.weight differs from the embedding"):
+        load_model(spoilt)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value, dtype):
     shutil.copytree(FIXTURES / "gemma3", tmp_path / "m")
     weights = load_file(tmp_path / "m/model.safetensors")
-    weights["lm_head.weight"] = torch.zeros(384, 24)
+    weights["model.layers.2.mlp.up_proj.weight"][3, 5] = value
     save_file(weights, tmp_path / "m/model.safetensors")
-    model, _ = load_model(tmp_path / "m")
-    assert logits(model, expected("gemma3")["ids"]).abs().max() > 1
+    said = r"model.safetensors: model.layers.2.mlp.up_proj.weight has entries that are NaN or inf"
+    with pytest.raises(UserError, match=said):
+        load_model(tmp_path / "m", dtype)
+
+
+def add_token(folder, content, special, i=384):
+    """The fixture's model in `folder`, its tokenizer with one more token, beyond the embedding."""
+    shutil.copytree(FIXTURES / "gemma3", folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer["added_tokens"].append({"id": i, "content": content, "special": special} | flags)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_a_token_beyond_the_embedding_is_refused_by_name(tmp_path):
+    """Text that contains it would end in an IndexError, in the middle of a run."""
+    with pytest.raises(UserError, match="token '<think>' is beyond the model's 384 embeddings"):
+        load_model(add_token(tmp_path / "m", "<think>", special=False))
+
+
+def test_a_special_token_beyond_the_embedding_is_fine(tmp_path):
+    """As Gemma 3's <image_soft_token>: no text becomes a special token here."""
+    _, tokenizer = load_model(add_token(tmp_path / "m", "<image>", special=True))
+    assert max(tokenizer.encode("an <image> of <image>")) < 384
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_exact_gelu_is_refused_where_it_is_meant(tmp_path, name):
+    """Old files of Gemma 1 say "gelu" for the tanh form. Others say what they mean."""
+    config = json.loads((FIXTURES / name / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_activation": "gelu"}))
+    with pytest.raises(UserError, match="activation 'gelu' is not supported"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+    assert read_config(tmp_path) == read_config(FIXTURES / name)  # transformers reads the other one
 
 
 @pytest.mark.parametrize(

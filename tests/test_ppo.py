@@ -1132,6 +1132,16 @@ def test_problems_come_in_fresh_permutations_without_a_gap():
     assert train_ppo.problems_of_step(list(range(10)), 7, 4, seed=3) == drawn[7]
 
 
+def test_equal_rewards_are_one_warning_not_two():
+    """Nothing moves then, for this reason: the learning rate is not to blame."""
+    m = {
+        "first_ratio_error": 0.0, "truncated": 0.0, "kl_sequence": 1.0, "clipped": 0.0, "step": 9,
+        "explained_variance": 0.2, "entropy": 0.3, "reward": 0.0, "reward_std": 0.0, "moved": 0.0,
+    }  # fmt: skip
+    lines = health(m, critic_warmup=0)
+    assert len(lines) == 1 and "every reward is 0" in lines[0]
+
+
 def test_health_is_said_in_words():
     good = {
         "first_ratio_error": 0.0, "truncated": 0.0, "kl_sequence": 1.0, "clipped": 0.01, "step": 9,

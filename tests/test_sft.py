@@ -485,3 +485,46 @@ def test_a_closed_terminal_saves_and_ends_the_run(tmp_path):
     assert len(rows) >= 2 and [p.name for p in (out / "checkpoint").iterdir()] == [
         f"step-{len(rows)}"
     ]
+
+
+def test_held_out_problems_that_are_all_too_long_are_left_out_aloud(tmp_path, capsys):
+    """The training examples fit: that must not end the run."""
+    rows = [data.Problem(f"{i}?", "#### 2", i) for i in range(40)]
+    _, held_out = data.split_validation(rows, 2)
+    long = {problem.index for problem in held_out}
+    text = [
+        {"question": f"{i}?" + " long" * 300 * (i in long), "answer": "#### 2"} for i in range(40)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, text)))
+    argv = ["--tiny", "--data", str(file), "--val-examples", "2", "--max-seq-length", "100"]
+    argv += ["--max-new-tokens", "4", "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert train_sft.main(argv) == 0
+    assert "left out 2 of 2 held-out examples" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["val_loss"] is None and rows[-1]["val_exact_match"] == 0
+
+
+@pytest.mark.parametrize("move", [False, True])
+def test_a_model_that_moved_or_is_spelt_otherwise_is_the_same_model(problems, tmp_path, move):
+    """Its digest decides, as for data."""
+    shutil.copytree(FIXTURES / "gemma3", tmp_path / "base")
+    argv = [*problems, "--val-examples", "0", "--out", str(tmp_path / "run")]
+    at = argv.index("--model") + 1
+    argv[at] = str(tmp_path / "base")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        real = train_sft.cosine_with_min_lr
+
+        def dies(step, *rest):
+            if step == 1:
+                raise RuntimeError("killed")
+            return real(step, *rest)
+
+        patch.setattr(train_sft, "cosine_with_min_lr", dies)
+        train_sft.main([*argv, "--save-every", "1"])
+    if move:
+        (tmp_path / "base").rename(tmp_path / "elsewhere")
+        argv[at] = str(tmp_path / "elsewhere")
+    else:
+        argv[at] += "/"
+    assert train_sft.main([*argv, "--save-every", "1"]) == 0

@@ -36,6 +36,6 @@ def health(metrics: dict, critic_warmup: int) -> list[str]:
             f"every reward is {m['reward']:g}, so no answer is better than another: give more "
             "--rollouts, or problems that are sometimes solved"
         )
-    if m["moved"] < 0.5 and m["step"] > critic_warmup:
+    elif m["moved"] < 0.5 and m["step"] > critic_warmup:
         lines.append(f"only {m['moved']:.0%} of the weights moved: updates round to 0, raise --lr")
     return lines

@@ -10,10 +10,10 @@ from nanogsm.run.folder import RunFolder
 from nanogsm.store import hub
 
 # Settings that may change when a run continues. Some change memory and not the result. micro_batch
-# and accumulation may change if their product, "batch", does not. A data file may move, because its
-# content is compared by digest.
-MAY_DIFFER = ("save_every", "data_dir", "data", "device", "merge", "wandb", "checkpointing",
-              "micro_batch", "accumulation", "rollout_batch")  # fmt: skip
+# and accumulation may change if their product, "batch", does not. Data and weights may move or be
+# spelt otherwise, because their contents are compared by digest.
+MAY_DIFFER = ("save_every", "data_dir", "data", "model", "init", "device", "merge", "wandb",
+              "checkpointing", "micro_batch", "accumulation", "rollout_batch")  # fmt: skip
 
 
 def find_start(args, flag: str) -> hub.ModelFiles:
@@ -34,18 +34,22 @@ def split_problems(args) -> tuple[list[data.Problem], list[data.Problem]]:
     return data.split_validation(problems, args.val_examples)
 
 
-def encode_all(tokenizer, problems, prompt: data.Prompt, max_seq_length: int) -> list[data.Example]:
+def encode_all(
+    tokenizer, problems, prompt: data.Prompt, max_seq_length: int, held_out: bool = False
+) -> list[data.Example]:
     """Problems as training examples. Those over the limit are left out, never cut: a cut answer
-    would lose its #### and teach the model not to give one."""
+    would lose its #### and teach the model not to give one. UserError if none is left to train
+    on."""
     encoded = [(p.index, data.encode(tokenizer, prompt, p.question, p.answer)) for p in problems]
     examples = [data.Example(*ids_and_mask, index) for index, ids_and_mask in encoded]
     kept = [example for example in examples if len(example.ids) <= max_seq_length]
     limit = f"longer than --max-seq-length {max_seq_length}"
-    if examples and not kept:
+    if examples and not kept and not held_out:
         shortest = min(len(example.ids) for example in examples)
         raise UserError(f"every example is {limit} (the shortest has {shortest} tokens)")
     if len(kept) < len(examples):
-        print(f"left out {len(examples) - len(kept)} of {len(examples)} examples: {limit}")
+        kind = "held-out examples" if held_out else "examples"
+        print(f"left out {len(examples) - len(kept)} of {len(examples)} {kind}: {limit}")
     return kept
 
 

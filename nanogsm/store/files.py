@@ -128,6 +128,35 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def read_pairs(path: Path) -> list[tuple[int, str, str]]:
+    """(line number, question, answer) of a JSONL file with one object of these two texts per line.
+    UserError names the file and the line at fault."""
+    try:  # utf-8-sig: Windows editors put a byte order mark first
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start})") from e
+    pairs = []
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would split at U+2028
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            question, answer = row["question"].strip(), row["answer"].strip()
+            (question + answer).encode()  # half a surrogate pair is valid JSON, but not text
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            missing = f"; {e} is missing" if isinstance(e, KeyError) else ""
+            wanted = 'a JSON object with "question" and "answer" texts, one object per line'
+            raise UserError(f"{path} line {number}: not {wanted}{missing}") from e
+        if not question:
+            raise UserError(f"{path} line {number}: the question is empty")
+        pairs.append((number, question, answer))
+    if not pairs:
+        raise UserError(f"{path} has no problems in it")
+    return pairs
+
+
 def write_json(path: Path | str, obj) -> None:
     """Write `obj` as JSON, atomically: a reader sees the old file or the new one.
 
