@@ -21,7 +21,7 @@ GENERATE, OPTIM, HEAD = "nanogsm/generate.py", "nanogsm/optim.py", "nanogsm/fast
 CPU, CHECKPOINTING = "nanogsm/fast/cpu.py", "nanogsm/fast/checkpointing.py"
 LOOP, FILES, SCORES = "nanogsm/run/loop.py", "nanogsm/store/files.py", "nanogsm/report/scores.py"
 TESTS = {
-    PPO: "test_ppo", SFT: "test_sft", DATA: "test_data", MODEL: "test_model", NET: "test_model",
+    PPO: "test_ppo", SFT: "test_sft", DATA: "test_data test_model", MODEL: "test_model", NET: "test_model",
     LORA: "test_lora", LOGPROB: "test_logprob", HEAD: "test_logprob test_model", GENERATE: "test_generate",
     OPTIM: "test_optim", CPU: "test_generate test_model", CHECKPOINTING: "test_model", LOOP: "test_loop",
     FILES: "test_files", SCORES: "test_scores",

@@ -629,7 +629,8 @@ def test_an_answer_that_nothing_could_match_is_refused(tmp_path):
     "end",
     ["1/2", "5 - 10", "1,5", "10:30", "2^3", "1e6", "3, 4", "1.23.45", "2*(3+4)", "5 apples", "5%",
      "5, as said", "1 000", "1\u00a0000", "1\u202f000", "12 345,50", "1.234,5", "1'234",
-     "1\u2019234", "1_234", "½", "1½", "1 1/2", "5-6", "5\u20136", "5 or 6", "2 x 10^5", "1 million", "2k",
+     "1\u2019234", "1_234", "½", "1½", "1 1/2", "5-6", "5\u20136", "5 or 6",
+     "2 x 10^5", "1 million", "2k",
      "\u0667\u0662", "\uff17\uff12", "5\u0662", "1. Add", "Step 1"],
 )  # fmt: skip
 def test_an_answer_that_goes_on_after_its_number_is_refused(tmp_path, end):
@@ -656,7 +657,8 @@ def test_an_answer_with_a_second_marker_is_refused(tmp_path, answer):
     "completion, right",
     [
         ("18/1", False), ("18-0", False), ("18 000", False), ("18e2", False),
-        ("18\u00a0000", False), ("18\u202f000", False), ("18'000", False), ("18_000", False), ("18½", False),
+        ("18\u00a0000", False), ("18\u202f000", False), ("18'000", False), ("18_000", False),
+        ("18½", False),
         ("18 1/2", False), ("18 or 19", False), ("18 to 20", False), ("18\u201320", False),
         ("18 million", False), ("18k", False), ("18 x 2", False), ("18.5", False), ("180", False),
         ("\u221218", False), ("-18", False), ("18\u0662", False),
