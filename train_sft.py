@@ -162,7 +162,8 @@ def main(argv: list[str] | None = None) -> int:
     prompt = data.Prompt(args.style, 0, args.instruction)
     found = start.find_start(args, "model")
     if args.lora and found.adapter:
-        raise UserError(f"{args.model} is an adapter: start from its merged model (--merge)")
+        merge = f"python -m experiments.merge {args.model} OUT"
+        raise UserError(f"{args.model} is an adapter: merge it into its base first ({merge})")
     config, tokenizer = read_config(found.base), data.Tokenizer(found.base)
     problems, held_out = start.split_problems(args)
     if args.keep == "best" and not held_out:

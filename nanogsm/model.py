@@ -57,6 +57,8 @@ def _config_from(raw: dict) -> Config:
     for name in unsupported:
         if raw.get(name):
             raise ValueError(f"{name} is set, but is not supported")
+    if raw.get("quantization_config"):
+        raise ValueError("its weights are quantised (quantization_config), which is not supported")
     if raw.get("tie_word_embeddings") is False:
         raise ValueError("a separate output head (tie_word_embeddings false) is not supported")
     activation = raw.get("hidden_activation") or "gelu_pytorch_tanh"
@@ -293,28 +295,51 @@ def save_adapter(model: nn.Module, folder: Path, base_model: str) -> None:
         files.write_tensors(new / "adapter_model.safetensors", tensors)
 
 
+# Fields of adapter_config.json that say nothing about what the adapter computes, or are read below.
+# PEFT adds fields with every release. One that is in neither list is refused unless it is off.
+SAYS_NOTHING = {
+    "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping",
+    "peft_version", "megatron_core", "lora_dropout", "qalora_group_size", "layers_pattern",
+}  # fmt: skip
+READ = {"peft_type", "r", "lora_alpha", "use_rslora", "bias", "init_lora_weights", "target_modules",
+        "exclude_modules", "layers_to_transform"}  # fmt: skip
+# Starts of A and B that leave the base as it was. Others (pissa, olora, loftq, corda) change it, so
+# the saved adapter belongs to a base that no longer exists.
+STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def read_adapter_config(folder: Path) -> dict:
+    """adapter_config.json, with "scale" added. UserError for whatever is not plain LoRA."""
+    config = files.read_json(Path(folder) / "adapter_config.json")
+    kind = config.get("peft_type")
+    start = config.get("init_lora_weights", True)
+    off = (None, False, "", [], {})
+    read = SAYS_NOTHING | READ
+    unknown = ", ".join(f"{k} {v!r}" for k, v in config.items() if k not in read and v not in off)
+    for applies, reason in [
+        (kind != "LORA", f"peft_type {kind!r}; only LORA is supported"),
+        (config.get("bias", "none") != "none", f"trained biases (bias {config.get('bias')!r})"),
+        (start not in STARTS, f"init_lora_weights {start!r}, which changes the base model; convert "
+         "it with PEFT's path_initial_model_for_weight_conversion"),
+        (bool(unknown), f"{unknown}, which is not supported"),
+    ]:  # fmt: skip
+        if applies:
+            raise UserError(f"the adapter in {folder} has {reason}")
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    if not (type(r) is int and r > 0 and type(alpha) in (int, float) and math.isfinite(alpha)):
+        raise UserError(f"the adapter in {folder} has r {r!r}, lora_alpha {alpha!r}")
+    return config | {"scale": alpha / (math.sqrt(r) if config.get("use_rslora") else r)}
+
+
 def load_adapter(model: nn.Module, folder: Path) -> None:
     """Put a saved adapter, ours or PEFT's, on a model. Raises UserError if its kind is not
     supported or if it belongs to another model."""
-    file = Path(folder) / "adapter_model.safetensors"
+    config = read_adapter_config(folder)
     try:
-        config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-        r = config["r"]
-        scale = config["lora_alpha"] / (math.sqrt(r) if config.get("use_rslora") else r)
-        tensors = load_file(file)
-    except (
-        OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError, SafetensorError,
-    ) as e:  # fmt: skip
+        tensors = load_file(Path(folder) / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as e:
         raise UserError(f"cannot use the adapter in {folder}: {e}") from e
-    if not (type(r) is int and r > 0 and type(scale) is float and math.isfinite(scale)):
-        raise UserError(f"cannot use the adapter in {folder}: r {r!r}, scale {scale!r}")
-    kinds = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
-    other = [kind for kind in kinds if config.get(kind)]
-    if config.get("peft_type") != "LORA" or other or config.get("bias", "none") != "none":
-        what = ", ".join(other) or "see peft_type and bias"
-        raise UserError(f"the adapter in {folder} is not plain LoRA ({what})")
-
-    layers = dict(model.named_modules())
+    layers, r = dict(model.named_modules()), config["r"]
     model.requires_grad_(False)
     while tensors:
         key = next(iter(tensors))
@@ -324,15 +349,33 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         base = layers.pop(name, None)
         fits = a is not None and b is not None and isinstance(base, nn.Linear)
         if not fits or (a.shape, b.shape) != ((r, base.in_features), (base.out_features, r)):
-            raise UserError(f"the adapter in {folder} is for another model: {key} does not fit")
-        lora.replace_module(model, name, LoRALinear(base, a, b, scale))
+            raise UserError(f"the adapter in {folder}: {_misfit(key)}")
+        if not (a.sum() + b.sum()).isfinite():
+            raise UserError(f"the adapter in {folder}: {name} has entries that are NaN or infinite")
+        lora.replace_module(model, name, LoRALinear(base, a, b, config["scale"]))
     targets = config.get("target_modules")  # in PEFT's files, a list of name endings or a pattern
     ends = tuple(f".{target}" for target in targets) if isinstance(targets, list) else ()
     absent = [name for name in layers if name.endswith(ends)]  # adapted layers were popped above
-    some_only = config.get("layers_to_transform") or config.get("exclude_modules")
+    some_only = config.get("layers_to_transform") is not None or config.get("exclude_modules")
     if not lora.adapters(model) or (absent and not some_only):
         lacks = absent[0] if absent else "any layer"
         raise UserError(f"the adapter in {folder} is incomplete: it has nothing for {lacks}")
+
+
+def _misfit(key: str) -> str:
+    """Why a tensor of an adapter has no place, in the words of the tool that wrote it."""
+    for part, reason in {
+        "_orig_mod.": "was saved from a compiled model; save the model inside torch.compile's",
+        ".default.weight": "has the adapter's name in it; save it with PEFT's save_pretrained",
+        "lora_embedding_": "adapts the embedding, which is not supported",
+        "embed_tokens": "belongs to the embedding; trained or resized ones are not supported",
+        "lm_head": "belongs to the output head, which is the embedding here: not supported",
+        "lora_magnitude": "is DoRA's, which is not supported",
+        "lora_B.bias": "is a bias of lora_B (lora_bias), which is not supported",
+    }.items():
+        if part in key:
+            return f"{key} {reason}"
+    return f"{key} does not fit this base model: it was made for another one"
 
 
 # ------------------------------------------------------------------------- copies, dtypes, memory

@@ -286,9 +286,9 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(place):
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"r": 0}, "cannot use"), ({"r": "eight"}, "cannot use"), ({"r": 8.0}, "cannot use"),
-        ({"lora_alpha": float("inf")}, "cannot use"), ({"lora_alpha": None}, "cannot use"),
-        ({"r": 3}, "for another model"), ({"peft_type": "IA3"}, "not plain LoRA"),
+        ({"r": 0}, "has r 0"), ({"r": "eight"}, "has r 'eight'"), ({"r": 8.0}, "has r 8.0"),
+        ({"lora_alpha": float("inf")}, "lora_alpha inf"), ({"lora_alpha": None}, "lora_alpha None"),
+        ({"r": 3}, "made for another one"), ({"peft_type": "IA3"}, "'IA3'; only LORA is supported"),
         ({"base_model_name_or_path": 7}, "does not name its base"),
         ({"base_model_name_or_path": "no/such/folder"}, "no such folder"),
     ],

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -130,6 +131,16 @@ def test_unfinished_run(tmp_path, sign):
     assert "training has not finished; run the same training command" in message(
         hub.find_model, str(run)
     )
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_git_lfs_pointer_is_not_the_file(tmp_path, name):
+    """What a clone without Git LFS has in the place of large files."""
+    shutil.copytree(hub.EMBEDDED, tmp_path / "m")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 33\n"
+    (tmp_path / "m" / name).write_text(pointer)
+    with pytest.raises(UserError, match=f"{name} is a Git LFS pointer, not the file: run `git lfs"):
+        hub.find_model(str(tmp_path / "m"))
 
 
 @pytest.mark.parametrize("gone", ["tokenizer.json", "model.safetensors"])

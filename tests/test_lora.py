@@ -1,6 +1,7 @@
 """lora.py against peft's files and logits, and its own promises."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import FIXTURES
 from safetensors.torch import load_file, save_file
 
+from experiments import merge
 from nanogsm import UserError, lora
 from nanogsm.model import load_adapter, load_model, save_adapter, set_checkpointing
 
@@ -159,8 +161,18 @@ def test_rank_stabilised_scaling_is_read(gemma, tmp_path):
     [
         ({"use_dora": True}, "use_dora"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"peft_type": "IA3"}, "not plain LoRA"),
-        ({"bias": "all"}, "not plain LoRA"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3'; only LORA"),
+        ({"peft_type": "PROMPT_TUNING", "r": None}, "peft_type 'PROMPT_TUNING'; only LORA"),
+        ({"bias": "all"}, "trained biases .bias 'all'"),
+        ({"init_lora_weights": "pissa"}, "'pissa', which changes the base model"),
+        ({"init_lora_weights": "pissa_niter_16"}, "'pissa_niter_16', which changes the base"),
+        ({"init_lora_weights": "olora"}, "'olora', which changes the base model"),
+        ({"alora_invocation_tokens": [1, 2]}, r"alora_invocation_tokens \[1, 2\], which is not"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"trainable_token_indices": [7]}, "trainable_token_indices"),
+        ({"lora_bias": True}, "lora_bias True"),
+        ({"target_parameters": ["mlp"]}, "target_parameters"),
+        ({"of_a_release_to_come": "yes"}, "of_a_release_to_come 'yes', which is not supported"),
     ],
 )
 def test_adapters_of_other_kinds_are_refused(gemma, tmp_path, change, says):
@@ -169,6 +181,78 @@ def test_adapters_of_other_kinds_are_refused(gemma, tmp_path, change, says):
     (tmp_path / "a/adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=says):
         load_adapter(gemma("gemma3")[0], tmp_path / "a")
+
+
+PEFT_CONFIGS = json.loads((FIXTURES / "peft_configs.json").read_text())
+
+
+@pytest.mark.parametrize("release", PEFT_CONFIGS)
+def test_a_config_with_the_defaults_of_a_peft_release_is_plain_lora(gemma, tmp_path, release):
+    """Every field that LoraConfig has there, at its default."""
+    shutil.copytree(FIXTURES / "gemma3_peft", tmp_path / "a")
+    ours = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    set_by_users = ("peft_type", "r", "lora_alpha", "target_modules", "base_model_name_or_path")
+    config = PEFT_CONFIGS[release] | {key: ours[key] for key in set_by_users}
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(config))
+    model, same = gemma("gemma3")[0], gemma("gemma3")[0]
+    load_adapter(model, tmp_path / "a")
+    load_adapter(same, FIXTURES / "gemma3_peft")
+    assert torch.equal(logits(model), logits(same))
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian"])
+def test_starts_that_leave_the_base_alone_are_read(gemma, tmp_path, start):
+    shutil.copytree(FIXTURES / "gemma3_peft", tmp_path / "a")
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    config |= {"init_lora_weights": start, "unheard_of": None, "and_off": []}
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(config))
+    load_adapter(gemma("gemma3")[0], tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "key, says",
+    [
+        ("{layer}.lora_A.default.weight", "has the adapter's name in it"),
+        ("_orig_mod.{layer}.lora_A.weight", "compiled model"),
+        ("model.embed_tokens.lora_embedding_A", "adapts the embedding"),
+        ("model.embed_tokens.weight", "trained or resized ones are not supported"),
+        ("lm_head.lora_A.weight", "the output head, which is the embedding here"),
+        ("{layer}.lora_magnitude_vector.weight", "is DoRA's"),
+        ("{layer}.lora_B.bias", "lora_bias"),
+        ("model.layers.99.mlp.up_proj.lora_A.weight", "made for another one"),
+    ],
+)
+def test_a_tensor_that_has_no_place_is_named_with_the_reason(gemma, tmp_path, key, says):
+    shutil.copytree(FIXTURES / "gemma3_peft", tmp_path / "a")
+    key = "base_model.model." + key.format(layer="model.layers.0.mlp.up_proj")
+    save_file({key: torch.zeros(4, 24)}, tmp_path / "a/adapter_model.safetensors")
+    with pytest.raises(UserError, match=f"{re.escape(key)}.*{says}"):
+        load_adapter(gemma("gemma3")[0], tmp_path / "a")
+
+
+def test_an_adapter_with_nan_is_refused(gemma, tmp_path):
+    shutil.copytree(FIXTURES / "gemma3_peft", tmp_path / "a")
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, tmp_path / "a/adapter_model.safetensors")
+    with pytest.raises(UserError, match="NaN or infinite"):
+        load_adapter(gemma("gemma3")[0], tmp_path / "a")
+
+
+def test_merge_writes_a_model_that_equals_base_plus_adapter(gemma, tmp_path, capsys):
+    shutil.copytree(FIXTURES / "gemma3_peft", tmp_path / "a")
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(FIXTURES / "gemma3")
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(config))
+    assert merge.main([str(tmp_path / "a"), str(tmp_path / "out")]) == 0
+    merged, _ = load_model(tmp_path / "out")
+    apart, _ = load_model(tmp_path / "a")
+    assert (logits(merged) - logits(apart)).abs().max() <= 1e-4
+    assert (logits(merged) - logits(gemma("gemma3")[0])).abs().max() > 0.05
+    with pytest.raises(UserError, match="exists already"):
+        merge.main([str(tmp_path / "a"), str(tmp_path / "out")])
+    with pytest.raises(UserError, match="is not an adapter"):
+        merge.main([str(FIXTURES / "gemma3"), str(tmp_path / "other")])
 
 
 def test_an_adapter_that_lacks_layers_it_names_is_refused(gemma, tmp_path):
@@ -182,11 +266,11 @@ def test_an_adapter_that_lacks_layers_it_names_is_refused(gemma, tmp_path):
         with pytest.raises(UserError, match="is incomplete: it has nothing for"):
             load_adapter(gemma("gemma3")[0], tmp_path / "a")
     save_file(some, tmp_path / "a/adapter_model.safetensors")
-    config = json.loads((tmp_path / "a/adapter_config.json").read_text()) | {
-        "layers_to_transform": [0]
-    }
-    (tmp_path / "a/adapter_config.json").write_text(json.dumps(config))
-    load_adapter(gemma("gemma3")[0], tmp_path / "a")
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    for layers in ([0], 0):  # PEFT takes either
+        changed = config | {"layers_to_transform": layers}
+        (tmp_path / "a/adapter_config.json").write_text(json.dumps(changed))
+        load_adapter(gemma("gemma3")[0], tmp_path / "a")
 
 
 @pytest.mark.parametrize("left_alone", ["", "self_attn"])
@@ -233,5 +317,5 @@ def test_a_rank_that_no_matrix_has_is_refused(gemma):
 
 
 def test_an_adapter_for_another_model_is_refused(gemma):
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match="does not fit this base model"):
         load_adapter(gemma("gemma1")[0], FIXTURES / "gemma3_peft")

@@ -158,6 +158,7 @@ def test_layer_kinds_of_gemma_3_270m_and_1b(tmp_path):
         ({"head_dim": "wide"}, "head_dim"),
         ({"hidden_activation": "silu"}, "silu"),
         ({"attention_bias": True}, "attention_bias"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "weights are quantised"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings"),
         ({"layer_types": ["full_attention"]}, "layer_types"),
         ({"sliding_window": None}, "sliding_window"),

@@ -445,7 +445,8 @@ def test_bad_flags_are_named(problems, flags, says, tmp_path):
 def test_an_adapter_is_not_trained_on_top_of_an_adapter(problems, tmp_path):
     train_sft.main([*problems, "--lora", "--out", str(tmp_path / "a")])
     argv = [*problems, "--lora", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "b")]
-    with pytest.raises(UserError, match="merged model"):
+    advice = "merge it into its base first .python -m experiments.merge"
+    with pytest.raises(UserError, match=advice):
         train_sft.main(argv)
 
 

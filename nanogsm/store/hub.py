@@ -104,8 +104,10 @@ def _check_complete(folder: Path, weights: bool) -> None:
     for name in REQUIRED:
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}, and no other file can replace it")
-    if weights:
-        weight_files(folder)
+    for file in [*(folder / name for name in REQUIRED), *(weight_files(folder) if weights else ())]:
+        with open(file, "rb") as start:
+            if start.read(19) == b"version https://git":
+                raise UserError(f"{file} is a Git LFS pointer, not the file: run `git lfs pull`")
 
 
 # ---- weights ----
