@@ -195,7 +195,7 @@ def test_the_rooms_did_not_become_a_place_to_grow():
     reader needs and a test compares, account for 1,100 more. A feature may raise the limit."""
     files = [f for f in sources() if f.startswith(("nanogsm/", "train_", "evaluate"))]
     files += ["experiments/study.py", "experiments/pretrain_tiny.py"]
-    assert sum(map(code_tokens, files)) <= 48_000
+    assert sum(map(code_tokens, files)) <= 49_000
 
 
 def code_tokens(file: str) -> int:
