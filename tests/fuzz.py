@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nanogsm import UserError, data  # noqa: E402
-from nanogsm.model import read_config  # noqa: E402
+from nanogsm.model import read_adapter_config, read_config  # noqa: E402
 from nanogsm.store import hub  # noqa: E402
 from nanogsm.transformer import Transformer  # noqa: E402
 
@@ -40,9 +40,11 @@ CONFIGS = [json.loads((ROOT / f"tests/fixtures/{name}/config.json").read_text())
 ATOMS = [
     "####", "#", "###", " ", "  ", "$", "-", "--", "+", "1", "72", "1,234", "1,23", ",", ".", ".5",
     "7.", "1e5", "\n", "\t", "\r", "Question:", "Quest", "ion:", "<<48/2=24>>", "=", "%", "²", "٣",
-    "½", "−", "\u2028", "\u00a0", "\x00", "\x1b[2J", "\ud800", "9" * 400, "," * 50, " " * 50, "e",
+    "½", "−", "'", "_", "x", "/", " or ", " million", "\u202f", "\u2013",
+    "\u2028", "\u00a0", "\x00", "\x1b[2J", "\ud800", "9" * 400, "," * 50, " " * 50, "e",
     "nan", "inf",
 ]  # fmt: skip
+ADAPTER = json.loads((ROOT / "tests/fixtures/gemma3_peft/adapter_config.json").read_text())
 VALUES = [
     None, True, False, 0, -1, 1, 2, 3, 7, 2**31, 10**9, 10**30, 0.5, -0.5, 1e308, math.nan,
     math.inf, "", "x", "7", "float32", "full_attention", "../../x", [], [1], ["full_attention"], {},
@@ -97,8 +99,12 @@ def jsonl(rng: random.Random) -> bytes:
     return damaged(rng, rng.choice((b"\n", b"\n\n", b"\r\n")).join(lines))
 
 
-def config(rng: random.Random) -> bytes:
-    raw = copy.deepcopy(rng.choice(CONFIGS))
+def adapter(rng: random.Random) -> bytes:
+    return config(rng, [ADAPTER])
+
+
+def config(rng: random.Random, of: list[dict] = CONFIGS) -> bytes:
+    raw = copy.deepcopy(rng.choice(of))
     for _ in range(rng.randrange(4)):
         place = raw
         while (inner := [v for v in place.values() if isinstance(v, dict)]) and rng.random() < 0.5:
@@ -147,6 +153,12 @@ def read_a_config(raw: bytes, folder: Path) -> None:
             model(torch.zeros((1, 3), dtype=torch.long))
 
 
+def read_an_adapter(raw: bytes, folder: Path) -> None:
+    (folder / "adapter_config.json").write_bytes(raw)
+    found = read_adapter_config(folder)
+    assert found["peft_type"] == "LORA" and found["r"] > 0 and math.isfinite(found["scale"])
+
+
 def read_index(raw: bytes, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_bytes(raw)
     for path in hub.weight_files(folder):
@@ -157,7 +169,8 @@ READERS = {  # name: (makes an input, reads it, its share of all inputs)
     "completion": (lambda rng: text(rng).encode("utf-8", "surrogatepass"), read_completion, 0.5),
     "problems": (jsonl, read_problems, 0.25),
     "config": (config, read_a_config, 0.1),
-    "index": (index, read_index, 0.15),
+    "adapter": (adapter, read_an_adapter, 0.1),
+    "index": (index, read_index, 0.05),
 }
 
 
