@@ -76,6 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.data = run[1]["args"].get("data")
     at_least = {"n": 1, "samples": 1, "batch_size": 1, "max_new_tokens": 1, "seed": 0}
     flags.check_numbers(args, at_least)
+    args.given_n = args.n
     if args.split == "test":
         args.n = args.n or (1319 if args.tiny else 256)
     args.batch_size = args.batch_size or (256 if args.tiny else 64)
@@ -158,7 +159,7 @@ def choose_problems(args: argparse.Namespace) -> list[data.Problem]:
         n = args.n or held_out or data.usual_held_out(len(problems), args.tiny)
         return data.split_validation(problems, n)[1]
     problems = data.load_problems(args.data, "test", args.data_dir)
-    if args.n > len(problems):
+    if (args.given_n or 0) > len(problems):
         print(f"note: --n is {args.n:,}, but there are only {len(problems):,} problems")
     if held_out is not None and args.data not in data.NAMED:
         print(f"note: the run was trained on all but {held_out} of these: see --split validation")

@@ -512,7 +512,7 @@ def main(argv: list[str] | None = None) -> int:
             print(folder.already_finished())
         elif status := train(args, folder, found, prompt, problems, held_out):
             return status
-    print(past.what_next(args.out, args.data, len(held_out)))
+    print(past.what_next(args, len(held_out)))
     return 0
 
 

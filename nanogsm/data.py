@@ -298,7 +298,8 @@ def load_problems(data: str, split: str, data_dir: str | None = None) -> list[Pr
         name = f"{split}.jsonl" if data == "main" else f"{split}_socratic.jsonl"
         return read_jsonl(hub.data_file(name, data_dir))
     if not data.lower().endswith((".jsonl", ".json")):
-        raise UserError(f"--data {data}: give {', '.join(NAMED)} or a file that ends in .jsonl")
+        hint = "; worked needs --tiny" * (data == "worked")
+        raise UserError(f"--data {data}: give main, socratic or a file that ends in .jsonl{hint}")
     return read_jsonl(Path(data))
 
 

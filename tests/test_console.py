@@ -78,7 +78,8 @@ def ended(main, capsys) -> tuple[int, str]:
 def test_entry_exits_with_what_main_returns(capsys):
     assert ended(lambda: None, capsys) == (0, "")
     assert ended(lambda: 143, capsys) == (143, "")
-    assert ended(lambda: fail(KeyboardInterrupt()), capsys) == (130, "")
+    code, err = ended(lambda: fail(KeyboardInterrupt()), capsys)
+    assert code == 130 and err == "\nstopped at once: what was not saved is lost\n"
     assert ended(lambda: sys.exit(7), capsys) == (7, "")
 
 

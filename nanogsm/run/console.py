@@ -192,6 +192,7 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         code = _fail(str(error))
     except KeyboardInterrupt:
+        print("\nstopped at once: what was not saved is lost", file=sys.stderr)
         code = 130
     except BrokenPipeError:
         # Python flushes stdout once more at exit and would complain about it there.

@@ -64,6 +64,7 @@ PPO = (
     Setting("clip", "PPO's epsilon: probability ratios are clipped to 1 +- epsilon.", 0.2, 0.2),
     Setting("value_clip", "Clip range of a value's change since the rollout.", 0.2, 0.5),
 )  # fmt: skip
+CHOICES = {"critic": ("shared", "separate")}
 PPO_TINY = {
     "original": {"steps": 20, "rollout_batch": 256, "micro_batch": 16, "accumulation": 1,
                  "lr": (5e-5, 5e-5), "value_lr": 5e-5},
@@ -92,7 +93,9 @@ class Parser(argparse.ArgumentParser):
     """A bad flag is one line, like all bad input, and not a page of usage."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
+        spec = sys.modules["__main__"].__spec__  # of `python -m MODULE`; None for a script
+        prog = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
+        super().__init__(prog, description=description, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
@@ -155,7 +158,8 @@ def training_parser(description: str, settings: tuple, changes: dict, argv: list
         kind = type(ours[0] if isinstance(ours, tuple) else ours)
         other = f"; original: {_shown(theirs)}" if theirs != ours else ""
         text = f"{setting.help} Default: {_shown(ours)}{other}."
-        add(f"--{setting.name.replace('_', '-')}", type=kind, help=text)
+        choices = CHOICES.get(setting.name)
+        add(f"--{setting.name.replace('_', '-')}", type=kind, choices=choices, help=text)
     add("--max-grad-norm", type=float, default=1.0,
         help="Limit of the gradient norm. Larger gradients are scaled down.")  # fmt: skip
     add("--optim", choices=("adamw8bit", "adamw"), default="adamw8bit",
@@ -211,7 +215,8 @@ def for_tiny(args: argparse.Namespace) -> tuple[str, str]:
 def sft_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments of train_sft.py, complete and checked."""
     argv = sys.argv[1:] if argv is None else argv
-    p = training_parser("Fine-tune Gemma on GSM8K, full or LoRA.", SFT, SFT_TINY, argv)
+    description = "SFT of Gemma on GSM8K, full or LoRA. With --tiny this page shows tiny's values."
+    p = training_parser(description, SFT, SFT_TINY, argv)
     add = p.add_argument
     add("--model", help="Hub id, folder or run to start from. Default: google/gemma-2b-it.")
     add("--merge", action="store_true", help="Also save base and adapters as one model.")
@@ -295,6 +300,4 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("gamma", "lam"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} is {getattr(args, name):g}: give a number from 0 to 1")
-    if args.critic not in ("shared", "separate"):
-        raise UserError(f"--critic is {args.critic}: give shared or separate")
     return args

@@ -41,6 +41,7 @@ except ImportError:  # Windows
     import msvcrt
 
 FORMAT = 2  # of run_args.json and checkpoints; folders without a format are older
+SELECTS = ("max_examples ", "val_examples ", "tiny ")  # flags that decide which problems are used
 LOGS = ("metrics.jsonl", "samples.jsonl")
 CHECKPOINT_FILES = ("tensors.safetensors", "state.json")
 # What --overwrite deletes, in this order. After a kill half-way the folder must neither look
@@ -186,10 +187,13 @@ class RunFolder:
             was, now = (
                 json.dumps(a[name], sort_keys=True) if name in a else "absent" for a in (old, args)
             )
-            if was != now and name.endswith("_sha256"):
+            selects = name == "data_sha256" and any(x.startswith(SELECTS) for x in changed)
+            if selects or was == now:  # other data, as these flags ask for
+                continue
+            if name.endswith("_sha256"):
                 changed.append(f"the content of --{name.removesuffix('_sha256')} changed")
-            elif was != now:
-                changed.append(f"{name} was {was}, now {now}")
+            else:
+                changed.append(f"{name} was {was}, now {now}".replace("null", "unset"))
         if changed:
             more = (
                 f"; and {len(changed) - 6} more" if len(changed) > 6 else ""

@@ -28,6 +28,7 @@ from nanogsm.run import console
 from nanogsm.run.folder import RunFolder
 from nanogsm.run.machine import peak_memory
 
+NOW = {"rollout": "sampling", "score": "scoring", "update": "updating"}  # as the console says it
 WORTH_SAYING = 2.0  # seconds; five steps that take less are not worth a remark about their speed
 
 
@@ -85,7 +86,7 @@ class Run:
     def phase(self, name: str) -> None:
         """Name what the step does from here on. Its duration is logged as seconds_<name>."""
         self._phases.append((name, time.perf_counter()))
-        self.progress.update(self.step, now=name)
+        self.progress.update(self.step, now=NOW.get(name, name))
 
     def end_step(self, metrics: dict, answers: list[dict] = ()) -> None:
         """Log a step's metrics and some of its answers, save if a checkpoint is due, stop if

@@ -28,7 +28,7 @@ def pick_compute(device: str, precision: str) -> tuple[str, str]:
     cards = torch.cuda.device_count() if kind == "cuda" else 1
     if not here.get(kind) or (number and not (number.isdigit() and int(number) < cards)):
         have = ", ".join(name for name, present in here.items() if present)
-        raise UserError(f"--device {device} is not on this machine, which has {have}")
+        raise UserError(f"--device {device}: this machine has only {have}")
     if precision == "auto":
         precision = "bf16" if _has_bf16(device) else "fp32"
     return device, precision

@@ -52,7 +52,9 @@ def recorded_init(folder: str) -> str | None:
     return run[1]["args"].get("init") if run else None
 
 
-def what_next(out: str, of_data: str, held_out: int) -> str:
+def what_next(args, held_out: int) -> str:
     """The last line that a run prints. With a user's own file it evaluates held-out problems."""
-    own = f" --split validation --data {of_data}" if of_data not in data.NAMED and held_out else ""
-    return f"the result is in {out}; next: python evaluate.py --model {out}{own}"
+    more = f" --data-dir {args.data_dir}" if args.data_dir and args.data in data.NAMED else ""
+    if args.data not in data.NAMED:
+        more = f"{' --split validation' * bool(held_out)} --data {args.data}"
+    return f"the result is in {args.out}; next: python evaluate.py --model {args.out}{more}"

@@ -124,6 +124,10 @@ def _say(name: str, text: str) -> None:
     print(f"{name:<12} {text}")
 
 
+def _held_out(problems: list) -> str:
+    return f"{len(problems)} held out" if problems else "0 held out, so no validation"
+
+
 def print_sft(args, config: Config, examples: list, held_out: list, steps: int) -> None:
     """The plan of train_sft.py; with --dry-run also its memory."""
     everything, adapters = _shapes(config, args)
@@ -134,7 +138,7 @@ def print_sft(args, config: Config, examples: list, held_out: list, steps: int) 
     kind = config.model_type
     _say("model", f"{args.model} ({kind}), {total:,} parameters, {trained:,} trained")
     _say("data", f"{len(examples):,} examples, {sum(lengths):,} tokens, {supervised:,} supervised, "
-         f"longest {max(lengths)}; {len(held_out)} held out")  # fmt: skip
+         f"longest {max(lengths)}; {_held_out(held_out)}")  # fmt: skip
     _say("steps", f"{steps:,} of {args.micro_batch} x {args.accumulation} examples, "
          f"{args.epochs} epoch{'s' * (args.epochs > 1)}; lr {args.lr:g} to {args.min_lr:g}, "
          f"warm-up {args.warmup:g} ({args.recipe} recipe); {args.optim}")  # fmt: skip
@@ -167,7 +171,7 @@ def print_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list) 
     _say("start", f"{args.init} ({config.model_type}), {total:,} parameters; {prompt}")
     sizes = f"{_size(policy):,} of the policy, {_size(critic):,} of the critic"
     _say("trained", f"{sizes} ({args.critic})")
-    _say("data", f"{len(problems):,} problems, {len(held_out)} held out; prompt and answer up to "
+    _say("data", f"{len(problems):,} problems, {_held_out(held_out)}; prompt and answer up to "
          f"{longest} tokens")  # fmt: skip
     if earlier not in (None, len(held_out)):
         _say("note", f"{args.init} held out {earlier} problems, this run {len(held_out)}: some are "
