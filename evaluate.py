@@ -157,6 +157,8 @@ def choose_problems(args: argparse.Namespace) -> list[data.Problem]:
             raise UserError(f"{args.model} {fault}: give --n {held_out}")
         problems = data.load_problems(args.data, "train", args.data_dir)
         n = args.n or held_out or data.usual_held_out(len(problems), args.tiny)
+        if n >= len(problems):
+            raise UserError(f"--n {n}: validation is a part of these {len(problems)} problems")
         return data.split_validation(problems, n)[1]
     problems = data.load_problems(args.data, "test", args.data_dir)
     if (args.given_n or 0) > len(problems):

@@ -265,7 +265,7 @@ def test_validation_of_a_run_is_exactly_what_it_held_out(tmp_path, monkeypatch, 
         (["--data", "mian"], "--data mian"),
         (["--data", "none.jsonl"], "cannot read none.jsonl"),
         (["--device", "abacus"], "--device abacus"),
-        (["--split", "validation"], "--val-examples 4 of 4"),
+        (["--split", "validation"], "--n 4: validation is a part of these 4"),
     ],
 )
 def test_bad_flags_are_user_errors_and_nothing_is_written(mine, tmp_path, argv, message):
@@ -693,3 +693,17 @@ def test_compare_names_a_field_of_the_wrong_type(tmp_path, key, value):
     wrong = re.escape(f"bad.jsonl: a row's {key} is {value!r}")
     with pytest.raises(UserError, match=f"cannot read an evaluation from .*{wrong}"):
         main(["--compare", good, bad])
+
+
+def test_temperatures_that_differ_have_results_of_their_own():
+    names = {
+        resolve(parse_args(["--tiny", "--temperature", t, "--n", "4"]))[2]
+        for t in ("0.01", "0.010000001", "1", "1.0")
+    }
+    assert len(names) == 3
+
+
+def test_a_validation_slice_as_large_as_the_file_is_refused(mine):
+    argv = ["--tiny", "--data", mine, "--split", "validation", "--n", "4"]
+    with pytest.raises(UserError, match="--n 4: validation is a part of these 4 problems"):
+        evaluate.choose_problems(parse_args(argv))

@@ -1090,6 +1090,14 @@ def test_tuned_is_the_default_recipe():
             assert default != vars(parse([*given, "--device", "cpu", "--recipe", "original"]))
 
 
+@pytest.mark.parametrize("flag", ["--lora-r", "--lora-alpha"])
+def test_the_size_of_adapters_is_refused_where_there_are_none(flag):
+    with pytest.raises(UserError, match=f"{flag} needs --lora or --critic separate"):
+        train_ppo.parse_args(["--tiny", flag, "4"])
+    for more in (["--lora"], ["--critic", "separate"]):
+        train_ppo.parse_args(["--tiny", flag, "4", *more])
+
+
 def test_a_run_that_has_begun_keeps_the_start_it_recorded(tmp_path, monkeypatch):
     """Before it had another default: without this the same command would be refused."""
     monkeypatch.chdir(tmp_path)
@@ -1102,6 +1110,7 @@ def test_a_run_that_has_begun_keeps_the_start_it_recorded(tmp_path, monkeypatch)
     assert train_ppo.parse_args(command).init == "runs/tiny/elsewhere"
     assert train_ppo.parse_args([*command, "--init", "other"]).init == "other"
     assert train_ppo.parse_args([*command, "--out", "new"]).init == "runs/tiny/sft-lora-main"
+    assert train_ppo.parse_args([*command, "--overwrite"]).init == "runs/tiny/sft-lora-main"
 
 
 def test_original_is_the_recipe_of_the_original_study():

@@ -160,3 +160,26 @@ def test_what_cannot_be_shown_is_refused(two, tmp_path):
     with pytest.raises(UserError, match="cannot show .*: evaluate it again"):
         report.main(two[1:])
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "name, spoil",
+    [
+        ("eval-test-4.json", lambda text: text.replace('"flexible_accuracy"', '"gone"')),
+        ("eval-test-4.json", lambda text: text.replace('"accuracy": 0.5', '"accuracy": "x"')),
+        ("eval-test-4.jsonl", lambda text: text.replace('"truncated"', '"gone"')),
+        ("metrics.jsonl", lambda text: text + "[1]\n"),
+    ],
+)
+def test_a_damaged_folder_is_named_in_one_line(two, name, spoil):
+    file = Path(two[1], name)
+    text = file.read_text()
+    assert spoil(text) != text
+    file.write_text(spoil(text))
+    with pytest.raises(UserError, match="cannot show .*evaluate it again|cannot read"):
+        report.main(two)
+
+
+def test_a_page_needs_a_file_name(two):
+    with pytest.raises(UserError, match="give --out a file name"):
+        report.main([*two, "--out", "."])

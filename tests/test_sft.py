@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FIXTURES
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train_ppo
 import train_sft
@@ -310,6 +310,26 @@ def test_merge_can_be_asked_for_afterwards(problems, tmp_path):
     train_sft.main([*argv, "--merge"])
     load_model(tmp_path / "run/model")
     assert metrics(tmp_path / "run") == before
+
+
+def test_merge_refuses_a_base_that_the_run_was_not_trained_on(problems, tmp_path):
+    """In the folder of an earlier version, whose arguments are not compared once it is finished."""
+    run, base = tmp_path / "run", tmp_path / "base"
+    argv = [*problems, "--lora", "--out", str(run)]
+    train_sft.main(argv)
+    record = json.loads((run / "run_args.json").read_text())
+    del record["format"]
+    (run / "run_args.json").write_text(json.dumps(record))
+    shutil.copytree(FIXTURES / "gemma3", base)
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, base / "model.safetensors")
+    other = [*argv]
+    other[other.index("--model") + 1] = str(base)
+    with pytest.raises(UserError, match="was trained on another model: give that one as --model"):
+        train_sft.main([*other, "--merge"])
+    assert not (run / "model").exists()
+    assert train_sft.main([*argv, "--merge"]) == 0 and (run / "model").exists()
 
 
 def test_an_adapter_run_can_be_trained_on_in_full(problems, tmp_path):

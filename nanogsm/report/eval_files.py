@@ -22,6 +22,8 @@ def place_of(args, prompt: Prompt, usual: Prompt) -> tuple[Path, str]:
     if own_data in ("test", "validation"):
         own_data = f"own-{own_data}"
     prompt_name = str(prompt).replace(", ", "-")
+    short = f"{args.temperature:g}"
+    temperature = short if float(short) == args.temperature else repr(args.temperature)
     parts = [
         "eval",
         own_data or args.split,
@@ -30,7 +32,7 @@ def place_of(args, prompt: Prompt, usual: Prompt) -> tuple[Path, str]:
         "socratic" if args.data.endswith("socratic") else "",
         "tiny" if args.data in GENERATED and not is_tiny(args.model) else "",
         prompt_name if prompt != usual or (args.out and not run) else "",
-        f"{args.samples}x-t{args.temperature:g}-seed{args.seed}" if args.temperature else "",
+        f"{args.samples}x-t{temperature}-seed{args.seed}" if args.temperature else "",
         f"max{args.max_new_tokens}" if args.max_new_tokens else "",
     ]
     model_name = args.model.strip("/").replace("/", "--")

@@ -53,6 +53,10 @@ class Stage(NamedTuple):
     args: dict  # the run's arguments; {} for an untuned model
 
 
+NEEDED = """accuracy ci_low ci_high flexible_accuracy formatted truncated mean_tokens n
+            correct""".split()
+
+
 def read_stage(folder: str) -> Stage:
     """Raises UserError if the folder has no evaluation, or one that is not complete."""
     path, rows = eval_files.read_rows(folder)
@@ -62,8 +66,8 @@ def read_stage(folder: str) -> Stage:
         summary = json.loads(Path(path).with_suffix(".json").read_text("utf-8"))
         lines = (parent / "metrics.jsonl").read_text("utf-8").splitlines() if run else []
         metrics = [json.loads(line) for line in lines]
-        summary["accuracy"], summary["ci_low"], summary["ci_high"], summary["mean_tokens"]
-        scores.kind_of(rows[0])
+        [float(summary[key]) for key in NEEDED], rows[0], [scores.kind_of(row) for row in rows]
+        [row["step"] for row in metrics]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"cannot show {folder} ({error!r}): evaluate it again") from error
     probes = sorted(parent.glob("eval-probes*.jsonl"))
@@ -138,7 +142,8 @@ def curves_section(stages: list[Stage]) -> str:
 
 def points(metrics: list[dict], key: str) -> list[tuple[float, float]]:
     if key == "tokens_per_s":
-        return [(r["step"], r["tokens"] / r["seconds"]) for r in metrics if r.get("seconds")]
+        timed = [r for r in metrics if r.get("seconds") and r.get("tokens")]
+        return [(r["step"], r["tokens"] / r["seconds"]) for r in timed]
     return [(r["step"], r[key]) for r in metrics if isinstance(r.get(key), (int, float))]
 
 
@@ -217,6 +222,8 @@ def main(argv: list[str] | None = None) -> int:
     for a, b in itertools.combinations(stages, 2):
         scores.in_common(a.path, a.rows, b.path, b.rows)  # raises if they are about other problems
     out = Path(args.out) if args.out else Path(args.runs[-1]).resolve().parent / "report.html"
+    if not out.name:
+        raise UserError(f"cannot write {out}: give --out a file name")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         files.replace_file(out, page(stages).encode("utf-8", "backslashreplace"))

@@ -6,7 +6,6 @@ what the study leaves open.
 """
 
 import argparse
-import math
 import os
 import sys
 from pathlib import Path
@@ -111,8 +110,9 @@ def check_numbers(
         most = 2**31 - 1 if name == "seed" else 10**7
         if value is None:
             continue
-        if name in positive and not 0 < value < math.inf:
-            raise UserError(f"{flag} is {value}: give a positive number")
+        if name in positive and not 0 < value <= 1e30:  # float32 must hold it
+            limit = "at most 1e30" if value > 1e30 else "a positive number"
+            raise UserError(f"{flag} is {value}: give {limit}")
         if name in at_least and not at_least[name] <= value <= most:
             limit = f"at most {most:,}" if value > most else f"at least {at_least[name]}"
             raise UserError(f"{flag} is {value}: give {limit}")
@@ -278,10 +278,14 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     args.init = args.init and os.path.expanduser(args.init)
     args.tiny = args.tiny or bool(args.init and past.is_tiny(args.init))
+    for name in ("lora_r", "lora_alpha"):
+        if getattr(args, name) is not None and not (args.lora or args.critic == "separate"):
+            raise UserError(f"--{name.replace('_', '-')} needs --lora or --critic separate")
     fill_in(args, "ppo", PPO, PPO_TINY)
     if args.init is None:  # a run that has begun keeps its start
         folder, method = "runs/tiny" if args.tiny else "runs", "lora" if args.lora else "full"
-        args.init = past.recorded_init(args.out) or f"{folder}/sft-{method}-main"
+        recorded = None if args.overwrite else past.recorded_init(args.out)
+        args.init = recorded or f"{folder}/sft-{method}-main"
     if args.max_new_tokens is None:
         args.max_new_tokens = past.answer_limit_of(args.init, args.data)
     if args.val_examples is None:
@@ -296,7 +300,7 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
     positive = ("lr", "value_lr", "clip", "value_clip", "max_grad_norm", "lora_alpha")
     check_numbers(args, at_least, positive)
     if not 0.01 <= args.temperature <= 100:
-        raise UserError(f"--temperature is {args.temperature}: give 1, or at least 0.01")
+        raise UserError(f"--temperature is {args.temperature}: give a number from 0.01 to 100")
     for name in ("gamma", "lam"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} is {getattr(args, name):g}: give a number from 0 to 1")

@@ -56,6 +56,10 @@ def encode_all(
 def merge_result(folder: Path, found: hub.ModelFiles) -> None:
     """Save the base with the run's adapter merged into it as model/, unless that is there."""
     if not (folder / "model").exists():
+        run = past.run_of(str(folder))
+        # The folder of an earlier version is not compared with this command's arguments.
+        if run is None or run[1]["args"].get("model_sha256") != hub.fingerprint(found):
+            raise UserError(f"{folder} was trained on another model: give that one as --model")
         merged, tokenizer = load_model(found._replace(adapter=folder / "adapter"), merge=True)
         save_model(merged, tokenizer, folder / "model")
         print(f"merged into {folder / 'model'}")
