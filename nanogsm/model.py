@@ -206,16 +206,17 @@ def _load_weights(model: Transformer, folder: Path, dtype: torch.dtype, device: 
     loaded: dict[str, Tensor] = {}
     for file, named in hub.weight_files(folder).items():
         try:
-            with safe_open(file, framework="pt", device=str(device)) as tensors:
+            with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys() if named is None else named & set(tensors.keys()):
                     shape = tuple(tensors.get_slice(key).get_shape())
                     if wanted.get(key) != shape:
                         need = f"needs {wanted[key]}" if key in wanted else "has no such tensor"
                         raise UserError(f"{file}: {key} has shape {shape}, the model {need}")
-                    loaded[key] = tensors.get_tensor(key).to(dtype)
+                    tensor = tensors.get_tensor(key)
                     # A sum is NaN or infinite if one entry is, and reads the tensor once.
-                    if not loaded[key].sum(dtype=torch.float32).isfinite():
+                    if not tensor.sum(dtype=torch.float32).isfinite():
                         raise UserError(f"{file}: {key} has entries that are NaN or infinite")
+                    loaded[key] = tensor.to(device, dtype)
         except SafetensorError as e:
             raise UserError(f"{file} is damaged or incomplete ({e}): download it again") from e
     lm_head = loaded.pop("lm_head.weight", None)
