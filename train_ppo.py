@@ -63,14 +63,14 @@ def reward(completion: str, problem: data.Problem) -> float:
 Pair = tuple[Tensor, Tensor]
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, x, 0.0).sum() / mask.sum()
-
-
 def masked_share(x: Tensor, mask: Tensor, count: int | Tensor) -> Tensor:
     """What these rows contribute to a mean over `count` actions."""
     # The shares of an update's micro-batches add up to the mean over the whole update.
     return torch.where(mask, x, 0.0).sum() / count
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    return masked_share(x, mask, mask.sum())
 
 
 def token_rewards(scores: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, kl_coef: float):
@@ -156,7 +156,6 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     better than a constant, below 0 is worse, NaN if all returns are equal."""
     # Trap: give it the returns of lambda 1. Any other lambda mixes the critic's own values into
     # them, and the critic then agrees with itself.
-
     variance = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask).item()  # noqa: E731
     share = 1 - variance(returns - values) / max(variance(returns), 1e-12)
     return share if variance(returns) > 1e-12 else math.nan
@@ -348,8 +347,8 @@ def rollout_metrics(answers: list[dict], rollout: Rollout, rewards, returns, arg
         "reward_std": rollout.scores.std(correction=0).item(),
         "exact_match": sum(answer["correct"] for answer in answers) / n,  # truncated ones included
         "truncated": sum(answer["truncated"] for answer in answers) / n,
-        "worked": sum("<<" in answer["completion"] for answer in answers)
-        / n,  # shows a calculation
+        # The share of the answers that show a calculation.
+        "worked": sum("<<" in answer["completion"] for answer in answers) / n,
         "response_tokens": mask.sum().item() / n,
         "tokens": sum(rollout.batch.lengths),
         "kl": masked_mean(k3, mask).item(),  # per token
