@@ -61,7 +61,7 @@ def backward_step(
     # What the loss is divided by: the supervised tokens of the whole step. So the loss does not
     # depend on how the step is cut into micro-batches. Trap: the mean of the micro-batches' means
     # does, and gives the tokens of short answers a larger weight.
-    supervised = sum(sum(example.mask) for example in examples)
+    supervised = data.supervised_tokens(examples)
     loss = torch.zeros((), device=model.device)
     for rows in data.micro_batches(examples, micro_batch):
         share = -answer_logprobs(model, rows, pad_id, autocast).sum() / supervised
@@ -73,7 +73,7 @@ def backward_step(
 @torch.no_grad()
 def mean_loss(model: Transformer, examples: list, micro_batch: int, pad_id: int, autocast) -> float:
     """The same loss over examples, without gradients; NaN if there are none."""
-    supervised = sum(sum(example.mask) for example in examples)  # answer tokens and end tokens
+    supervised = data.supervised_tokens(examples)
     total = 0.0
     for rows in data.micro_batches(examples, micro_batch):
         total -= answer_logprobs(model, rows, pad_id, autocast).sum().item()
@@ -144,7 +144,7 @@ def train(args, folder, found, prompt, examples, steps: int, held_out, held_out_
                 "loss": loss,
                 "lr": optimizer.lr,
                 "grad_norm": norm,  # before it was scaled down
-                "supervised_tokens": sum(sum(example.mask) for example in batch),
+                "supervised_tokens": data.supervised_tokens(batch),
                 "tokens": sum(len(example.ids) for example in batch),
             })  # fmt: skip
 

@@ -219,7 +219,7 @@ def train_step(model, tokenizer, examples: list, optimizer: AdamW) -> tuple[floa
 def loss_part(model, tokenizer, examples: list, logp, optimizer: AdamW) -> str:
     alone = train_sft.backward_step(model, examples[:1], 1, tokenizer.pad_id, plain)
     model.zero_grad()
-    supervised = sum(sum(example.mask) for example in examples)
+    supervised = data.supervised_tokens(examples)
     loss, norm = train_step(model, tokenizer, examples, optimizer)
     after = train_sft.mean_loss(model, examples, 2, tokenizer.pad_id, plain)
     return f"""## 6. A loss, a gradient, an update

@@ -135,6 +135,11 @@ def collate(rows: list[Example], pad_id: int, device: str | torch.device = "cpu"
     return Batch(ids.to(device), mask.to(device), [len(row.ids) for row in rows])
 
 
+def supervised_tokens(examples: list[Example]) -> int:
+    """How many tokens of the examples are predicted in training: answers and end tokens."""
+    return sum(sum(example.mask) for example in examples)
+
+
 def micro_batches(rows: list, size: int) -> list[list]:
     """A step's rows in the order drawn, `size` at a time."""
     # The size changes only rounding: the loss is divided by the whole step's supervised tokens.

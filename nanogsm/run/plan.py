@@ -134,7 +134,7 @@ def print_sft(args, config: Config, examples: list, held_out: list, steps: int) 
     shapes = adapters if args.lora else everything
     total, trained = _size(everything) + _size(adapters), _size(shapes)
     lengths = [len(example.ids) for example in examples]
-    supervised = sum(sum(example.mask) for example in examples)
+    supervised = data.supervised_tokens(examples)
     kind = config.model_type
     _say("model", f"{args.model} ({kind}), {total:,} parameters, {trained:,} trained")
     _say("data", f"{len(examples):,} examples, {sum(lengths):,} tokens, {supervised:,} supervised, "
