@@ -36,6 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flags.add_tiny_flag(p)
     # fmt: off
     add("--model", help="Hub id, folder, run, or tiny (embedded). Default: google/gemma-2b-it.")
+    flags.add_base_flag(p)
     add("--n", type=int, help="Number of problems, always the same sample. Default: 256 (tiny: "
         "1319; validation: all that were held out).")
     add("--split", choices=("test", "validation"), default="test",
@@ -94,7 +95,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Answer every problem, count the right answers, print the summary, write it and the rows."""
-    hub.find_model(args.model, weights=False)  # a misspelt name fails before data is downloaded
+    # A misspelt name fails before data is downloaded.
+    hub.find_model(args.model, weights=False, base=args.base)
     problems = choose_problems(args)
     args.n, args.data_sha256 = len(problems), data.digest(problems)
     prompt, folder, name = resolve(args)
@@ -172,7 +174,8 @@ def load_for_inference(args: argparse.Namespace):
     """(model, tokenizer). In float32 an adapter is merged into its base, which is faster. In
     bfloat16 it stays separate, because rounding the sum would change the trained model."""
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    return load_model(args.model, dtype, args.device, merge=dtype == torch.float32)
+    found = hub.find_model(args.model, base=args.base)
+    return load_model(found, dtype, args.device, merge=dtype == torch.float32)
 
 
 def print_summary(s: dict) -> None:

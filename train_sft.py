@@ -90,13 +90,15 @@ def load_trainable(args, found) -> tuple[Transformer, data.Tokenizer]:
     bf16 = args.precision == "bf16"
     frozen = torch.bfloat16 if bf16 else None  # None: as the checkpoint has it
     dtype = frozen if args.lora else torch.float32
-    model, tokenizer = load_model(found, dtype, args.device, merge=True)
+    # Full fine-tuning merges an adapter into its base. LoRA trains it further.
+    model, tokenizer = load_model(found, dtype, args.device, merge=not args.lora)
     set_checkpointing(model, args.checkpointing)
     if not bf16:
         compute_in_float32(model)
     if args.lora:
-        adapted = lora.add_lora(model, args.lora_r, args.lora_alpha, args.seed)
-        print(f"adapters on {len(adapted)} layers")
+        if not found.adapter:
+            lora.add_lora(model, args.lora_r, args.lora_alpha, args.seed)
+        print(f"adapters on {len(lora.adapters(model))} layers")
     return model, tokenizer
 
 
@@ -161,9 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     prompt = data.Prompt(args.style, 0, args.instruction)
     found = start.find_start(args, "model")
-    if args.lora and found.adapter:
-        merge = f"python -m experiments.merge {args.model} OUT"
-        raise UserError(f"{args.model} is an adapter: merge it into its base first ({merge})")
+    start.set_rank(args, found)
     config, tokenizer = read_config(found.base), data.Tokenizer(found.base)
     problems, held_out = start.split_problems(args)
     if args.keep == "best" and not held_out:
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     held_out_examples = start.encode_all(tokenizer, held_out, prompt, args.max_seq_length, True)
     # A step does not reach into the next epoch, so an epoch's last step may be smaller.
     steps = math.ceil(len(examples) / (args.micro_batch * args.accumulation)) * args.epochs
-    plan.print_sft(args, config, examples, held_out, steps)
+    plan.print_sft(args, found, config, examples, held_out, steps)
     if args.dry_run:
         return 0
 

@@ -19,12 +19,13 @@ from nanogsm.store import hub
 
 def main(argv: list[str] | None = None) -> int:
     p = flags.Parser(__doc__.split("\n")[0])
-    p.add_argument("adapter", help="A run with an adapter, or an adapter folder in PEFT's layout.")
+    p.add_argument("adapter", help="A run with an adapter, a PEFT adapter's folder or Hub id.")
+    flags.add_base_flag(p)
     p.add_argument("out", help="Folder to write. It must not exist yet.")
     args = p.parse_args(argv)
     if os.path.lexists(args.out):
         raise UserError(f"{args.out} exists already: choose another folder")
-    found = hub.find_model(args.adapter)
+    found = hub.find_model(args.adapter, base=args.base)
     if not found.adapter:
         raise UserError(f"{args.adapter} is not an adapter: there is nothing to merge")
     model, tokenizer = load_model(found, torch.float32, merge=True)

@@ -272,14 +272,22 @@ def save_adapter(model: nn.Module, folder: Path, base_model: str) -> None:
     else:
         factors = {name: (m.lora_A.weight, m.lora_B.weight) for name, m in layers.items()}
         r, scale = len(first.lora_A.weight), first.scale
+    # PEFT reads a target as the end of a name. Names in full are for an adapter that has left out
+    # some layers.
+    targets = sorted({name.split(".")[-1] for name in layers})
+    if len(layers) < len([n for n, _ in model.named_modules() if n.split(".")[-1] in targets]):
+        targets = sorted(layers)
+    revision = None
+    if hub.is_hub_id(base_model):
+        base_model, _, revision = base_model.partition("@")
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",  # without it PEFT builds no generate()
         "base_model_name_or_path": base_model,
-        "revision": None,
+        "revision": revision or None,
         "r": r,
         "lora_alpha": scale * r,
-        "target_modules": sorted({name.split(".")[-1] for name in layers}),
+        "target_modules": targets,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -356,7 +364,8 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         lora.replace_module(model, name, LoRALinear(base, a, b, config["scale"]))
     targets = config.get("target_modules")  # in PEFT's files, a list of name endings or a pattern
     ends = tuple(f".{target}" for target in targets) if isinstance(targets, list) else ()
-    absent = [name for name in layers if name.endswith(ends)]  # adapted layers were popped above
+    # (Adapted layers were popped above.)
+    absent = [name for name in layers if f".{name}".endswith(ends)]
     some_only = config.get("layers_to_transform") is not None or config.get("exclude_modules")
     if not lora.adapters(model) or (absent and not some_only):
         lacks = absent[0] if absent else "any layer"

@@ -189,13 +189,19 @@ def test_the_heart_stays_small_and_explained():
     assert 100 * (comments + docstrings) >= 28 * lines, (comments, docstrings, lines)
 
 
+# Counted in tokens of code, which neither comments nor the width of lines change. Before the rooms
+# were built the same files had 46,221. The plain forms of what fast/ computes, which a reader needs
+# and a test compares, account for 1,100 more. A feature adds what it needs here, by name.
+MOST_TOKENS = {
+    "the house": 49_000,
+    "adapters of the Hub, revisions, --base, adapters trained further": 700,
+}
+
+
 def test_the_rooms_did_not_become_a_place_to_grow():
-    """Counted in tokens of code, which neither comments nor the width of lines change. Before the
-    rooms were built the same files had 46,221. The plain forms of what fast/ computes, which a
-    reader needs and a test compares, account for 1,100 more. A feature may raise the limit."""
     files = [f for f in sources() if f.startswith(("nanogsm/", "train_", "evaluate"))]
     files += ["experiments/study.py", "experiments/pretrain_tiny.py"]
-    assert sum(map(code_tokens, files)) <= 49_000
+    assert sum(map(code_tokens, files)) <= sum(MOST_TOKENS.values())
 
 
 def code_tokens(file: str) -> int:

@@ -336,7 +336,7 @@ def test_offline_setting_reaches_the_client(tmp_path, monkeypatch):
     for value in ("", "0", "1", "true"):
         monkeypatch.setenv("HF_HUB_OFFLINE", value)
         hub.find_model("owner/name")
-    assert asked == [False, False, True, True]
+    assert asked == [False] * 4 + [True] * 4  # each time: which kind it is, then its files
 
 
 def test_circle_of_causes_ends():
@@ -363,6 +363,8 @@ def test_only_the_files_needed_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert hub.find_model("owner/name") == (folder, None, "owner/name")
     hub.find_model("owner/name", weights=False)
+    assert asked[0] == asked[2] == ["config.json", "adapter_config.json"]  # which kind it is
+    asked = asked[1::2]
     index, shard = "model.safetensors.index.json", "model-00001-of-00002.safetensors"
     for names, both in [
         (["config.json", "tokenizer.json", "tokenizer_config.json"], [1, 1]),
@@ -404,6 +406,177 @@ def test_cached_model_is_used_when_the_hub_fails(tmp_path, monkeypatch):
     assert hub.find_model("owner/name").base == folder
     (folder / "model.safetensors").unlink()  # a partial copy does not count
     assert "no network" in message(hub.find_model, "owner/name")
+
+
+# ---- adapters on the Hub ----
+
+BASE = {name: b"{}" for name in ("config.json", "tokenizer.json", "model.safetensors")}
+JUNK = {"README.md": b"", "training_args.bin": b"", "optimizer.pt": b"", "tokenizer.json": b"{}"}
+
+
+def on_hub(base: str, **config) -> dict[str, bytes]:
+    """The files of an adapter's repository, as PEFT's push_to_hub and a Trainer leave them."""
+    config = {"peft_type": "LORA", "base_model_name_or_path": base} | config
+    files = {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": b"A"}
+    return files | JUNK
+
+
+def commit_of(revision: str) -> str:
+    return hashlib.sha1(revision.encode()).hexdigest()
+
+
+@contextmanager
+def serve_hub(repos: dict[str, dict[str, dict[str, bytes]]]):
+    """A server that speaks as much of the Hub's protocol as its real client needs. repos: {name:
+    {revision: {file: content}}}. Yields (address, list of the files that were fetched)."""
+    fetched = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_HEAD(self):
+            self.do_GET()
+
+        def do_GET(self):
+            path = self.path.partition("?")[0]
+            for repo, revisions in repos.items():
+                for revision, content in revisions.items():
+                    commit = commit_of(revision)
+                    for name in (revision, commit):
+                        if path == f"/api/models/{repo}/revision/{name}":
+                            return self.json({"id": repo, "sha": commit, "siblings": []})
+                        if path == f"/api/models/{repo}/tree/{name}":
+                            sizes = [(f, len(c)) for f, c in content.items()]
+                            return self.json([
+                                {"type": "file", "path": f, "size": n, "oid": f} for f, n in sizes
+                            ])  # fmt: skip
+                        for file, data in content.items():
+                            if path == f"/{repo}/resolve/{name}/{file}":
+                                if self.command == "GET":
+                                    fetched.append(f"{repo}@{revision}/{file}")
+                                return self.reply(data, commit, file)
+                if path.startswith(f"/api/models/{repo}/revision/"):
+                    return self.json({"error": "x"}, 404, "RevisionNotFound")
+            self.json({"error": "x"}, 404, "RepoNotFound")
+
+        def json(self, content, status=200, error=""):
+            self.reply(json.dumps(content).encode(), "", "", status, error)
+
+        def reply(self, data, commit, etag, status=200, error=""):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Content-Type", "application/json")
+            for key, value in [("X-Repo-Commit", commit), ("ETag", etag), ("X-Error-Code", error)]:
+                if value:
+                    self.send_header(key, f'"{value}"' if key == "ETag" else value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", fetched
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def ask(home: Path, server: str, *names: str, **settings) -> list[str]:
+    """find_model of each name, in a process of its own: the client reads its settings once."""
+    code = (
+        "import sys; from nanogsm import UserError; from nanogsm.store import hub\n"
+        "for name in sys.argv[1:]:\n"
+        "    name, _, base = name.partition('+')\n"
+        "    try: found = hub.find_model(name, base=base or None)\n"
+        "    except UserError as error: print('ERROR', error)\n"
+        "    else: print(found.base, found.adapter, found.name)"
+    )
+    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    env |= {"HF_HOME": str(home / "hf"), "HF_ENDPOINT": server, "HF_HUB_DISABLE_XET": "1",
+            "PYTHONPATH": str(Path(__file__).parents[1]), **settings}  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, *names], cwd=home, env=env, timeout=120,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_an_adapter_on_the_hub_is_a_model_like_any_other(tmp_path):
+    """With the Hub's real client: what is fetched, which revision, what the cache is good for, and
+    that a stranger's file never names something on this disk."""
+    model_folder(tmp_path / "owner/base")  # hides the Hub's model from the user, not from adapters
+    model_folder(tmp_path / "mine")
+    repos = {
+        "owner/base": {"main": BASE, "v1.5": BASE},
+        "some/adapter": {"main": on_hub("owner/base"), "old": on_hub("owner/base")},
+        "pinned/adapter": {"main": on_hub("owner/base", revision="v1.5")},
+        "both/kinds": {"main": on_hub("owner/base") | BASE},
+        "local/base": {"main": on_hub(str(tmp_path / "mine"))},
+        "tiny/base": {"main": on_hub("tiny")},
+        "evil/revision": {"main": on_hub("owner/base", revision="../../x")},
+        "second/adapter": {"main": on_hub("some/adapter")},
+        "no/weights": {"main": {"adapter_config.json": on_hub("owner/base")["adapter_config.json"],
+                                "adapter_model.bin": b""}},
+    }  # fmt: skip
+    with serve_hub(repos) as (server, fetched):
+        main, pinned, old, both, absent, *bad = ask(
+            tmp_path, server, "some/adapter", "pinned/adapter", "some/adapter@old", "both/kinds",
+            "some/adapter@gone", "local/base", "tiny/base", "evil/revision", "second/adapter",
+            "no/weights",
+        )  # fmt: skip
+        chosen = ask(tmp_path, server, "tiny/base+tiny", f"local/base+{tmp_path}/mine",
+                     "owner/base+tiny", "some/adapter+some/adapter")  # fmt: skip
+    cache = tmp_path / "hf/hub"
+
+    def snapshot(repo: str, revision: str = "main") -> str:
+        return f"{cache}/models--{repo.replace('/', '--')}/snapshots/{commit_of(revision)}"
+
+    base = snapshot("owner/base")
+    assert main == f"{base} {snapshot('some/adapter')} owner/base"
+    assert pinned == (f"{snapshot('owner/base', 'v1.5')} {snapshot('pinned/adapter')} "
+                      "owner/base@v1.5")  # fmt: skip
+    assert old == f"{base} {snapshot('some/adapter', 'old')} owner/base"
+    assert both == f"{base} {snapshot('both/kinds')} owner/base"
+    adapters = {file for file in fetched if "owner/base" not in file}
+    # (config.json is what a plain model is known by, and it is small)
+    assert {file.split("/")[-1] for file in adapters} == {
+        "adapter_config.json", "adapter_model.safetensors", "config.json"
+    }, adapters  # fmt: skip
+    assert absent.startswith("ERROR some/adapter: it has no such revision")
+    for answer, says in zip(
+        bad, ["--base", "--base", "not a branch", "another adapter", "no adapter_model"]
+    ):
+        assert answer.startswith("ERROR") and says in answer, answer
+    embedded = f"{hub.EMBEDDED} {snapshot('tiny/base')} tiny"
+    mine = f"{tmp_path}/mine {snapshot('local/base')} {tmp_path}/mine"
+    assert chosen[:2] == [embedded, mine]
+    assert "is a whole model" in chosen[2] and "another adapter" in chosen[3]
+
+    # The server is gone. What was fetched is found, offline or not, and nothing else is.
+    names = ("some/adapter", "pinned/adapter", "owner/other")
+    for settings in ({"HF_HUB_OFFLINE": "1"}, {}):
+        again = ask(tmp_path, server, *names, **settings)
+        assert again[:2] == [main, pinned] and again[2].startswith("ERROR owner/other: "), again
+
+
+def test_an_adapter_on_this_disk_may_name_a_revision_of_its_base(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(repo, *, revision, **kwargs):
+        asked.append((repo, revision))
+        return str(model_folder(tmp_path / "m"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    adapter = adapter_folder(tmp_path / "a", "owner/base")
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "owner/base", "revision": "v2"})
+    )
+    assert hub.find_model(str(adapter)).name == "owner/base@v2"
+    assert asked == [("owner/base", "v2"), ("owner/base", "m")]  # m: the snapshot's own name
+    assert hub.find_model(str(adapter), base="tiny").name == "tiny"
+    model_folder(tmp_path / "owner" / "base")  # a local folder has no revisions
+    assert hub.find_model(str(adapter)).name == str(tmp_path / "owner" / "base")
 
 
 def test_import_leaves_huggingface_hub_alone():

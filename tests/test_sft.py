@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import sys
@@ -462,12 +463,69 @@ def test_bad_flags_are_named(problems, flags, says, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_adapter_is_not_trained_on_top_of_an_adapter(problems, tmp_path):
-    train_sft.main([*problems, "--lora", "--out", str(tmp_path / "a")])
+def peft_adapter(folder, base, some_layers: bool) -> None:
+    """PEFT's fixture, with rank-stabilised scaling, on all layers or on two of them."""
+    shutil.copytree(FIXTURES / "gemma3_peft", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": str(base), "use_rslora": True}
+    if some_layers:
+        config |= {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}
+        tensors = load_file(folder / "adapter_model.safetensors")
+        kept = {k: t for k, t in tensors.items() if re.search("layers.1.*(q_proj|up_proj)", k)}
+        save_file(kept, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("some_layers", [False, True])
+def test_an_adapter_is_trained_further(problems, tmp_path, some_layers, capsys):
+    """Its own matrices, r, scale and layers. With AdamW's first step every entry of A and B that
+    has a gradient moves by the learning rate, whatever the gradient's size."""
+    base, start, out = FIXTURES / "gemma3", tmp_path / "a", tmp_path / "b"
+    peft_adapter(start, base, some_layers)
+    argv = [*problems, "--lora", "--model", str(start), "--out", str(out), "--epochs", "1"]
+    argv += ["--max-examples", "4", "--micro-batch", "4", "--accumulation", "1", "--lr", "1e-3"]
+    train_sft.main([*argv, "--warmup", "0", "--optim", "adamw", "--max-grad-norm", "1e9"])
+    said = capsys.readouterr().out
+    layers = 2 if some_layers else 7 * load_model(base)[0].config.num_hidden_layers
+    assert f"adapters on {layers} layers" in said
+    assert "trained further, with its r 4 and alpha 16\n" in said  # 8 / sqrt(4) * 4
+    before = load_file(start / "adapter_model.safetensors")
+    after = load_file(out / "adapter/adapter_model.safetensors")
+    assert f"{sum(t.numel() for t in before.values()):,} trained" in said
+    assert after.keys() == before.keys()
+    for name in before:
+        moved = (after[name] - before[name]).abs()
+        assert moved.max() <= 1.01e-3 and (moved > 0.9e-3).float().mean() > 0.9, name
+    config = json.loads((out / "adapter/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 16)
+    again, _ = load_model(out)  # our own reader finds nothing amiss in its layers
+    assert len(lora.adapters(again)) == layers
+
+
+def test_the_rank_of_an_adapter_that_is_trained_further_is_its_own(problems, tmp_path):
+    peft_adapter(tmp_path / "a", FIXTURES / "gemma3", False)
     argv = [*problems, "--lora", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "b")]
-    advice = "merge it into its base first .python -m experiments.merge"
-    with pytest.raises(UserError, match=advice):
+    for flags, says in [
+        (["--lora-r", "8"], "--lora-r 8: the adapter in .* has 4, and keeps it"),
+        (["--lora-alpha", "8"], "--lora-alpha 8: the adapter in .* has 16, and keeps it"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            train_sft.main([*argv, *flags])
+    assert train_sft.main([*argv, "--lora-r", "4", "--lora-alpha", "16", "--dry-run"]) == 0
+
+
+def test_the_base_of_an_adapter_can_be_named(problems, tmp_path):
+    """--base: an adapter whose own base is somewhere else on another machine."""
+    peft_adapter(tmp_path / "a", "/home/somebody/gemma", False)
+    argv = [*problems, "--lora", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "b")]
+    with pytest.raises(UserError, match="no such folder: '/home/somebody/gemma'"):
         train_sft.main(argv)
+    base = str(FIXTURES / "gemma3")
+    assert train_sft.main([*argv, "--base", base]) == 0
+    config = json.loads((tmp_path / "b/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == base  # so the result needs no --base
+    with pytest.raises(UserError, match="--base tiny names the base of an adapter, but"):
+        train_sft.main([*problems, "--base", "tiny", "--out", str(tmp_path / "c")])
 
 
 def test_recipes_set_what_is_not_given():
@@ -479,7 +537,7 @@ def test_recipes_set_what_is_not_given():
     flags = ["--device", "cpu", "--lora", "--recipe", "tuned", "--warmup", "0"]
     tuned = train_sft.parse_args(flags)
     assert (tuned.lr, tuned.warmup, tuned.out) == (2e-4, 0.0, "runs/sft-lora-main")
-    assert (tuned.lora_r, tuned.lora_alpha) == (16, 32.0)
+    assert (tuned.lora_r, tuned.lora_alpha) == (None, None)  # until the model is known
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no terminals of this kind")

@@ -34,10 +34,14 @@ def place_of(args, prompt: Prompt, usual: Prompt) -> tuple[Path, str]:
         prompt_name if prompt != usual or (args.out and not run) else "",
         f"{args.samples}x-t{temperature}-seed{args.seed}" if args.temperature else "",
         f"max{args.max_new_tokens}" if args.max_new_tokens else "",
+        f"base-{_in_a_name(args.base)}" if args.base else "",
     ]
-    model_name = args.model.strip("/").replace("/", "--")
-    untuned = f"{'runs/tiny' if args.tiny else 'runs'}/eval-{model_name}-{prompt_name}"
+    untuned = f"{'runs/tiny' if args.tiny else 'runs'}/eval-{_in_a_name(args.model)}-{prompt_name}"
     return Path(args.out or (run[0] if run else untuned)), "-".join(filter(None, parts))
+
+
+def _in_a_name(model: str) -> str:
+    return model.strip("/").replace("/", "--")
 
 
 def check_place(args, folder: Path, name: str) -> None:

@@ -128,6 +128,11 @@ def add_data_dir_flag(p: argparse.ArgumentParser) -> None:
     p.add_argument("--data-dir", default=os.environ.get("NANOGSM_DATA_DIR"), help=text)
 
 
+def add_base_flag(p: argparse.ArgumentParser) -> None:
+    text = "Base model of an adapter, in place of the one that the adapter names."
+    p.add_argument("--base", metavar="MODEL", help=text)
+
+
 def add_compute_flags(p: argparse.ArgumentParser) -> None:
     """--device and --precision, to be resolved by machine.pick_compute."""
     text = "cuda, mps or cpu. auto takes the first that is there."
@@ -144,6 +149,7 @@ def training_parser(description: str, settings: tuple, changes: dict, argv: list
         help="Where the values of unset flags come from.")  # fmt: skip
     add_tiny_flag(p)
     add("--lora", action="store_true", help="Train LoRA adapters on a frozen base.")
+    add_base_flag(p)
     add("--lora-r", type=int, help="Rank of the adapters. Default: 16.")
     add("--lora-alpha", type=float, help="The change is scaled by alpha / r. Default: 32.")
     add("--data", default="main",
@@ -190,13 +196,24 @@ def fill_in(args: argparse.Namespace, script: str, settings: tuple, changes: dic
     for name, value in recipe(settings, args.recipe, changes if args.tiny else None).items():
         if getattr(args, name) is None:
             setattr(args, name, value[args.lora] if isinstance(value, tuple) else value)
-    args.lora_r = 16 if args.lora_r is None else args.lora_r
-    args.lora_alpha = 32.0 if args.lora_alpha is None else args.lora_alpha
     args.checkpointing = args.checkpointing or ("none" if args.tiny else "light")
     folder, method = "runs/tiny" if args.tiny else "runs", "lora" if args.lora else "full"
     args.out = args.out or f"{folder}/{script}-{method}-{Path(args.data).stem}"
     args.data, args.precision = for_tiny(args)
     args.device, args.precision = machine.pick_compute(args.device, args.precision)
+
+
+def set_rank(args: argparse.Namespace, continued: tuple[int, float] | None = None) -> None:
+    """Fill in --lora-r and --lora-alpha. continued: r and alpha of an adapter that is trained on,
+    which flags cannot change."""
+    usual = continued or (16, 32.0)
+    for name, value in zip(("lora_r", "lora_alpha"), usual):
+        given = getattr(args, name)
+        if continued and given not in (None, value):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {given:g}: the adapter in {args.model} has {value:g}, and "
+                            "keeps it")  # fmt: skip
+        setattr(args, name, value if given is None else given)
 
 
 def for_tiny(args: argparse.Namespace) -> tuple[str, str]:
@@ -213,12 +230,13 @@ def for_tiny(args: argparse.Namespace) -> tuple[str, str]:
 
 
 def sft_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments of train_sft.py, complete and checked."""
+    """The arguments of train_sft.py, checked and complete, but for r and alpha: see set_rank."""
     argv = sys.argv[1:] if argv is None else argv
     description = "SFT of Gemma on GSM8K, full or LoRA. With --tiny this page shows tiny's values."
     p = training_parser(description, SFT, SFT_TINY, argv)
     add = p.add_argument
-    add("--model", help="Hub id, folder or run to start from. Default: google/gemma-2b-it.")
+    add("--model", help="Hub id, folder or run to start from. Default: google/gemma-2b-it. "
+        "With --lora, an adapter is trained further.")  # fmt: skip
     add("--merge", action="store_true", help="Also save base and adapters as one model.")
     add("--style", choices=("plain", "chat"), default="plain", help="Style of the prompt.")
     add("--instruction", action="store_true", help="Begin prompts with the instruction.")
@@ -282,6 +300,7 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is not None and not (args.lora or args.critic == "separate"):
             raise UserError(f"--{name.replace('_', '-')} needs --lora or --critic separate")
     fill_in(args, "ppo", PPO, PPO_TINY)
+    set_rank(args)
     if args.init is None:  # a run that has begun keeps its start
         folder, method = "runs/tiny" if args.tiny else "runs", "lora" if args.lora else "full"
         recorded = None if args.overwrite else past.recorded_init(args.out)

@@ -6,13 +6,14 @@ process itself take.
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
 from nanogsm import data, lora
 from nanogsm.fast.cpu import VOCABULARY_BLOCK
 from nanogsm.fast.head import KEPT_EXPONENTIALS, block_rows
-from nanogsm.model import read_config
+from nanogsm.model import load_adapter, read_config
 from nanogsm.optim import block_size
 from nanogsm.run import past
 from nanogsm.transformer import Config, Transformer
@@ -105,14 +106,18 @@ def print_budget(budget: dict[str, float]) -> None:
 # -------------------------------------------------------------------------------------- the plans
 
 
-def _shapes(config: Config, args) -> tuple[list, list]:
-    """Shapes of a model's own weights, and of adapters on it. Nothing is allocated."""
+def _shapes(config: Config, args, continued: Path | None = None) -> tuple[list, list]:
+    """Shapes of a model's own weights, and of adapters on it. Nothing is allocated. continued: the
+    adapter that is trained further, whose layers count if its weights are on this disk."""
     with torch.device("meta"):
         model = Transformer(config)
     everything = [p.shape for p in model.parameters()]
     if not args.lora and getattr(args, "critic", "shared") == "shared":
         return everything, []
-    lora.add_lora(model, args.lora_r, args.lora_alpha)
+    if continued and (continued / "adapter_model.safetensors").is_file():
+        load_adapter(model, continued)
+    else:
+        lora.add_lora(model, args.lora_r, args.lora_alpha)
     return everything, [p.shape for p in model.parameters() if p.requires_grad]
 
 
@@ -128,15 +133,18 @@ def _held_out(problems: list) -> str:
     return f"{len(problems)} held out" if problems else "0 held out, so no validation"
 
 
-def print_sft(args, config: Config, examples: list, held_out: list, steps: int) -> None:
+def print_sft(args, found, config: Config, examples: list, held_out: list, steps: int) -> None:
     """The plan of train_sft.py; with --dry-run also its memory."""
-    everything, adapters = _shapes(config, args)
+    everything, adapters = _shapes(config, args, found.adapter)
     shapes = adapters if args.lora else everything
     total, trained = _size(everything) + _size(adapters), _size(shapes)
     lengths = [len(example.ids) for example in examples]
     supervised = data.supervised_tokens(examples)
     kind = config.model_type
     _say("model", f"{args.model} ({kind}), {total:,} parameters, {trained:,} trained")
+    if found.adapter:
+        own = f"trained further, with its r {args.lora_r} and alpha {args.lora_alpha:g}"
+        _say("adapter", own if args.lora else "merged into its base, which is trained in full")
     _say("data", f"{len(examples):,} examples, {sum(lengths):,} tokens, {supervised:,} supervised, "
          f"longest {max(lengths)}; {_held_out(held_out)}")  # fmt: skip
     _say("steps", f"{steps:,} of {args.micro_batch} x {args.accumulation} examples, "

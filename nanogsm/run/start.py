@@ -4,26 +4,35 @@ import os
 from pathlib import Path
 
 from nanogsm import UserError, data
-from nanogsm.model import load_model, save_model
-from nanogsm.run import machine, past
+from nanogsm.model import load_model, read_adapter_config, save_model
+from nanogsm.run import flags, machine, past
 from nanogsm.run.folder import RunFolder
 from nanogsm.store import hub
 
 # Settings that may change when a run continues. Some change memory and not the result. micro_batch
 # and accumulation may change if their product, "batch", does not. Data and weights may move or be
 # spelt otherwise, because their contents are compared by digest.
-MAY_DIFFER = ("save_every", "data_dir", "data", "model", "init", "device", "merge", "wandb",
+MAY_DIFFER = ("save_every", "data_dir", "data", "model", "init", "base", "device", "merge", "wandb",
               "checkpointing", "micro_batch", "accumulation", "rollout_batch")  # fmt: skip
 
 
 def find_start(args, flag: str) -> hub.ModelFiles:
     """The files of the model that --model or --init (`flag`) names. UserError if they lie in the
     run folder, which would replace them."""
-    found = hub.find_model(getattr(args, flag), weights=not args.dry_run)
+    found = hub.find_model(getattr(args, flag), weights=not args.dry_run, base=args.base)
     out = Path(args.out).resolve()
     if any(path and path.resolve().is_relative_to(out) for path in (found.base, found.adapter)):
         raise UserError(f"--{flag} lies in the run folder {args.out}: choose another --out")
     return found
+
+
+def set_rank(args, found: hub.ModelFiles) -> None:
+    """Fill in r and alpha: the adapter's own if SFT continues one, else the flags' or defaults."""
+    continued = None
+    if args.lora and found.adapter:
+        config = read_adapter_config(found.adapter)
+        continued = config["r"], config["scale"] * config["r"]
+    flags.set_rank(args, continued)
 
 
 def split_problems(args) -> tuple[list[data.Problem], list[data.Problem]]:

@@ -26,38 +26,54 @@ OPTIONAL = [
     "added_tokens.json", "chat_template.jinja", "tokenizer.model",
 ]  # fmt: skip
 WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
+ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
 EMBEDDED = Path(__file__).parents[1] / "tiny" / "gemma"  # the embedded model
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/-]*")  # a branch, tag or commit
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")  # a plain name: no way out
 
 
 class ModelFiles(NamedTuple):
     base: Path  # a folder in the Hub's layout: config.json, tokenizer.json, *.safetensors
     adapter: Path | None  # a folder in PEFT's layout, or None
-    name: str  # the base model's name in records: "tiny", a Hub id, or its folder's absolute path
+    name: str  # the base in records: "tiny", a Hub id (owner/name or owner/name@revision), or its
+    # folder's absolute path
 
 
-def find_model(name: str, weights: bool = True) -> ModelFiles:
+def find_model(name: str, weights: bool = True, base: str | None = None) -> ModelFiles:
     """Find a model's files on this disk. `name` is "tiny" (the embedded model), a run folder, an
-    adapter, a model folder or a Hub id. A Hub model is downloaded, or taken from the Hub's cache if
-    there is no network.
+    adapter, a model folder or a Hub id, of a model or of an adapter. owner/name@revision is one
+    branch, tag or commit. What is on the Hub is downloaded, or taken from the Hub's cache if there
+    is no network. `base` replaces the base model that an adapter names.
 
     UserError says what is missing and what to do. weights=False neither downloads nor requires
     weights, which is enough for a --dry-run. Traps: a local folder called owner/name hides the
     Hub's model. The embedded model hides a folder called tiny, which has to be written ./tiny.
     """
+    found = _find(name, weights, base)
+    if base is not None and not found.adapter:
+        raise UserError(f"--base {base} names the base of an adapter, but {name} is a whole model")
+    return found
+
+
+def _find(name: str, weights: bool, base: str | None) -> ModelFiles:
     if name == "tiny":
         return ModelFiles(EMBEDDED, None, name)
     folder = Path(os.path.expanduser(name))
     if name and os.path.isdir(folder):  # unlike Path.is_dir, never raises
-        return _local_model(folder, weights)
+        return _local_model(folder, weights, base)
     if name and os.path.exists(folder):
         raise UserError(f"{name} is a file: give the folder it is in")
     if name.startswith("runs/"):
         raise UserError(f"there is no {name}: train it first, or see what is in runs/")
-    if not HUB_ID.fullmatch(name):
+    if not is_hub_id(name):
         raise UserError(f"no such folder: {name!r}; a Hub model is written owner/name")
-    return ModelFiles(_snapshot(name, weights), None, name)
+    return _hub_model(name, weights, base)
+
+
+def is_hub_id(name: str) -> bool:
+    repo, at, revision = name.partition("@")
+    return bool(HUB_ID.fullmatch(repo) and (not at or REVISION.fullmatch(revision)))
 
 
 def _adapter_in(folder: Path) -> Path | None:
@@ -66,13 +82,13 @@ def _adapter_in(folder: Path) -> Path | None:
     return next((path for path in places if (path / "adapter_config.json").is_file()), None)
 
 
-def _local_model(folder: Path, weights: bool) -> ModelFiles:
+def _local_model(folder: Path, weights: bool, base: str | None) -> ModelFiles:
     if adapter := _adapter_in(folder):
-        return _adapted_model(adapter, weights)
-    base = folder / "model" if (folder / "model" / "config.json").is_file() else folder
-    if (base / "config.json").is_file():
-        _check_complete(base, weights)
-        return ModelFiles(base, None, os.path.abspath(base))
+        return _adapted_model(adapter, weights, base)
+    model = folder / "model" if (folder / "model" / "config.json").is_file() else folder
+    if (model / "config.json").is_file():
+        _check_complete(model, weights)
+        return ModelFiles(model, None, os.path.abspath(model))
     if (folder / "run_args.json").is_file() or (folder / "checkpoint").is_dir():
         raise UserError(
             f"{folder} has no model/ or adapter/ yet because training has not finished; "
@@ -84,20 +100,45 @@ def _local_model(folder: Path, weights: bool) -> ModelFiles:
     )
 
 
-def _adapted_model(adapter: Path, weights: bool) -> ModelFiles:
+def _adapted_model(
+    adapter: Path, weights: bool, base: str | None, repo: str | None = None
+) -> ModelFiles:
+    """An adapter and its base. repo: the Hub id that the adapter was downloaded from."""
     config_file = adapter / "adapter_config.json"
-    name = files.read_json(config_file).get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise UserError(f"{config_file} does not name its base model (base_model_name_or_path)")
+    # A stranger's file must not choose what is read on this disk. A local one may.
+    from_hub = repo is not None and base is None
+    name = base if base is not None else _named_base(config_file, from_hub)
     if weights and not (adapter / "adapter_model.safetensors").is_file():
         raise UserError(f"{adapter} has no adapter_model.safetensors (.bin files are never read)")
-    if _adapter_in(Path(os.path.expanduser(name))):  # this also ends a circle of two adapters
+    if from_hub and not is_hub_id(name):
+        raise UserError(
+            f"{repo} is an adapter whose base model, {name!r}, is not on the Hub: name the base "
+            "yourself with --base"
+        )
+    if not from_hub and _adapter_in(Path(os.path.expanduser(name))):  # also ends a circle of two
         raise UserError(f"the base model of {adapter} is another adapter, {name}: merge that first")
     try:
-        base = find_model(name, weights)
+        found = _hub_model(name, weights) if from_hub else _find(name, weights, None)
     except UserError as error:
-        raise UserError(f"{error} (the base model named in {config_file})") from error
-    return ModelFiles(base.base, adapter, base.name)
+        source = "given as --base" if base is not None else f"named in {config_file}"
+        raise UserError(f"{error} (the base model {source})") from error
+    if found.adapter:
+        raise UserError(f"the base model of {repo or adapter} is another adapter, {name}")
+    return ModelFiles(found.base, adapter, found.name)
+
+
+def _named_base(config_file: Path, from_hub: bool) -> str:
+    """The base model that adapter_config.json names. A revision counts for a Hub id only."""
+    config = files.read_json(config_file)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{config_file} does not name its base model (base_model_name_or_path)")
+    is_local = os.path.isdir(os.path.expanduser(name)) and not from_hub
+    if revision in (None, "") or is_local or not HUB_ID.fullmatch(name):
+        return name
+    if not isinstance(revision, str) or not REVISION.fullmatch(revision):
+        raise UserError(f"{config_file}: the revision {revision!r} is not a branch, tag or commit")
+    return f"{name}@{revision}"
 
 
 def _check_complete(folder: Path, weights: bool) -> None:
@@ -193,27 +234,59 @@ def _offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def _snapshot(repo: str, weights: bool) -> Path:
+def _hub_model(name: str, weights: bool, base: str | None = None) -> ModelFiles:
+    """A model or an adapter of the Hub. A repository with both kinds of file is an adapter, like a
+    folder with both."""
+    repo, _, revision = name.partition("@")
+    kinds = ["config.json", "adapter_config.json"]
+    look = _snapshot(repo, revision or None, kinds, kinds[1:], lambda found: None)
+    # The rest is of the same commit, even if somebody pushes another one in between.
+    commit = look.name
+    if (look / "adapter_config.json").is_file():
+        wanted = ADAPTER if weights else ADAPTER[:1]
+
+        def complete(folder: Path) -> None:
+            if missing := [file for file in wanted if not (folder / file).is_file()]:
+                raise UserError(f"it has no {missing[0]} (.bin files are never read)")
+            if link := [file for file in wanted if not _stays_inside(folder / file)]:
+                raise UserError(f"{folder / link[0]} is a link out of its folder")
+
+        adapter = _snapshot(repo, commit, wanted, wanted, complete)
+        return _adapted_model(adapter, weights, base, name)
+    wanted = REQUIRED + OPTIONAL + (WEIGHTS if weights else [])
+    complete = lambda folder: _check_complete(folder, weights)  # noqa: E731
+    return ModelFiles(_snapshot(repo, commit, wanted, REQUIRED, complete), None, name)
+
+
+def _snapshot(
+    repo: str, revision: str | None, wanted: list[str], required: list[str], check
+) -> Path:
+    """The folder with the wanted files of a repository, downloaded or from the cache. It has the
+    name of its commit. check(folder) raises UserError for an incomplete one."""
     from huggingface_hub import snapshot_download
 
-    wanted = REQUIRED + OPTIONAL + (WEIGHTS if weights else [])
+    def fetch(patterns: list[str], offline: bool) -> Path:
+        return Path(snapshot_download(
+            repo, revision=revision, allow_patterns=patterns, local_files_only=offline
+        ))  # fmt: skip
+
     try:
-        found = snapshot_download(repo, allow_patterns=wanted, local_files_only=_offline())
+        found = fetch(wanted, _offline())
     except Exception as error:
         reason = _hub_problem(repo, error)
         if reason is None:
             raise
         try:  # the cache may already have all files that are required
-            found = snapshot_download(repo, allow_patterns=REQUIRED, local_files_only=True)
-            _check_complete(Path(found), weights)
+            found = fetch(required, True)
+            check(found)
         except Exception:
             raise UserError(reason) from error
     try:
-        _check_complete(Path(found), weights)
+        check(found)
     except UserError as error:
         hint = " (unset HF_HUB_OFFLINE once to complete a partial copy)" if _offline() else ""
         raise UserError(f"{repo}: {error}{hint}") from error
-    return Path(found)
+    return found
 
 
 def _hub_problem(repo: str, error: BaseException) -> str | None:
@@ -244,6 +317,7 @@ def _hub_problem(repo: str, error: BaseException) -> str | None:
         (is_any(errors.GatedRepoError),
          f"gated: accept its licence at https://huggingface.co/{repo}, then run `hf auth login` or "
          "set HF_TOKEN; or use an ungated mirror such as unsloth/gemma-2b-it, or a local folder"),
+        (is_any(errors.RevisionNotFoundError), "it has no such revision: check what follows the @"),
         (is_any(errors.RepositoryNotFoundError),
          "no such folder here and no such model on the Hub: check the spelling "
          "(a private model needs `hf auth login` or HF_TOKEN)"),
