@@ -59,6 +59,15 @@ def _config_from(raw: dict) -> Config:
             raise ValueError(f"{name} is set, but is not supported")
     if raw.get("quantization_config"):
         raise ValueError("its weights are quantised (quantization_config), which is not supported")
+    if raw.get("rope_parameters") and raw.get("rope_scaling"):
+        raise ValueError("rope_parameters and rope_scaling are both set: remove one of them")
+    for name, usual in {"pruned_heads": {}, "partial_rotary_factor": 1, "auto_map": {},
+                        "is_causal": True}.items():  # fmt: skip
+        if raw.get(name) not in (None, usual):
+            raise ValueError(f"{name} is {raw[name]!r}, which is not supported")
+    for name in raw.get("architectures") or ():
+        if not name.endswith(("ForCausalLM", "ForConditionalGeneration")):
+            raise ValueError(f"architecture {name!r} is not a language model")
     if raw.get("tie_word_embeddings") is False:
         raise ValueError("a separate output head (tie_word_embeddings false) is not supported")
     activation = raw.get("hidden_activation") or "gelu_pytorch_tanh"
@@ -197,6 +206,7 @@ def use_fast_forms(model: Transformer) -> None:
 
 
 EMBEDDING = "model.embed_tokens.weight"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _load_weights(model: Transformer, folder: Path, dtype: torch.dtype, device: str) -> None:
@@ -209,10 +219,16 @@ def _load_weights(model: Transformer, folder: Path, dtype: torch.dtype, device: 
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys() if named is None else named & set(tensors.keys()):
                     shape = tuple(tensors.get_slice(key).get_shape())
-                    if wanted.get(key) != shape:
-                        need = f"needs {wanted[key]}" if key in wanted else "has no such tensor"
-                        raise UserError(f"{file}: {key} has shape {shape}, the model {need}")
+                    if key not in wanted:
+                        raise UserError(f"{file}: {key} {_no_place(key)}")
+                    if wanted[key] != shape:
+                        raise UserError(
+                            f"{file}: {key} has shape {shape}, the model needs {wanted[key]}"
+                        )
                     tensor = tensors.get_tensor(key)
+                    if tensor.dtype not in FLOATS:  # 8 bits are meaningless without their scales
+                        raise UserError(f"{file}: {key} is {str(tensor.dtype)[6:]}; quantised "
+                                        "weights are not supported")  # fmt: skip
                     # A sum is NaN or infinite if one entry is, and reads the tensor once.
                     if not tensor.sum(dtype=torch.float32).isfinite():
                         raise UserError(f"{file}: {key} has entries that are NaN or infinite")
@@ -227,6 +243,22 @@ def _load_weights(model: Transformer, folder: Path, dtype: torch.dtype, device: 
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}")
     model.load_state_dict(loaded, strict=True, assign=True)
+
+
+def _no_place(key: str) -> str:
+    """Why a tensor of a checkpoint has no place, in the words of the tool that wrote it."""
+    for part, reason in {
+        "_orig_mod.": "was saved from a compiled model: save the model inside torch.compile's",
+        "module.": "was saved from a wrapped model: save the model inside DDP's or FSDP's",
+        "language_model.": "is the text part of a multimodal model, which is not supported",
+        "v_head": "is a value head, as TRL's PPO saves it: save the model without it",
+        "score.": "is a classifier's, and not a language model's",
+        "qweight": "is quantised, which is not supported",
+        "lora_": "is an adapter's: save the merged model, or the adapter alone in PEFT's layout",
+    }.items():
+        if part in key:
+            return reason
+    return "is a tensor that this model does not have"
 
 
 def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path | str) -> None:
@@ -357,8 +389,12 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         b = tensors.pop(f"{PREFIX}{name}.lora_B.weight", None)
         base = layers.pop(name, None)
         fits = a is not None and b is not None and isinstance(base, nn.Linear)
+        if isinstance(base, nn.Linear) and (a is None) != (b is None):
+            raise UserError(f"the adapter in {folder} has only one of A and B for {name}")
         if not fits or (a.shape, b.shape) != ((r, base.in_features), (base.out_features, r)):
             raise UserError(f"the adapter in {folder}: {_misfit(key)}")
+        if not {a.dtype, b.dtype} <= set(FLOATS):
+            raise UserError(f"the adapter in {folder}: {name} is quantised: not supported")
         if not (a.sum() + b.sum()).isfinite():
             raise UserError(f"the adapter in {folder}: {name} has entries that are NaN or infinite")
         lora.replace_module(model, name, LoRALinear(base, a, b, config["scale"]))

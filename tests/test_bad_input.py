@@ -137,7 +137,6 @@ def test_flags_that_contradict_each_other_or_the_data(script, argv, says, place)
     "model, says",
     [
         ("no/such/folder", "no such folder"),
-        ("", "no such folder: ''"),  # $RUN, never set: not the default model
         ("x" * 300, "no such folder"),
         ("runs/sft-lora-mine", "train it first|PPO starts from"),
         ("a/model-nobody-has", "HF_HUB_OFFLINE"),
@@ -153,6 +152,14 @@ def test_models_that_are_not_there(script, model, says, place):
 def test_gsm8k_that_is_not_there(script, place):
     argv = [*usual(script, place), "--data", "main", "--data-dir", str(place)]
     refused(script, argv, "(train|test).jsonl")
+
+
+@SCRIPTS
+@pytest.mark.parametrize("flag", ["--out", "--data", "--data-dir", "--device", "--base", "MODEL"])
+def test_an_empty_value_is_not_the_default(script, flag, place):
+    """`--out $RUN`, where RUN was never set."""
+    flag = START[script] if flag == "MODEL" else flag
+    refused(script, [*usual(script, place), flag, ""], f"{flag} is empty")
 
 
 @SCRIPTS
@@ -281,6 +288,59 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(place):
     weights[EMBEDDING] = weights[EMBEDDING][:5].clone()
     save_file(weights, model / "model.safetensors")
     refused(evaluate, usual(evaluate, place, str(model)), "vocabulary")
+
+
+def stored_as(dtype):
+    return lambda name, t: {name: t.to(dtype) if "proj" in name else t}
+
+
+def renamed(before: str, after: str):
+    return lambda name, t: {name.replace(before, after, 1): t}
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (stored_as(torch.int8), "down_proj.weight is int8; quantised weights"),
+        (stored_as(torch.float8_e4m3fn), "is float8_e4m3fn; quantised weights"),
+        (renamed("model", "_orig_mod.model"), "saved from a compiled model"),
+        (renamed("model", "module.model"), "saved from a wrapped model"),
+        (renamed("model", "language_model.model"), "part of a multimodal model"),
+        (renamed("model.norm.weight", "v_head.summary.weight"), "value head, as TRL's"),
+        (renamed("model.norm.weight", "score.weight"), "a classifier's"),
+        (renamed("down_proj.weight", "down_proj.qweight"), "is quantised"),
+        (renamed("down_proj.weight", "down_proj.lora_A.weight"), "is an adapter's"),
+        (renamed("model.norm", "model.final_norm"), "that this model does not have"),
+    ],
+)
+def test_weights_as_other_tools_leave_them_are_refused_with_the_reason(change, says, place):
+    """A tensor of 8 bits would load as a number without its scale, and give other answers."""
+    model = copy_of("gemma3", place)
+    weights = load_file(model / "model.safetensors")
+    changed = {k: v for name, t in weights.items() for k, v in change(name, t).items()}
+    save_file(changed, model / "model.safetensors")
+    refused(evaluate, usual(evaluate, place, str(model)), says)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"architectures": ["Gemma3TextForSequenceClassification"]}, "not a language model"),
+        ({"architectures": ["Gemma3TextModel"]}, "not a language model"),  # EmbeddingGemma
+        ({"architectures": [3]}, "config.json"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is set"),
+        ({"is_causal": False}, "is_causal is False"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads is"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"auto_map": {"AutoModel": "modeling.Mine"}}, "auto_map is"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "are both set"),
+    ],
+)
+def test_configs_of_other_models_are_refused(change, says, place):
+    model = copy_of("gemma3", place)
+    config = json.loads((model / "config.json").read_text()) | change
+    (model / "config.json").write_text(json.dumps(config))
+    refused(evaluate, usual(evaluate, place, str(model)), says)
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,20 @@ def test_a_tensor_that_has_no_place_is_named_with_the_reason(gemma, tmp_path, ke
         load_adapter(gemma("gemma3")[0], tmp_path / "a")
 
 
+@pytest.mark.parametrize("kind", ["half", "int8"])
+def test_half_an_adapter_and_a_quantised_one_are_refused(gemma, tmp_path, kind):
+    folder = shutil.copytree(FIXTURES / "gemma3_peft", tmp_path / "a")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    if kind == "half":
+        tensors = {name: t for name, t in tensors.items() if "lora_A" in name}
+    else:
+        tensors = {name: t.to(torch.int8) for name, t in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    says = "has only one of A and B for model.layers" if kind == "half" else "is quantised"
+    with pytest.raises(UserError, match=says):
+        load_adapter(gemma("gemma3")[0], folder)
+
+
 def test_an_adapter_with_nan_is_refused(gemma, tmp_path):
     shutil.copytree(FIXTURES / "gemma3_peft", tmp_path / "a")
     tensors = load_file(tmp_path / "a/adapter_model.safetensors")

@@ -540,6 +540,20 @@ def test_recipes_set_what_is_not_given():
     assert (tuned.lora_r, tuned.lora_alpha) == (None, None)  # until the model is known
 
 
+def test_held_out_questions_that_are_also_trained_on_are_counted(tmp_path, capsys):
+    rows = [{"question": f"{i % 9} + 1?", "answer": f"#### {i % 9 + 1}"} for i in range(10)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    said = []
+    for n in range(1, 9):  # 0 + 1? is asked twice: it is counted once one of the two is held out
+        argv = ["--model", str(FIXTURES / "gemma3"), "--data", str(tmp_path / "d.jsonl")]
+        train_sft.main([*argv, "--val-examples", str(n), "--device", "cpu", "--dry-run"])
+        said.append(f"note: 1 of {n} held-out problems are also trained" in capsys.readouterr().out)
+    problems = data.load_problems(str(tmp_path / "d.jsonl"), "train")
+    halves = [data.split_validation(problems, n) for n in range(1, 9)]
+    asked = [[sum(p.question == "0 + 1?" for p in half) for half in both] for both in halves]
+    assert said == [both == [1, 1] for both in asked] and any(said) and not all(said)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no terminals of this kind")
 def test_a_closed_terminal_saves_and_ends_the_run(tmp_path):
     """As when an ssh connection drops: the terminal is gone, SIGHUP comes, print() fails."""

@@ -96,6 +96,13 @@ class Parser(argparse.ArgumentParser):
         prog = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
         super().__init__(prog, description=description, formatter_class=Help, allow_abbrev=False)
 
+    def parse_known_args(self, argv=None, namespace=None):
+        args, unknown = super().parse_known_args(argv, namespace)
+        for action in self._actions:  # `--out $RUN`, where RUN was never set, is not the default
+            if getattr(args, action.dest, None) == "" and action.option_strings:
+                self.error(f"{action.option_strings[0]} is empty")
+        return args, unknown
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
 
@@ -125,7 +132,7 @@ def add_tiny_flag(p: argparse.ArgumentParser) -> None:
 
 def add_data_dir_flag(p: argparse.ArgumentParser) -> None:
     text = "Folder with GSM8K's .jsonl files. Default: $NANOGSM_DATA_DIR, else a download."
-    p.add_argument("--data-dir", default=os.environ.get("NANOGSM_DATA_DIR"), help=text)
+    p.add_argument("--data-dir", default=os.environ.get("NANOGSM_DATA_DIR") or None, help=text)
 
 
 def add_base_flag(p: argparse.ArgumentParser) -> None:

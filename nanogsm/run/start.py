@@ -40,7 +40,12 @@ def split_problems(args) -> tuple[list[data.Problem], list[data.Problem]]:
     problems = data.load_problems(args.data, "train", args.data_dir)
     if args.val_examples is None:
         args.val_examples = data.usual_held_out(len(problems), args.tiny)
-    return data.split_validation(problems, args.val_examples)
+    problems, held_out = data.split_validation(problems, args.val_examples)
+    trained = {problem.question for problem in problems}
+    if twice := sum(problem.question in trained for problem in held_out):
+        print(f"note: {twice} of {len(held_out)} held-out problems are also trained on, because "
+              "the data repeat questions: validation will look better than it is")  # fmt: skip
+    return problems, held_out
 
 
 def encode_all(
