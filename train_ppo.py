@@ -315,7 +315,7 @@ def score(setup: Setup, answers: list[dict]) -> Rollout:
     args, models = setup.args, setup.models
     examples = [answer["example"] for answer in answers]
     batch = data.collate(examples, setup.tokenizer.pad_id, models.actor.device)
-    mask = batch.mask[:, 1:]  # column t is about token t + 1
+    mask = batch.mask[:, 1:].to(batch.ids.device)  # column t is about token t + 1
     logp, ref_logp, entropy, values = torch.zeros(4, *mask.shape, device=mask.device)
     for rows in sum(micro_batches_of(len(answers), args.micro_batch, args.accumulation), []):
         ids, token_mask, lengths = (x[rows] for x in batch)
@@ -423,18 +423,16 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
             for name in shares[0]:
                 sums[name] = sums.get(name, 0.0) + sum(share[name] for share in shares)
             if first_ratio_error is None:  # no weight has changed yet, so every ratio must be 1
-                first_ratio_error = max(error.item() for error in ratio_errors)
-            norm, value_norm = (
-                nn.utils.clip_grad_norm_(optimizer.params.values(), args.max_grad_norm).item()
-                for optimizer in optimizers
-            )
+                first_ratio_error = torch.stack(ratio_errors).max().item()
+            both = torch.stack([optimizer.grad_norm() for optimizer in optimizers])
+            norm, value_norm = both.tolist()  # in an update the host waits for the GPU only here
             answered = rollout.indices[updates[i][0].start : updates[i][-1].stop]
             lower = "--lr or --value-lr"
             check_finite(step, answered, lower, gradient_norm=norm, value_gradient_norm=value_norm)
             norms.append((norm, value_norm))
             if not warming:
-                setup.policy_optimizer.step()
-            setup.value_optimizer.step()
+                setup.policy_optimizer.step(both[0], args.max_grad_norm)
+            setup.value_optimizer.step(both[1], args.max_grad_norm)
             for optimizer in optimizers:
                 optimizer.zero_grad()
     n = len(norms)
@@ -503,7 +501,7 @@ def main(argv: list[str] | None = None) -> int:
     prompt = start.prompt_of_init(args)
     found = start.find_start(args, "init")
     problems, held_out = start.split_problems(args)
-    plan.print_ppo(args, found, prompt, problems, held_out)
+    plan.settle_ppo(args, found, prompt, problems, held_out)
     if args.dry_run:
         return 0
     with start.open_folder(args, "init", found, prompt, problems + held_out) as folder:

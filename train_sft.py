@@ -56,8 +56,8 @@ def answer_logprobs(model: Transformer, examples: list, pad_id: int, autocast) -
 
 def backward_step(
     model: Transformer, examples: list, micro_batch: int, pad_id: int, autocast
-) -> float:
-    """Add the gradient of one step's loss to .grad. Returns the loss, in nats per token."""
+) -> Tensor:
+    """Add the gradient of one step's loss to .grad. Returns the loss (), in nats per token."""
     # What the loss is divided by: the supervised tokens of the whole step. So the loss does not
     # depend on how the step is cut into micro-batches. Trap: the mean of the micro-batches' means
     # does, and gives the tokens of short answers a larger weight.
@@ -67,7 +67,7 @@ def backward_step(
         share = -answer_logprobs(model, rows, pad_id, autocast).sum() / supervised
         share.backward()  # the gradients of the shares add up in .grad
         loss += share.detach()
-    return loss.item()
+    return loss
 
 
 @torch.no_grad()
@@ -136,11 +136,12 @@ def train(args, folder, found, prompt, examples, steps: int, held_out, held_out_
             batch = examples_of_step(examples, step, size, args.seed)
             optimizer.lr = cosine_with_min_lr(step, steps, args.lr, args.min_lr, warmup)
             loss = backward_step(model, batch, args.micro_batch, tokenizer.pad_id, autocast)
-            # One batch's gradient can be far larger than others. It is scaled down to this norm.
-            trained = optimizer.params.values()
-            norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm).item()
+            gradient_norm = optimizer.grad_norm()
+            # In a whole step the host waits for the GPU only here.
+            loss, norm = torch.stack((loss, gradient_norm)).tolist()
             check_finite(step, [e.index for e in batch], "--lr", loss=loss, gradient_norm=norm)
-            optimizer.step()
+            # One batch's gradient can be far larger than others. It is scaled down to this norm.
+            optimizer.step(gradient_norm, args.max_grad_norm)
             optimizer.zero_grad()
             run.end_step({
                 "loss": loss,
@@ -174,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     held_out_examples = start.encode_all(tokenizer, held_out, prompt, args.max_seq_length, True)
     # A step does not reach into the next epoch, so an epoch's last step may be smaller.
     steps = math.ceil(len(examples) / (args.micro_batch * args.accumulation)) * args.epochs
-    plan.print_sft(args, found, config, examples, held_out, steps)
+    plan.settle_sft(args, found, config, examples, held_out, steps)
     if args.dry_run:
         return 0
 

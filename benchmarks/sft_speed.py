@@ -134,10 +134,10 @@ def ours(args, turns: Turns) -> None:
             turns.begin()
             losses = []
         loss = backward_step(model, examples, args.micro_batch, tokenizer.pad_id, autocast)
-        torch.nn.utils.clip_grad_norm_(trained.values(), MAX_GRAD_NORM).item()
-        optimizer.step()
+        norm = optimizer.grad_norm()
+        losses.append(torch.stack((loss, norm)).tolist()[0])
+        optimizer.step(norm, MAX_GRAD_NORM)
         optimizer.zero_grad()
-        losses.append(loss)
         if (step + 1) % args.steps == 0:
             turns.end(losses=losses)
     turns.rest()

@@ -210,10 +210,10 @@ like that.
 def train_step(model, tokenizer, examples: list, optimizer: AdamW) -> tuple[float, float]:
     """One step as train_sft.train makes it: (loss, norm of the gradient)."""
     loss = train_sft.backward_step(model, examples, len(examples), tokenizer.pad_id, plain)
-    norm = torch.nn.utils.clip_grad_norm_(optimizer.params.values(), 1.0).item()
-    optimizer.step()
+    norm = optimizer.grad_norm()
+    optimizer.step(norm, 1.0)
     optimizer.zero_grad()
-    return loss, norm
+    return loss.item(), norm.item()
 
 
 def loss_part(model, tokenizer, examples: list, logp, optimizer: AdamW) -> str:

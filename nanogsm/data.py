@@ -17,6 +17,7 @@ generation see the same prompt. `encode` makes every BOS, EOS and mask of SFT an
 mask marks sampled tokens, and experiments/pretrain_tiny.py adds BOS and EOS to its own texts.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -119,7 +120,7 @@ class Example(NamedTuple):
 
 class Batch(NamedTuple):
     ids: torch.Tensor  # (B, T) int64
-    mask: torch.Tensor  # (B, T) bool
+    mask: torch.Tensor  # (B, T) bool, always on the host
     lengths: list[int]  # of the rows, without padding
 
 
@@ -132,7 +133,8 @@ def collate(rows: list[Example], pad_id: int, device: str | torch.device = "cpu"
     for b, row in enumerate(rows):
         ids[b, : len(row.ids)] = torch.tensor(row.ids)
         mask[b, : len(row.mask)] = torch.tensor(row.mask, dtype=torch.bool)
-    return Batch(ids.to(device), mask.to(device), [len(row.ids) for row in rows])
+    # The mask stays behind: to find its positions on a GPU, the host would wait for the GPU.
+    return Batch(ids.to(device, non_blocking=True), mask, [len(row.ids) for row in rows])
 
 
 def supervised_tokens(examples: list[Example]) -> int:
@@ -207,7 +209,8 @@ def cut(completion: str) -> str:
 
 def starts_new_question(tokenizer: "Tokenizer", ids: list[int]) -> bool:
     """Whether the newest ids complete STOP_TEXT, where sampling stops. A token may be a letter."""
-    return STOP_TEXT in tokenizer.decode(ids[-len(STOP_TEXT) :])
+    # Only a token with the last letter can complete it, and decoding takes time.
+    return ids[-1] in tokenizer.colons and STOP_TEXT in tokenizer.decode(ids[-len(STOP_TEXT) :])
 
 
 def answer_limit(data: str) -> int:
@@ -276,6 +279,12 @@ class Tokenizer:
         ids = [self._tokenizer.get_vocab_size(with_added_tokens=False) - 1]
         ids += [i for i, token in added.items() if not token.special]
         return self._tokenizer.id_to_token(max(ids)) if max(ids) >= size else None
+
+    @functools.cached_property
+    def colons(self) -> frozenset[int]:
+        """All tokens whose text has the last letter of STOP_TEXT, the byte of it included."""
+        names = self._tokenizer.get_vocab()  # piece -> id
+        return frozenset(i for piece, i in names.items() if ":" in piece or piece == "<0x3A>")
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids

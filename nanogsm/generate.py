@@ -29,15 +29,18 @@ from torch import Tensor
 
 from nanogsm import data
 from nanogsm.data import Problem, Prompt, Tokenizer
-from nanogsm.fast import cpu
+from nanogsm.fast import cpu, cuda
 from nanogsm.transformer import Config, Transformer, attend_causally, causal_mask, softmax_attention
 
-PREFILL_TOKENS = 2048  # of prompts, padding included, that go through the model at once
+# Tokens of prompts, padding included, that go through the model at once.
+PREFILL_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 2048}
 # How many tokens are decoded before the host looks at them: looking makes it wait for a GPU.
 STEPS_PER_LOOK = {"cpu": 1, "cuda": 8, "mps": 8}
 # How many rows attend together, over the slots that the longest of them has filled. On a CPU
 # smaller groups read fewer slots. A GPU wants one large kernel.
 ROWS_PER_GROUP = {"cpu": 32, "cuda": 2**20, "mps": 2**20}
+# The share of idle rows at which the batch shrinks. On a GPU every size is recorded anew.
+SHRINK_AT = {"cpu": 1 / 8, "cuda": 1 / 2, "mps": 1 / 8}
 
 
 class KVCache:
@@ -53,9 +56,11 @@ class KVCache:
         self.config = config
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
+        self.rows = torch.arange(rows, device=device)[:, None]
 
     def attend_prompts(self, rows: list[int]) -> Callable:
         """For whole prompts (n, T), which start at slot 0 of these rows."""
+        rows = torch.tensor(rows, device=self.k.device)
 
         def attend_and_store(layer: int, q, k, v, scale, cap) -> Tensor:
             T = k.shape[2]
@@ -69,11 +74,13 @@ class KVCache:
     def attend_next(self, positions: Tensor, used: list[int]) -> Callable:
         """For one new token per row, at positions (B, 1). `used` has, for each of several equal
         groups of rows, how many slots any of its rows has filled: attention looks no further."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        rows = self.rows[: len(positions)]
         slots = torch.arange(max(used), device=positions.device)[None]
         windows = {self.config.window(layer) for layer in range(self.config.num_hidden_layers)}
         # One mask for each kind of layer, (B, 1, 1, S). It also hides what earlier answers left.
         masks = {window: causal_mask(positions, slots, window) for window in windows}
+        if self.config.attn_logit_softcapping is None:
+            masks = {w: cuda.added_to_scores(mask, self.k.dtype) for w, mask in masks.items()}
         size = math.ceil(len(positions) / len(used))
 
         def attend_and_store(layer: int, q, k, v, scale, cap) -> Tensor:
@@ -81,10 +88,11 @@ class KVCache:
             self.v[layer][rows, :, positions] = v.transpose(1, 2).to(self.v.dtype)
             mask = masks[self.config.window(layer)]
             parts = (x.split(size) for x in (q, self.k[layer], self.v[layer], mask))
-            return torch.cat([
+            groups = [
                 softmax_attention(q, k[:, :, :n], v[:, :, :n], mask[..., :n], scale, cap)
                 for n, q, k, v, mask in zip(used, *parts, strict=True)
-            ])  # fmt: skip
+            ]
+            return torch.cat(groups) if len(groups) > 1 else groups[0]
 
         return attend_and_store
 
@@ -180,7 +188,14 @@ def generate(
                 request[row] = -1
                 break  # tokens decoded since the last look may lie beyond the end
 
-    with cpu.packed(model, choose) as choose_token:
+    def decode(used: list[int], u: Tensor | None) -> None:
+        # One token for each row, in place: a GPU repeats this as one recording (fast/cuda.py).
+        attention = cache.attend_next(position[:, None], used)
+        hidden = model(token[:, None], positions=position[:, None], attend=attention)
+        token.copy_(choose_token(model, hidden[:, 0], temperature, u))
+        position.add_(1).clamp_(max=slots - 1)  # idle rows run on, but not out
+
+    with cuda.recorded(model, cpu.packed(model, choose)) as (choose_token, run):
         while len(done) < n:
             idle = [row for row, r in enumerate(request) if r < 0]
             if idle and waiting:  # prefill: run whole prompts into the idle rows
@@ -195,14 +210,15 @@ def generate(
                 for row, i in zip(rows, token[rows].tolist()):
                     accept(row, [i])
                 continue  # answers that ended with their first token have freed their rows again
-            if not waiting and len(idle) >= len(request) / 8:
-                # No prompt is left and an eighth of the rows is idle: the last busy rows move into
-                # the gaps, and the batch shrinks.
+            if not waiting and len(idle) >= len(request) * SHRINK_AT[device.type]:
+                # No prompt is left and many rows are idle: the last busy rows move into the gaps,
+                # and the batch shrinks.
                 busy = [row for row, r in enumerate(request) if r >= 0]
                 behind = [row for row in busy if row >= len(busy)]
                 keep = [row if request[row] >= 0 else behind.pop() for row in range(len(busy))]
                 cache.keep(keep)
-                token, position = token[keep], position[keep]
+                token[: len(keep)], position[: len(keep)] = token[keep], position[keep]
+                token, position = token[: len(keep)], position[: len(keep)]
                 request = [request[row] for row in keep]
 
             # Decode one token per row, or several before the host looks at them.
@@ -213,12 +229,9 @@ def generate(
             used = [max(filled[i : i + size]) for i in range(0, len(filled), size)]
             numbers = uniform_numbers(list(range(len(request))), STEPS_PER_LOOK[device.type])
             for ahead, u in enumerate(numbers):
-                upto = [min(filled_slots + ahead, slots) for filled_slots in used]
-                attention = cache.attend_next(position[:, None], upto)
-                hidden = model(token[:, None], positions=position[:, None], attend=attention)
-                token = choose_token(model, hidden[:, 0], temperature, u)
-                position = (position + 1).clamp(max=slots - 1)  # idle rows run on, but not out
-                decoded.append(token)
+                upto = [cuda.slots_read(n + ahead, slots, device) for n in used]
+                run(decode, len(request), upto, u)
+                decoded.append(token.clone())
             for row, ids in enumerate(torch.stack(decoded, dim=1).tolist()):
                 accept(row, ids)
             progress(len(done), sum(map(len, new)))
@@ -230,7 +243,8 @@ def _prefill(model: Transformer, cache: KVCache, rows: list[int], prompts: list)
     tokens, (b, D), which predict the answers' first tokens."""
     last = []
     while rows:
-        n = max(1, PREFILL_TOKENS // max(map(len, prompts)))  # few at a time: small activations
+        # Few at a time: small activations.
+        n = max(1, PREFILL_TOKENS[model.device.type] // max(map(len, prompts)))
         group, here, prompts, rows = prompts[:n], rows[:n], prompts[n:], rows[n:]
         T = max(map(len, group))
         ids = torch.tensor([p + [0] * (T - len(p)) for p in group], device=model.device)  # any pad

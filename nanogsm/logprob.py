@@ -48,7 +48,8 @@ def token_logprobs(
     compare probabilities of two different distributions. Trap: the gradient of a trained vocabulary
     is added to its .grad by backward(); torch.autograd.grad does not see it.
     """
-    where = mask.nonzero(as_tuple=True)  # the n supervised positions
+    # The n supervised positions. With the mask on the host nobody waits for a GPU to find them.
+    where = tuple(i.to(hidden.device, non_blocking=True) for i in mask.nonzero(as_tuple=True))
     found = scores(vocabulary, hidden[where], targets[where], temperature, entropy)  # (n,) each
     zeros = torch.zeros(mask.shape, device=hidden.device)
     logp = zeros.index_put(where, found[0])

@@ -7,6 +7,7 @@ would load, run and compute something else.
 """
 
 import copy
+import functools
 import json
 import math
 from pathlib import Path
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 
 from nanogsm import UserError, lora
 from nanogsm.data import Tokenizer
-from nanogsm.fast import head
+from nanogsm.fast import cuda, head
 from nanogsm.fast.checkpointing import CHECKPOINTING
 from nanogsm.lora import LoRALinear
 from nanogsm.store import files, hub
-from nanogsm.transformer import Config, Transformer
+from nanogsm.transformer import Config, Transformer, attend_causally
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -203,6 +204,9 @@ def use_fast_forms(model: Transformer) -> None:
     """Set the faster forms at transformer.py's seams. A model without them gives the same results
     up to rounding, more slowly and with more memory."""
     model.lookup = head.lookup
+    if model.device.type == "cuda":
+        cuda.prepare(model.device)
+        model.attend_rows = functools.partial(cuda.attend_rows, attend_causally)
 
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from nanogsm import UserError
+from nanogsm.fast import cpu, cuda
 
 MAX_BLOCK = 256  # most entries that share one scale
 MIN_BLOCK = 16  # a row of LoRA's B at rank 16; shorter rows keep float32 moments
+CHUNK = 2**20  # entries that a CPU updates at a time: temporary tensors stay below 50 MB
 MIN_8BIT_SIZE = 4096  # entries; smaller tensors (norms, a value head) keep float32 moments
-CHUNK = 1 << 20  # entries updated at a time, which limits temporary tensors to about 50 MB
 
 
 class AdamW:
@@ -64,12 +65,16 @@ class AdamW:
                 shape = (*p.shape[:-1], p.shape[-1] // block)
                 self.moments[name] += [torch.zeros(shape, device=p.device) for _ in dtypes]
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """Update every parameter w that has a gradient g:
+    def grad_norm(self) -> Tensor:
+        """The norm of all gradients as one long vector, before it is scaled down: a 0-d tensor."""
+        grads = [p.grad for p in self.params.values() if p.grad is not None]
+        none = next(iter(self.params.values())).new_zeros(())  # as in PPO's warm-up of the critic
+        return nn.utils.get_total_norm(grads) if grads else none
 
-            m = beta1 * m + (1 - beta1) * g         w = w - lr * weight_decay * w    (matrices)
-            v = beta2 * v + (1 - beta2) * g**2      w = w - lr * m / c1 / (sqrt(v / c2) + eps)
+    @torch.no_grad()
+    def step(self, norm: Tensor | None = None, max_norm: float = math.inf) -> None:
+        """Update every parameter that has a gradient, by the equations of `update_block`. Gradients
+        whose `norm` exceeds max_norm are scaled down to it: one batch's can be far larger.
 
         Trap: a gradient that is not finite spoils its block's moments for good, so check the
         gradient norm before this."""
@@ -78,35 +83,21 @@ class AdamW:
         # m and v start at 0. c1 = 1 - beta1**t and c2 = 1 - beta2**t correct for that.
         step_size = self.lr / (1 - beta1**self.step_count)
         root_correction = math.sqrt(1 - beta2**self.step_count)
-        # All chunks of a step share their offsets.
-        sizes = [t[0].numel() for t in self.moments.values() if t[0].dtype == torch.int8]
-        device = next(iter(self.params.values())).device
-        offsets = dither(min(CHUNK, max(sizes, default=0)), self.step_count, device)
+        numbers = self.betas, self.eps, step_size, root_correction
+        pieces = []
         for name, p in self.params.items():
             if p.grad is None:
                 continue
             # No decay for vectors: norms and biases set a scale, and decay would only shrink it.
             keep = 1 - self.lr * self.weight_decay if p.dim() >= 2 else 1.0
             tensors = [p.detach(), p.grad.contiguous(), *self.moments[name]]
-            blocks = tensors[-1].numel()  # the number of scales, or of entries if there are none
-            chunk = max(1, CHUNK * blocks // p.numel())  # blocks at a time
-            chunks = zip(*(t.view(blocks, -1).split(chunk) for t in tensors))
-            for weight, g, m_state, v_state, *scales in chunks:  # (chunk, entries of a block)
-                # 32 bits: m and v are the state itself, updated in place. 8 bits: copies, written
-                # back below.
-                w, g, m, v = weight.float(), g.float(), m_state, v_state
-                if scales:
-                    m, v = dequantise(m_state, scales[0]), dequantise(v_state, scales[1]).square_()
-                m.lerp_(g, 1 - beta1)
-                v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-                sqrt_v = v.sqrt()
-                if scales:
-                    offset = offsets[: g.numel()].view_as(g)
-                    m_state[:], scales[0][:] = quantise(m, torch.int8, offset)
-                    v_state[:], scales[1][:] = quantise(sqrt_v, torch.uint8, offset)
-                # This uses m and sqrt(v) from before rounding. What is stored stays uncorrected.
-                sqrt_v.div_(root_correction).add_(self.eps)
-                weight.copy_(w.mul_(keep).addcdiv_(m, sqrt_v, value=-step_size))
+            # One row for each block, or for each entry where there are no scales.
+            pieces.append((keep, [t.view(tensors[-1].numel(), -1) for t in tensors]))
+        # As torch.nn.utils.clip_grad_norm_ has it.
+        shrink = None if norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        # Both call update_block for all pieces: a CPU for CHUNK entries at a time.
+        fast = cuda if cuda.compiles(p.device.type) else cpu
+        fast.update_all(pieces, update_block, dither, CHUNK, shrink, self.step_count, numbers)
 
     def zero_grad(self) -> None:
         """Drop the gradients and free their memory."""
@@ -146,6 +137,31 @@ class AdamW:
         return sum(t.nbytes for tensors in self.moments.values() for t in tensors)
 
 
+def update_block(weight, grad, m_state, v_state, *scales, offset, keep: float, numbers) -> None:
+    """AdamW for blocks of entries (blocks, entries), in place:
+
+        m = beta1 * m + (1 - beta1) * g         w = w - lr * weight_decay * w    (matrices)
+        v = beta2 * v + (1 - beta2) * g**2      w = w - lr * m / c1 / (sqrt(v / c2) + eps)
+
+    keep is 1 - lr * weight_decay. `scales` and `offset`, of `dither`, are there in 8 bits only.
+    """
+    (beta1, beta2), eps, step_size, root_correction = numbers
+    # 32 bits: m and v are the state itself, updated in place. 8 bits: copies, written back below.
+    w, g, m, v = weight.float(), grad.float(), m_state, v_state
+    if scales:
+        m, v = dequantise(m_state, scales[0]), dequantise(v_state, scales[1]).square_()
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    sqrt_v = v.sqrt()
+    if scales:
+        m_state[:], scales[0][:] = quantise(m, torch.int8, offset)
+        v_state[:], scales[1][:] = quantise(sqrt_v, torch.uint8, offset)
+    # This uses m and sqrt(v) from before rounding. What is stored stays uncorrected.
+    sqrt_v.div_(root_correction).add_(eps)
+    change = m.mul_(-step_size) if scales else m * -step_size
+    weight.copy_(w.mul_(keep).addcdiv_(change, sqrt_v))
+
+
 def block_size(shape: tuple[int, ...]) -> int | None:
     """Entries per scale for a tensor of this shape, or None if its moments stay float32.
 
@@ -160,8 +176,9 @@ def block_size(shape: tuple[int, ...]) -> int | None:
     return largest if largest >= MIN_BLOCK else None
 
 
-def dither(n: int, step: int, device: torch.device | None = None) -> Tensor:
-    """(n,) rounding offsets in [0, 1), spread evenly over the entries and, per entry, over steps.
+def dither(entry: Tensor, step: int) -> Tensor:
+    """Rounding offsets in [0, 1) of entries, which are given by number. They are spread evenly over
+    the entries and, per entry, over steps.
 
     Integer arithmetic gives the same offsets on every device and in a continued run, without a
     random state to save. Evenly spread offsets also leave less noise in v than random ones.
@@ -169,9 +186,8 @@ def dither(n: int, step: int, device: torch.device | None = None) -> Tensor:
     # A quiet step changes v by at most about 0.1%, but neighbouring codes are 3% or more apart.
     # Rounded to nearest, v would stick: too large in noise, frozen where gradients vanish. With
     # an offset that differs from step to step, rounding is right on average.
-    i = torch.arange(n, device=device)
     # Roberts' R2 sequence: 2**24 / p and 2**24 / p**2, where p is the plastic number 1.3247.
-    return ((i * 12664745 + step * 9560333) % 2**24).float() / 2**24
+    return ((entry * 12664745 + step * 9560333) % 2**24).float() / 2**24
 
 
 def quantise(x: Tensor, dtype: torch.dtype, offset: Tensor) -> tuple[Tensor, Tensor]:

@@ -72,7 +72,7 @@ def test_prompts_taken_in_by_groups_give_the_same(gemma, monkeypatch):
     """Groups of one to three prompts, ones shorter than the limit and ones beyond it."""
     model, _ = gemma("gemma3")
     at_once = g.generate(model, prompts(), NEVER, 6, 9)
-    monkeypatch.setattr(g, "PREFILL_TOKENS", 16)
+    monkeypatch.setitem(g.PREFILL_TOKENS, "cpu", 16)
     assert g.generate(model, prompts(), NEVER, 6, 9) == at_once
 
 

@@ -157,18 +157,18 @@ def test_zeros_stay_zero_and_sqrt_v_has_a_floor():
 
 
 def test_dither_is_even_over_entries_and_over_steps():
-    steps = torch.stack([dither(256, step) for step in range(1, 301)])
+    steps = torch.stack([dither(torch.arange(256), step) for step in range(1, 301)])
     assert steps.min() >= 0 and steps.max() < 1
     for line in (*steps, *steps.T):
         # Each tenth of [0, 1) gets a tenth of the offsets, within 2% of all. Random ones: 6%.
         counts = torch.histc(line, 10, 0, 1) / line.numel()
         assert (counts - 0.1).abs().max() < 0.02
-    assert torch.equal(dither(1000, 7)[:256], steps[6])
+    assert torch.equal(dither(torch.arange(1000), 7)[:256], steps[6])
 
 
 def test_dithered_rounding_is_right_on_average():
     x = torch.rand(4, 256, generator=torch.Generator().manual_seed(0))
-    offsets = [dither(x.numel(), step).view_as(x) for step in range(200)]
+    offsets = [dither(torch.arange(x.numel()), step).view_as(x) for step in range(200)]
     rounded = [dequantise(*quantise(x, torch.uint8, offset)) for offset in offsets]
     assert (torch.stack(rounded).mean(0) / x - 1).abs().max() < 0.01
 
@@ -293,7 +293,7 @@ def test_v_follows_gradients_that_grow_by_3_percent_or_vanish(factor, steps, mon
     gradients = quiet_then(factor, steps)
     assert moments_after(gradients, (0.9, 0.99)) == pytest.approx(1, abs=0.012)
     # With rounding to nearest v sticks, and this test notices.
-    monkeypatch.setattr(optim, "dither", lambda n, step, device=None: torch.full((n,), 0.5))
+    monkeypatch.setattr(optim, "dither", lambda entry, step: torch.full(entry.shape, 0.5))
     assert abs(moments_after(gradients, (0.9, 0.99)) - 1) > 0.02
 
 

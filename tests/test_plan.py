@@ -1,5 +1,6 @@
 """run/plan.py's estimates of memory against what the same things take when they are made."""
 
+import argparse
 import dataclasses
 
 import pytest
@@ -9,15 +10,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanogsm import logprob
+from nanogsm import data, logprob
 from nanogsm.fast import cpu, head
 from nanogsm.fast.cpu import can_pack, inverse_cdf, packed
 from nanogsm.generate import KVCache, choose
 from nanogsm.lora import add_lora
 from nanogsm.model import compute_in_float32, frozen_copy, load_model, set_checkpointing
 from nanogsm.optim import AdamW
-from nanogsm.run import plan
-from nanogsm.transformer import Vocabulary
+from nanogsm.run import flags as flags_of
+from nanogsm.run import machine, plan
+from nanogsm.store.hub import ModelFiles
+from nanogsm.transformer import Config, Vocabulary
 
 
 def held(tensors) -> int:
@@ -241,3 +244,64 @@ def test_the_packed_weights_of_a_cpu(tiny, bf16, monkeypatch):
     with_them, without = (plan.sampling_bytes(model.config, n, 64, bf16, "cpu") for n in (total, 0))
     # Norms are not packed. The estimate counts them, too.
     assert with_them - without == pytest.approx(want, rel=0.01)
+
+
+# ---------------------------------------------------------------------------- a card's memory
+
+GEMMA_2B = Config(
+    model_type="gemma", vocab_size=256_000, hidden_size=2048, intermediate_size=16_384,
+    num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1, head_dim=256,
+    rms_norm_eps=1e-6, query_pre_attn_scalar=256, layer_types=("full_attention",) * 18,
+    sliding_window=None, rope={"full_attention": (1e4, 1.0)}, attn_logit_softcapping=None,
+    final_logit_softcapping=None, dtype=torch.bfloat16,
+)  # fmt: skip
+LENGTHS = [230 + 40 * (i % 5 - 2) for i in range(100)]  # tokens, about GSM8K's
+
+
+def on_a_card(monkeypatch, gib: float, *flags: str):
+    """The arguments of train_sft.py with gemma-2b on a GPU of that size, as the plan leaves them."""
+    monkeypatch.setattr(machine, "pick_compute", lambda device, precision: ("cuda", "bf16"))
+    monkeypatch.setattr(machine, "free_memory", lambda device: gib * 2**30)
+    args = flags_of.sft_args(["--model", "x", *flags])
+    args.lora_r, args.lora_alpha = 16, 32.0
+    examples = [data.Example([1] * n, [1] * n, i) for i, n in enumerate(LENGTHS)]
+    plan.settle_sft(args, ModelFiles(None, None, "x"), GEMMA_2B, examples, [], 1)
+    assert args.micro_batch * args.accumulation == 16 and not hasattr(args, "open")
+    return args.micro_batch, args.checkpointing
+
+
+def test_a_card_gets_the_fastest_split_that_fits(monkeypatch, capsys):
+    """The product, which is what counts for the result, stays 16."""
+    assert on_a_card(monkeypatch, 80) == (16, "none")
+    assert "80 GiB free; checkpointing none" in capsys.readouterr().out
+    smaller = [on_a_card(monkeypatch, gib) for gib in (56, 48, 44, 40)]
+    kinds = [kind for _, kind in smaller]
+    assert kinds == sorted(kinds, key=("none", "light", "full").index)  # less and less is kept
+    assert on_a_card(monkeypatch, 32, "--lora") == (16, "none")
+    assert on_a_card(monkeypatch, 12, "--lora")[1] != "none"
+    capsys.readouterr()
+    assert on_a_card(monkeypatch, 8) == (1, "full")
+    assert "8 GiB free, which may be too little" in capsys.readouterr().out
+
+
+def test_what_the_command_line_says_is_kept(monkeypatch):
+    assert on_a_card(monkeypatch, 80, "--checkpointing", "full") == (16, "full")
+    assert on_a_card(monkeypatch, 80, "--micro-batch", "2", "--accumulation", "8") == (2, "none")
+    assert on_a_card(monkeypatch, 80, "--accumulation", "2") == (8, "none")
+
+
+def test_the_rollout_batch_is_what_fits_beside_the_weights():
+    def budget() -> dict:
+        return {"weights": 10, "activations": args.micro_batch, "cache": args.rollout_batch / 10}
+
+    base = {"tiny": False, "micro_batch": 2, "accumulation": 8, "rollout_batch": 64}
+    for free, want in ((100, 512), (50, 256), (20, 32)):
+        args = argparse.Namespace(**base, checkpointing="light", open=["rollout_batch"])
+        plan.fit_card(args, budget, free)
+        assert (args.rollout_batch, args.micro_batch, args.accumulation) == (want, 2, 8)
+
+
+def test_without_a_gpu_nothing_is_chosen(monkeypatch):
+    args = argparse.Namespace(tiny=False, micro_batch=8, accumulation=2, open=["micro_batch"])
+    assert plan.fit_card(args, dict, None) == "" and (args.micro_batch, args.accumulation) == (8, 2)
+    assert machine.free_memory("cpu") is None

@@ -94,7 +94,7 @@ def test_the_cut_into_micro_batches_changes_neither_loss_nor_gradient(gemma):
     results = []
     for micro_batch in (1, 3, 8):
         model, tokenizer = gemma("gemma3", torch.float64)
-        loss = train_sft.backward_step(model, examples, micro_batch, tokenizer.pad_id, PLAIN)
+        loss = train_sft.backward_step(model, examples, micro_batch, tokenizer.pad_id, PLAIN).item()
         results.append((loss, {n: p.grad for n, p in model.named_parameters()}))
     for loss, grads in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-6)

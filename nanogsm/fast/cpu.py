@@ -1,5 +1,5 @@
-"""Faster sampling on a CPU: weights packed once, and logits made one block of the vocabulary at a
-time. Torch only.
+"""What runs in another way on a CPU. Sampling: weights are packed once, and logits made one block
+of the vocabulary at a time. AdamW: a part of a tensor at a time. Torch only.
 
 A CPU's matrix kernels (oneDNN) read a weight in blocks. Every product first brings the weight into
 that order, and with few rows this takes longer than multiplying. `packed` does it once. For 32 rows
@@ -117,3 +117,23 @@ def _passes(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     at = torch.searchsorted(cdf, wanted, right=True).clamp(max=weights.shape[-1] - 1)
     into = 1 - (cdf.gather(-1, at) - wanted) / weights.double().gather(-1, at)
     return at[:, 0], into[:, 0].clamp(0, 1 - torch.finfo(cdf.dtype).eps)
+
+
+def update_all(
+    pieces: list, update: Callable, dither: Callable, chunk: int, shrink: Tensor | None, step: int,
+    numbers: tuple,
+) -> None:  # fmt: skip
+    """optim.AdamW.step for all its tensors, `chunk` entries at a time. pieces: (keep, [weight,
+    grad, m, v, scales...]), tensors (blocks, entries). Gradients are multiplied by `shrink` first.
+    """
+    if shrink is not None:
+        torch._foreach_mul_([tensors[1] for _, tensors in pieces], shrink)
+    # All chunks of a step share their offsets.
+    sizes = [tensors[0].numel() for _, tensors in pieces if len(tensors) > 4]
+    entry = torch.arange(min(chunk, max(sizes, default=0)), device=pieces[0][1][0].device)
+    offsets = dither(entry, step)
+    for keep, tensors in pieces:
+        blocks = max(1, chunk // tensors[0].shape[1])
+        for weight, *rest in zip(*(t.split(blocks) for t in tensors)):
+            offset = offsets[: weight.numel()].view_as(weight) if len(rest) > 3 else None
+            update(weight, *rest, offset=offset, keep=keep, numbers=numbers)

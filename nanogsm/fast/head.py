@@ -154,13 +154,13 @@ class _Scores(torch.autograd.Function):
                 running_max = new_max
                 terms = _terms(logits, running_max, is_here, at, entropy)
                 for k, term in enumerate(terms):
-                    sums[k] += term.sum(0)
+                    sums[k].add_(term.sum(0))  # sums[k] += ... would also copy sums[k] onto itself
                 if not (wants_hidden or wants_weight):
                     continue
                 terms = _for_gradient(terms, slope, low.dtype)
                 if wants_hidden:
                     for k, term in enumerate(terms):
-                        row_sums[k] += term.T @ w
+                        row_sums[k].add_(term.T @ w)
                 left_to_keep -= sum(term.numel() for term in terms)
                 if wants_weight and left_to_keep >= 0:
                     kept_max.append(running_max)
@@ -241,7 +241,7 @@ def _add_weight_gradient(
                 by_exp = (grads[1] * (mean - d) - grads[0]) * scale * terms[0]
                 left = (by_exp - grads[1] * scale * terms[1]).to(low.dtype)
                 right = low
-            grad[start : start + block] += left @ right  # (block, n) (n, D)
+            grad[start : start + block].add_(left @ right)  # (block, n) (n, D)
         by_target = sum(g * slope for g, slope in zip(grads, target_slopes)) / temperature
         add_rows(grad, targets, by_target[:, None] * low)
 
@@ -289,5 +289,5 @@ def _rescale(sums: Tensor, row_sums: Tensor | None, d: Tensor) -> None:
     for totals, by in ((sums, d), (row_sums, d[:, None])):
         if totals is not None:
             if len(totals) == 2:
-                totals[1] += by * totals[0]
+                totals[1].add_(by * totals[0])
             totals *= by.exp()

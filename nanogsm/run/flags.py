@@ -72,6 +72,10 @@ PPO_TINY = {
 }  # fmt: skip
 
 
+# How a step is split. It changes time and memory, and the result only by rounding.
+SPLIT = ("micro_batch", "accumulation", "rollout_batch", "checkpointing")
+
+
 def recipe(settings: tuple[Setting, ...], name: str, changes: dict | None = None) -> dict:
     """{flag: value} of a recipe, with some values changed (those for --tiny)."""
     return {s.name: getattr(s, name) for s in settings} | (changes or {}).get(name, {})
@@ -99,7 +103,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, argv=None, namespace=None):
         args, unknown = super().parse_known_args(argv, namespace)
         for action in self._actions:  # `--out $RUN`, where RUN was never set, is not the default
-            if getattr(args, action.dest, None) == "" and action.option_strings:
+            if getattr(args, action.dest, None) == "" != action.default and action.option_strings:
                 self.error(f"{action.option_strings[0]} is empty")
         return args, unknown
 
@@ -199,7 +203,9 @@ def _shown(value: object) -> str:
 
 
 def fill_in(args: argparse.Namespace, script: str, settings: tuple, changes: dict) -> None:
-    """Give a value to what the command line left open, from the recipe and the machine."""
+    """Give a value to what the command line left open, from the recipe and the machine. args.open
+    names what the plan may still choose on a GPU (plan.fit_card)."""
+    args.open = [name for name in SPLIT if getattr(args, name, 1) is None]
     for name, value in recipe(settings, args.recipe, changes if args.tiny else None).items():
         if getattr(args, name) is None:
             setattr(args, name, value[args.lora] if isinstance(value, tuple) else value)

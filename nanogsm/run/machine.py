@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from nanogsm import UserError
+from nanogsm.fast import cuda
 
 
 def pick_compute(device: str, precision: str) -> tuple[str, str]:
@@ -29,6 +30,7 @@ def pick_compute(device: str, precision: str) -> tuple[str, str]:
     if not here.get(kind) or (number and not (number.isdigit() and int(number) < cards)):
         have = ", ".join(name for name, present in here.items() if present)
         raise UserError(f"--device {device}: this machine has only {have}")
+    cuda.prepare(device)
     if precision == "auto":
         precision = "bf16" if _has_bf16(device) else "fp32"
     return device, precision
@@ -47,6 +49,11 @@ def autocast_of(device: str, precision: str) -> Callable:
     """`with autocast():` as a run uses it: matrix products in bfloat16 if precision is "bf16"."""
     kind = torch.device(device).type  # "cuda:1" is a device, "cuda" a kind of device
     return lambda: torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16")
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that are free on a GPU; None for other devices, where memory can be swapped."""
+    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else None
 
 
 def peak_memory(device: torch.device | str) -> int:

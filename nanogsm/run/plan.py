@@ -5,7 +5,7 @@ process itself take.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from nanogsm.fast.cpu import VOCABULARY_BLOCK
 from nanogsm.fast.head import KEPT_EXPONENTIALS, block_rows
 from nanogsm.model import load_adapter, read_config
 from nanogsm.optim import block_size
-from nanogsm.run import past
+from nanogsm.run import machine, past
 from nanogsm.transformer import Config, Transformer
 
 # ------------------------------------------------------------------------------------- the memory
@@ -99,8 +99,52 @@ def print_budget(budget: dict[str, float]) -> None:
     total = sum(budget.values())
     scale, unit = (2**30, "GiB") if total >= 2**30 else (2**20, "MiB")
     for name, size in (budget | {"in all": total}).items():
-        note = ", an estimate, as if all were held at once" * (name == "in all")
-        print(f"  {name:<12} {size / scale:7.2f} {unit}{note}")
+        if size:
+            note = ", an estimate" * (name == "in all")
+            print(f"  {name:<12} {size / scale:7.2f} {unit}{note}")
+
+
+# ------------------------------------------------------------------------------- a card's memory
+
+RESERVED = 1.3  # PyTorch holds more than it uses, because tensors of changing sizes leave gaps
+UPDATING = ("gradients", "activations", "vocabulary")  # what is not there while answers are sampled
+SAMPLING = ("cache", "sampling")  # what is not there while the weights are updated
+MOST_AT_ONCE = 16  # rows of a micro-batch; more give a large GPU nothing
+
+
+def fit_card(args, budget: Callable[[], dict[str, float]], free: int | None) -> str:
+    """Choose what the command line left open for a GPU with `free` bytes: the fastest split of a
+    step that fits. Returns what the plan says about it; "" without a GPU.
+
+    Recomputing is slow, so it is the last resort: first micro-batches become smaller. The product
+    micro_batch x accumulation stays as it is. budget() is the memory with args as they are.
+    """
+    choices = vars(args).pop("open")
+    if free is None or args.tiny:
+        return ""
+
+    def fits(leave_out: tuple[str, ...]) -> bool:
+        need = sum(size for name, size in budget().items() if name not in leave_out)
+        return RESERVED * need <= free
+
+    size = args.micro_batch * args.accumulation
+    micro_batches = [args.micro_batch]
+    if {"micro_batch", "accumulation"} <= set(choices):
+        divisors = [n for n in range(MOST_AT_ONCE, 0, -1) if size % n == 0]
+        micro_batches = [n for n in divisors if n >= 4] or divisors
+    kinds = ["none", "light", "full"] if "checkpointing" in choices else [args.checkpointing]
+    splits = [(n, kind) for kind in kinds for n in micro_batches]
+    splits += [(n, kinds[-1]) for n in (2, 1) if len(micro_batches) > 1 and size % n == 0]
+    for args.micro_batch, args.checkpointing in splits:
+        args.accumulation = size // args.micro_batch
+        if fits(SAMPLING):
+            break
+    if "rollout_batch" in choices:
+        for args.rollout_batch in (512, 256, 128, 64, 32):
+            if fits(UPDATING):
+                break
+    tight = "" if fits(SAMPLING) and fits(UPDATING) else ", which may be too little"
+    return f", {free / 2**30:.0f} GiB free{tight}; checkpointing {args.checkpointing}"
 
 
 # -------------------------------------------------------------------------------------- the plans
@@ -133,12 +177,32 @@ def _held_out(problems: list) -> str:
     return f"{len(problems)} held out" if problems else "0 held out, so no validation"
 
 
-def print_sft(args, found, config: Config, examples: list, held_out: list, steps: int) -> None:
-    """The plan of train_sft.py; with --dry-run also its memory."""
+def settle_sft(args, found, config: Config, examples: list, held_out: list, steps: int) -> None:
+    """Choose what is open on a GPU and print the plan of train_sft.py; with --dry-run also its
+    memory."""
     everything, adapters = _shapes(config, args, found.adapter)
     shapes = adapters if args.lora else everything
     total, trained = _size(everything) + _size(adapters), _size(shapes)
     lengths = [len(example.ids) for example in examples]
+
+    def budget() -> dict[str, float]:
+        bf16 = args.precision == "bf16"
+        tokens = sum(sorted(lengths)[-args.micro_batch :])  # the longest micro-batch
+        activations = activation_bytes(config, tokens, args.lora, bf16, args.checkpointing)
+        # With one micro-batch, activations go as gradients come. (The embedding's gradient, which
+        # is the output projection's, comes first.) With several, earlier gradients are there.
+        later = 4 * (trained - config.vocab_size * config.hidden_size) * (not args.lora)
+        overlap = min(activations, later) if args.accumulation == 1 else 0
+        return {
+            "weights": model_bytes(config, total, trained, bf16),
+            "gradients": 4 * trained,
+            "optimizer": moments_bytes(shapes, args.optim),
+            "activations": activations,
+            "vocabulary": head_bytes(config, tokens, args.device, not args.lora, bf16),
+            "not at once": -overlap,
+        }
+
+    fitted = fit_card(args, budget, machine.free_memory(args.device))
     supervised = data.supervised_tokens(examples)
     kind = config.model_type
     _say("model", f"{args.model} ({kind}), {total:,} parameters, {trained:,} trained")
@@ -150,28 +214,22 @@ def print_sft(args, found, config: Config, examples: list, held_out: list, steps
     _say("steps", f"{steps:,} of {args.micro_batch} x {args.accumulation} examples, "
          f"{args.epochs} epoch{'s' * (args.epochs > 1)}; lr {args.lr:g} to {args.min_lr:g}, "
          f"warm-up {args.warmup:g} ({args.recipe} recipe); {args.optim}")  # fmt: skip
-    _say("compute", f"{args.device}, {args.precision}")
+    _say("compute", f"{args.device}, {args.precision}{fitted}")
     if args.dry_run:
-        bf16 = args.precision == "bf16"
-        tokens = sum(sorted(lengths)[-args.micro_batch :])  # the longest micro-batch
-        how = args.lora, bf16, args.checkpointing
-        print_budget({
-            "weights": model_bytes(config, total, trained, bf16),
-            "gradients": 4 * trained,
-            "optimizer": moments_bytes(shapes, args.optim),
-            "activations": activation_bytes(config, tokens, *how),
-            "vocabulary": head_bytes(config, tokens, args.device, not args.lora, bf16),
-        })  # fmt: skip
+        print_budget(budget())
 
 
-def print_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list) -> None:
-    """The plan of train_ppo.py; with --dry-run also its memory."""
+def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list) -> None:
+    """Choose what is open on a GPU and print the plan of train_ppo.py; with --dry-run also its
+    memory."""
     config, tokenizer = read_config(found.base), data.Tokenizer(found.base)
     everything, adapters = _shapes(config, args)
     policy = adapters if args.lora else everything
     critic = adapters * (args.critic == "separate") + [(1, config.hidden_size), (1,)]
     prompts = [data.encode(tokenizer, prompt, p.question)[0] for p in problems]
     longest = max(map(len, prompts)) + args.max_new_tokens
+    budget = lambda: ppo_budget(args, config, everything, policy, critic, longest)  # noqa: E731
+    fitted = fit_card(args, budget, machine.free_memory(args.device))
     size = min(args.rollouts, args.micro_batch * args.accumulation)
     updates, rest = math.ceil(args.rollouts / size), args.rollouts % size
     last = f" (the last: {rest})" if rest else ""
@@ -193,9 +251,9 @@ def print_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list) 
     if args.critic_warmup:
         whole = ": the policy will not change" * (args.critic_warmup >= args.steps)
         _say("warm-up", f"the first {args.critic_warmup} steps train the critic alone{whole}")
-    _say("compute", f"{args.device}, {args.precision}")
+    _say("compute", f"{args.device}, {args.precision}{fitted}")
     if args.dry_run:
-        print_budget(ppo_budget(args, config, everything, policy, critic, longest))
+        print_budget(budget())
 
 
 def ppo_budget(args, config: Config, everything, policy, critic, longest: int) -> dict[str, float]:
