@@ -96,7 +96,7 @@ class AdamW:
         # As torch.nn.utils.clip_grad_norm_ has it.
         shrink = None if norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
         # Both call update_block for all pieces: a CPU for CHUNK entries at a time.
-        fast = cuda if cuda.compiles(p.device.type) else cpu
+        fast = cuda if cuda.compiles(pieces) else cpu
         fast.update_all(pieces, update_block, dither, CHUNK, shrink, self.step_count, numbers)
 
     def zero_grad(self) -> None:

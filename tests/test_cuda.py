@@ -168,7 +168,7 @@ def test_the_compiled_update_is_the_plain_one(bits, monkeypatch):
         norm = plain.grad_norm()
         plain.step(norm, 100.0)
         with monkeypatch.context() as patch:
-            patch.setattr(cuda, "compiles", lambda kind: True)
+            patch.setattr(cuda, "compiles", lambda pieces: True)
             fast.step(norm, 100.0)
         for name, p in plain.params.items():
             moved = (p - before[name]).abs().max()
@@ -196,13 +196,25 @@ def test_the_gradient_is_scaled_down_as_by_clip_grad_norm():
             assert torch.equal(p, q)
 
 
-def test_without_a_compiler_the_plain_update_runs(monkeypatch, capsys):
+class OnGPU:
+    is_cuda = True
+
+    def __init__(self, count):
+        self.numel = lambda: count
+
+
+def test_it_compiles_what_is_worth_it_where_it_can(monkeypatch, capsys):
+    large, small = [(1.0, [OnGPU(2**22)])], [(1.0, [OnGPU(2**20)]), (1.0, [OnGPU(2**20)])]
+    monkeypatch.setattr(cuda, "has_compiler", lambda: True)
+    assert cuda.compiles(large) and not cuda.compiles(small) and not cuda.compiles([])
+    assert not cuda.compiles([(1.0, [torch.empty(2**22)])])  # on a CPU
+    monkeypatch.undo()
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
-    cuda.compiles.cache_clear()
-    assert cuda.compiles("cuda") is False and cuda.compiles("cpu") is False
-    assert capsys.readouterr().out.startswith("note: there is no C compiler here, so AdamW is")
-    cuda.compiles.cache_clear()
+    cuda.has_compiler.cache_clear()
+    assert not cuda.compiles(large) and not cuda.compiles(large)
+    assert capsys.readouterr().out.count("note: there is no C compiler here, so AdamW is") == 1
+    cuda.has_compiler.cache_clear()
 
 
 # ------------------------------------------------------------------------------- the process
@@ -218,6 +230,8 @@ def test_prepare_sets_the_process_up_for_a_gpu(monkeypatch):
         torch.backends.cuda.enable_cudnn_sdp(True)
         cuda.prepare("cpu")
         assert not devices and torch.backends.cuda.cudnn_sdp_enabled()
+        cuda.prepare("cuda")  # torch.cuda.set_device refuses a device without a number
+        assert not devices
         cuda.prepare("cuda:1")
         assert devices == ["cuda:1"] and not torch.backends.cuda.cudnn_sdp_enabled()
         assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"

@@ -196,7 +196,7 @@ MOST_TOKENS = {
     "the house": 49_000,
     "adapters of the Hub, revisions, --base, adapters trained further": 650,
     "the reason why a checkpoint of another tool is refused": 300,
-    "fast/cuda.py: one launch for many, and what fits a card": 3100,
+    "fast/cuda.py: one launch for many, and what fits a card": 3200,
 }
 
 

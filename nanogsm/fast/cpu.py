@@ -126,6 +126,8 @@ def update_all(
     """optim.AdamW.step for all its tensors, `chunk` entries at a time. pieces: (keep, [weight,
     grad, m, v, scales...]), tensors (blocks, entries). Gradients are multiplied by `shrink` first.
     """
+    if not pieces:
+        return
     if shrink is not None:
         torch._foreach_mul_([tensors[1] for _, tensors in pieces], shrink)
     # All chunks of a step share their offsets.

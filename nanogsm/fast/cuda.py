@@ -31,10 +31,13 @@ def prepare(device: str | torch.device) -> None:
     # cuDNN's attention is PyTorch's first choice on an H100. Its gradients at a head_dim of 256 are
     # reported as wrong, and it plans anew for every shape, which takes up to a second.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.cuda.set_device(device)
+    if torch.device(device).index is not None:  # streams and graphs go to the current device
+        torch.cuda.set_device(device)
 
 
 # ------------------------------------------------------------------------------ AdamW in one kernel
+
+WORTH_COMPILING = 2**22  # entries; the embedded model has fewer, LoRA on gemma-2b has more
 
 
 def update_all(
@@ -91,12 +94,17 @@ def _compiled(update: Callable, dither: Callable) -> Callable:
     return torch.compile(kernel)
 
 
-@functools.cache
-def compiles(kind: str) -> bool:
-    """Whether to compile for a kind of device: on a GPU, if PyTorch's compiler has what it needs,
-    which is Triton and, for Triton's launchers, a C compiler."""
-    if kind != "cuda":
+def compiles(pieces: list) -> bool:
+    """Whether update_all is for these: on a GPU, with enough entries to pay for ten seconds of
+    compilation, where the compiler can work."""
+    if not pieces or not pieces[0][1][0].is_cuda:
         return False
+    return sum(tensors[0].numel() for _, tensors in pieces) >= WORTH_COMPILING and has_compiler()
+
+
+@functools.cache
+def has_compiler() -> bool:
+    """Whether PyTorch's compiler has what it needs: Triton and, for its launchers, a C compiler."""
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     import torch._dynamo  # takes seconds
     from torch.utils._triton import has_triton
