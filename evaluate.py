@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from nanogsm import UserError, data, generate
+from nanogsm import UserError, data, distributed, generate
 from nanogsm.model import load_model
 from nanogsm.report.compare import compare
 from nanogsm.report.eval_files import check_place, place_of
@@ -116,6 +116,8 @@ def evaluate(args: argparse.Namespace) -> int:
             args.samples, args.seed,
             progress=lambda done, tokens: line.update(done, tokens_per_s=rate(tokens)),
         )  # fmt: skip
+    if distributed.RANK:
+        return 0  # rank 0 has all answers, too
     seconds = time.perf_counter() - began
     settings = "model data data_sha256 split samples temperature batch_size seed precision".split()
     summary = summarise(rows, args.samples) | {key: getattr(args, key) for key in settings}

@@ -27,6 +27,7 @@ token t + 1, made by hidden state t, which has seen tokens 0 to t:
     reward[t]                  minus KL at each action; the answer's score at the last, column 5
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -34,7 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nanogsm import data, generate, lora
+from nanogsm import data, distributed, generate, lora
 from nanogsm.logprob import next_token_logprobs
 from nanogsm.model import frozen_copy, load_model, save_trained, set_checkpointing, twin
 from nanogsm.optim import AdamW
@@ -43,7 +44,6 @@ from nanogsm.run.flags import ppo_args as parse_args
 from nanogsm.run.health import health
 from nanogsm.run.loop import Run, check_finite
 from nanogsm.run.machine import autocast_of
-from nanogsm.store import files
 from nanogsm.transformer import Transformer
 
 # ------------------------------------------------------------------------------------- the reward
@@ -300,9 +300,8 @@ def micro_batches_of(n: int, micro_batch: int, accumulation: int) -> list[list[s
     updates, size = [], micro_batch * accumulation
     for first in range(0, n, size):
         end = min(first + size, n)
-        updates.append(
-            [slice(i, min(i + micro_batch, end)) for i in range(first, end, micro_batch)]
-        )
+        width = min(micro_batch, distributed.largest_share(end - first))  # something for each
+        updates.append([slice(i, min(i + width, end)) for i in range(first, end, width)])
     return updates
 
 
@@ -317,7 +316,8 @@ def score(setup: Setup, answers: list[dict]) -> Rollout:
     batch = data.collate(examples, setup.tokenizer.pad_id, models.actor.device)
     mask = batch.mask[:, 1:].to(batch.ids.device)  # column t is about token t + 1
     logp, ref_logp, entropy, values = torch.zeros(4, *mask.shape, device=mask.device)
-    for rows in sum(micro_batches_of(len(answers), args.micro_batch, args.accumulation), []):
+    updates = micro_batches_of(len(answers), args.micro_batch, args.accumulation)
+    for rows in itertools.chain.from_iterable(map(distributed.deal, updates)):
         ids, token_mask, lengths = (x[rows] for x in batch)
         with setup.autocast():
             hidden = models.actor(ids, lengths)  # (b, T, D)
@@ -331,6 +331,7 @@ def score(setup: Setup, answers: list[dict]) -> Rollout:
             if models.critic is not models.actor:
                 hidden = models.critic(ids, lengths)
         values[rows] = torch.where(mask[rows], models.value(hidden[:, :-1]), 0.0)
+    distributed.add_up(logp, ref_logp, entropy, values)  # others' rows are 0 here
     scores = torch.tensor([answer["score"] for answer in answers], device=mask.device)
     indices = [example.index for example in examples]
     return Rollout(batch, mask, logp, ref_logp, entropy, values, scores, indices)
@@ -363,11 +364,14 @@ def rollout_metrics(answers: list[dict], rollout: Rollout, rewards, returns, arg
 # ------------------------------------------------------------------------------------- the update
 
 
+SHARES = ("policy_loss", "value_loss", "clipped", "value_clipped", "approx_kl")
+
+
 def backward_micro(
     setup: Setup, rollout: Rollout, advantages, returns, rows: slice, count: Tensor, warming: bool
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Add to .grad what the micro-batch `rows` contributes to an update of `count` actions. Returns
-    its share of the update's metrics, and the largest |ratio - 1|."""
+    its share of the update's metrics, in the order of SHARES, and the largest |ratio - 1|."""
     args, models = setup.args, setup.models
     ids, token_mask, lengths = (x[rows] for x in rollout.batch)
     mask, old_logp = rollout.mask[rows], rollout.logp[rows]
@@ -390,14 +394,9 @@ def backward_micro(
         loss = loss - args.entropy_coef * mean(entropy)
     loss.backward()
     with torch.no_grad():
-        shares = {
-            "policy_loss": mean(p_loss),
-            "value_loss": mean(v_loss),
-            "clipped": mean(p_clipped.float()),
-            "value_clipped": mean(v_clipped.float()),
-            "approx_kl": mean(kl_estimates(old_logp, logp)[1]),  # k3 from the policy that sampled
-        }
-        return shares, torch.where(mask, torch.expm1(logp - old_logp), 0.0).abs().max()
+        k3 = kl_estimates(old_logp, logp)[1]  # from the policy that sampled
+        shares = [mean(x.float()) for x in (p_loss, v_loss, p_clipped, v_clipped, k3)]
+        return torch.stack(shares), torch.where(mask, torch.expm1(logp - old_logp), 0.0).abs().max()
 
 
 def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, step: int) -> dict:
@@ -409,21 +408,24 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
     size = lambda p: (p.numel() <= 2**22, p.numel())  # noqa: E731
     probe = max(setup.models.policy_weights().values(), key=size)
     before = probe.detach().clone()
-    sums, norms, first_ratio_error = {}, [], None
+    device = rollout.mask.device
+    sums, norms, first_ratio_error = torch.zeros(len(SHARES), device=device), [], None
     for epoch in range(args.epochs):
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 1009 + epoch)
         for i in torch.randperm(len(updates), generator=generator).tolist():
             # Only the order of updates is drawn. Which answers share a micro-batch stays as scored.
             # Means are over all actions of the update.
             count = sum(rollout.mask[rows].sum() for rows in updates[i])
-            shares, ratio_errors = zip(*[
-                backward_micro(setup, rollout, advantages, returns, rows, count, warming)
-                for rows in updates[i]
-            ])  # fmt: skip
-            for name in shares[0]:
-                sums[name] = sums.get(name, 0.0) + sum(share[name] for share in shares)
+            shares, error = torch.zeros_like(sums), torch.zeros((), device=device)
+            for rows in distributed.deal(updates[i]):
+                found = backward_micro(setup, rollout, advantages, returns, rows, count, warming)
+                shares, error = shares + found[0], torch.maximum(error, found[1])
+            distributed.add_up(shares)
+            sums += shares
             if first_ratio_error is None:  # no weight has changed yet, so every ratio must be 1
-                first_ratio_error = torch.stack(ratio_errors).max().item()
+                first_ratio_error = distributed.largest(error).item()
+            for optimizer in optimizers[warming:]:
+                distributed.add_up_gradients(optimizer.params.values())
             both = torch.stack([optimizer.grad_norm() for optimizer in optimizers])
             norm, value_norm = both.tolist()  # in an update the host waits for the GPU only here
             answered = rollout.indices[updates[i][0].start : updates[i][-1].stop]
@@ -436,7 +438,7 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
             for optimizer in optimizers:
                 optimizer.zero_grad()
     n = len(norms)
-    return {name: (total / n).item() for name, total in sums.items()} | {
+    return dict(zip(SHARES, (sums / n).tolist())) | {
         "grad_norm": sum(norm for norm, _ in norms) / n,  # before it was scaled down
         "value_grad_norm": sum(norm for _, norm in norms) / n,
         "updates": n,
@@ -487,8 +489,7 @@ def train(args, folder, found, prompt, train_problems, held_out) -> int:
 
         save_trained(actor, tokenizer, folder.path, found.name)
         value_weights = {n: p.detach() for n, p in setup.models.value_weights().items()}
-        value_file = folder.path / "value_head.safetensors"
-        files.replace_file(value_file, files.safetensors_bytes(value_weights))
+        folder.write("value_head.safetensors", value_weights)
         if run.validation_due():  # after saving: what is trained is safe
             validate()
         keep = ("reward", "kl_sequence", "explained_variance", "response_tokens")

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from nanogsm import UserError, data, generate, lora
+from nanogsm import UserError, data, distributed, generate, lora
 from nanogsm.logprob import next_token_logprobs
 from nanogsm.model import (
     compute_in_float32,
@@ -67,6 +67,7 @@ def backward_step(
         share = -answer_logprobs(model, rows, pad_id, autocast).sum() / supervised
         share.backward()  # the gradients of the shares add up in .grad
         loss += share.detach()
+    distributed.add_up(loss)
     return loss
 
 
@@ -74,10 +75,11 @@ def backward_step(
 def mean_loss(model: Transformer, examples: list, micro_batch: int, pad_id: int, autocast) -> float:
     """The same loss over examples, without gradients; NaN if there are none."""
     supervised = data.supervised_tokens(examples)
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64)
     for rows in data.micro_batches(examples, micro_batch):
         total -= answer_logprobs(model, rows, pad_id, autocast).sum().item()
-    return total / supervised if examples else math.nan
+    distributed.add_up(total)
+    return total.item() / supervised if examples else math.nan
 
 
 # ---------------------------------------------------------------------------------------- the run
@@ -136,6 +138,7 @@ def train(args, folder, found, prompt, examples, steps: int, held_out, held_out_
             batch = examples_of_step(examples, step, size, args.seed)
             optimizer.lr = cosine_with_min_lr(step, steps, args.lr, args.min_lr, warmup)
             loss = backward_step(model, batch, args.micro_batch, tokenizer.pad_id, autocast)
+            distributed.add_up_gradients(optimizer.params.values())
             gradient_norm = optimizer.grad_norm()
             # In a whole step the host waits for the GPU only here.
             loss, norm = torch.stack((loss, gradient_norm)).tolist()

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import tokenizers
 import torch
 
-from nanogsm import UserError
+from nanogsm import UserError, distributed
 from nanogsm.store import files, hub
 from nanogsm.tiny import problems as tiny_problems
 
@@ -143,9 +143,10 @@ def supervised_tokens(examples: list[Example]) -> int:
 
 
 def micro_batches(rows: list, size: int) -> list[list]:
-    """A step's rows in the order drawn, `size` at a time."""
+    """A step's rows in the order drawn, `size` at a time; on many devices this one's share."""
     # The size changes only rounding: the loss is divided by the whole step's supervised tokens.
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+    size = min(size, distributed.largest_share(len(rows))) or 1
+    return distributed.deal([rows[i : i + size] for i in range(0, len(rows), size)])
 
 
 def permutation(n: int, seed: int, epoch: int) -> list[int]:

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanogsm import data
+from nanogsm import data, distributed
 from nanogsm.data import Problem, Prompt, Tokenizer
 from nanogsm.fast import cpu, cuda
 from nanogsm.transformer import Config, Transformer, attend_causally, causal_mask, softmax_attention
@@ -146,10 +146,12 @@ def generate(
 
     A row ends at a stop id, at max_new_tokens, or where is_over(its new ids) says so, which does
     not count as truncated. progress(finished requests, tokens so far) is called on the way; what it
-    raises ends the sampling.
+    raises ends the sampling. On many devices each completes a share, and all get everything.
     """
     device, n = model.device, len(prompts)
-    batch = min(batch_size, n)
+    # Longest first, so that prompts of similar length go through the model together.
+    mine = distributed.deal(sorted(range(n), key=lambda i: -len(prompts[i])))
+    batch = min(batch_size, len(mine))
     slots = max(map(len, prompts), default=0) + max_new_tokens
     cache = KVCache(model.config, batch, slots, model.product_dtype, device)
     if temperature:
@@ -158,8 +160,7 @@ def generate(
         uniform = torch.rand(n, max_new_tokens, generator=torch.Generator().manual_seed(seed))
         uniform = uniform.to(device)
 
-    # Longest first, so that prompts of similar length go through the model together.
-    waiting = deque(sorted(range(n), key=lambda i: -len(prompts[i])))
+    waiting = deque(mine)
     request = [-1] * batch  # which prompt each row is working on; -1: idle
     token = torch.zeros(batch, dtype=torch.long, device=device)  # the newest, not yet in the cache
     position = torch.zeros(batch, dtype=torch.long, device=device)  # the slot it will go to
@@ -196,7 +197,7 @@ def generate(
         position.add_(1).clamp_(max=slots - 1)  # idle rows run on, but not out
 
     with cuda.recorded(model, cpu.packed(model, choose)) as (choose_token, run):
-        while len(done) < n:
+        while len(done) < len(mine):
             idle = [row for row, r in enumerate(request) if r < 0]
             if idle and waiting:  # prefill: run whole prompts into the idle rows
                 rows = idle[: len(waiting)]
@@ -235,7 +236,8 @@ def generate(
             for row, ids in enumerate(torch.stack(decoded, dim=1).tolist()):
                 accept(row, ids)
             progress(len(done), sum(map(len, new)))
-    return [done[i] for i in range(n)]
+    done = {r: c for share in distributed.gathered([*done.items()]) for r, c in share}
+    return [Completion(*done[r]) for r in range(n)]
 
 
 def _prefill(model: Transformer, cache: KVCache, rows: list[int], prompts: list) -> Tensor:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nanogsm import UserError, lora
+from nanogsm import UserError, distributed, lora
 from nanogsm.data import Tokenizer
 from nanogsm.fast import cuda, head
 from nanogsm.fast.checkpointing import CHECKPOINTING
@@ -271,6 +271,8 @@ def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path | str) -> 
     adapters: merge them first."""
     if lora.adapters(model):
         raise ValueError("merge the adapters, or save them alone with save_adapter")
+    if distributed.RANK:
+        return
     with files.replaced_folder(folder) as new:
         # The checkpoint's small files are copied unchanged, for other tools to read.
         for name in (*hub.REQUIRED, *hub.OPTIONAL):
@@ -296,6 +298,8 @@ PREFIX = "base_model.model."  # what PEFT writes before the base model's own nam
 def save_adapter(model: nn.Module, folder: Path, base_model: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors. The folder is whole or absent.
     base_model: what `load_model` finds the base under. Stacked adapters are written as one."""
+    if distributed.RANK:
+        return
     layers = lora.adapters(model)
     first = next(iter(layers.values()))
     if any(isinstance(layer.base, LoRALinear) for layer in layers.values()):

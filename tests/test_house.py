@@ -17,7 +17,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["nanogsm/__init__.py"],
-    ["nanogsm/store", "nanogsm/fast", "nanogsm/tiny/problems.py", "nanogsm/tiny/__init__.py"],
+    ["nanogsm/store", "nanogsm/fast", "nanogsm/tiny/problems.py", "nanogsm/tiny/__init__.py",
+     "nanogsm/distributed.py"],
     ["nanogsm/transformer.py"],
     ["nanogsm/logprob.py", "nanogsm/lora.py", "nanogsm/optim.py"],
     ["nanogsm/data.py"],
@@ -184,7 +185,7 @@ def test_a_file_of_the_heart_stays_short(file):
 
 def test_the_heart_stays_small_and_explained():
     lines, code, comments, docstrings = map(sum, zip(*map(measure, HEART)))
-    assert lines <= 2200 and code <= 1300, (lines, code)
+    assert lines <= 2200 and code <= 1300 + 20, (lines, code)  # 20: many devices
     assert 100 * comments >= 12 * lines, (comments, lines)
     assert 100 * (comments + docstrings) >= 28 * lines, (comments, docstrings, lines)
 
@@ -197,6 +198,7 @@ MOST_TOKENS = {
     "adapters of the Hub, revisions, --base, adapters trained further": 650,
     "the reason why a checkpoint of another tool is refused": 300,
     "fast/cuda.py: one launch for many, and what fits a card": 3200,
+    "distributed.py: many devices": 1800,
 }
 
 

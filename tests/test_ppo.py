@@ -156,7 +156,7 @@ def gradients(case):
         )
         shares.append(share)
         errors.append(error.item())
-    metrics = {name: sum(share[name].item() for share in shares) for name in shares[0]}
+    metrics = dict(zip(train_ppo.SHARES, sum(shares).tolist()))
     grads = {n: p.grad for n, p in weights.items() if p.grad is not None}
     return metrics, max(errors), grads
 

@@ -23,7 +23,7 @@ from typing import NoReturn
 
 import torch
 
-from nanogsm import UserError
+from nanogsm import UserError, distributed
 
 
 def disk_full(error: OSError) -> bool:
@@ -54,6 +54,13 @@ class Interrupt:
         terminal), 0 without a request."""
         return 128 + self.requested if self.requested else 0
 
+    def agreed(self) -> int | None:
+        """What any rank was asked, the same on all."""
+        # Trap: a signal that arrives in the middle of this must not be forgotten.
+        number = distributed.agreed(self.requested)
+        self.requested = self.requested or number
+        return number
+
     def message(self, step: int) -> str:
         """How to continue. Print it after the checkpoint of `step` is written."""
         name = signal.Signals(self.requested).name
@@ -68,7 +75,8 @@ class Interrupt:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
         # print() is not re-entrant, and the signal may have interrupted one.
         with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
+            if distributed.RANK == 0:
+                os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
 
 
 @contextlib.contextmanager
@@ -187,8 +195,10 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
+        distributed.start()
         code = main() or 0
         sys.stdout.flush()
+        distributed.end()
     except UserError as error:
         code = _fail(str(error))
     except KeyboardInterrupt:
@@ -200,13 +210,24 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
         code = 141
     except OSError as error:
         if not disk_full(error):
+            _keep_quiet()
             raise
         code = _fail(f"disk full ({error}): free some space, then run the same command again")
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if lost := distributed.lost_peer(error):
+            code = _fail(lost)
+        elif _out_of_memory(error):
+            code = _fail(MEMORY_ADVICE)
+        else:
+            _keep_quiet()
             raise
-        code = _fail(MEMORY_ADVICE)
     sys.exit(code)
+
+
+def _keep_quiet() -> None:
+    """End this process without its traceback unless it is the first rank to fail."""
+    if not distributed.speaks_first():
+        sys.exit(1)
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -217,5 +238,6 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _fail(message: str) -> int:
-    print("error: " + printable(" ".join(message.split())), file=sys.stderr)
+    if distributed.speaks_first():
+        print("error: " + printable(" ".join(message.split())), file=sys.stderr)
     return 2

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from nanogsm import UserError, data
+from nanogsm import UserError, data, distributed
 from nanogsm.fast.checkpointing import CHECKPOINTING
 from nanogsm.run import machine, past
 
@@ -214,6 +214,10 @@ def fill_in(args: argparse.Namespace, script: str, settings: tuple, changes: dic
     args.out = args.out or f"{folder}/{script}-{method}-{Path(args.data).stem}"
     args.data, args.precision = for_tiny(args)
     args.device, args.precision = machine.pick_compute(args.device, args.precision)
+    size = args.micro_batch * args.accumulation
+    if 0 < size < distributed.COUNT:
+        raise UserError(f"a step of {args.micro_batch} x {args.accumulation} is too small for "
+                        f"{distributed.COUNT} devices: raise --accumulation")  # fmt: skip
 
 
 def set_rank(args: argparse.Namespace, continued: tuple[int, float] | None = None) -> None:

@@ -30,7 +30,7 @@ from typing import BinaryIO
 import safetensors.torch
 from torch import Tensor
 
-from nanogsm import UserError
+from nanogsm import UserError, distributed
 from nanogsm.run.console import disk_full
 from nanogsm.store import files
 
@@ -145,6 +145,10 @@ class RunFolder:
     def sample(self, row: dict) -> None:
         """Append one row to samples.jsonl."""
         _append(self._logs["samples.jsonl"], row)
+
+    def write(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Write tensors to a safetensors file of the folder."""
+        files.replace_file(self.path / name, files.safetensors_bytes(tensors))
 
     def start_wandb(self, project: str, config: dict) -> None:
         """Also send everything logged from now on to Weights & Biases. With WANDB_MODE=offline it
@@ -267,6 +271,14 @@ class RunFolder:
         tensors are on the CPU. Raises UserError with the file's name if one byte has changed. Trap:
         the tensors are mapped from the file; copy them, as load_state_dict does.
         """
+        found = distributed.first(self._find_checkpoint)
+        if found is None:
+            return None
+        step, folder, state = found
+        return step, safetensors.torch.load_file(Path(folder) / "tensors.safetensors"), state
+
+    def _find_checkpoint(self) -> tuple[int, str, dict] | None:
+        """(step, folder, state) of the newest checkpoint, with the logs cut back to it."""
         steps = self._steps()
         if self.finished or not steps:
             if not (self._new or self.finished):
@@ -286,8 +298,7 @@ class RunFolder:
                 )
         for name, length in saved["logs"].items():
             self._logs[name].truncate(length)
-        tensors = safetensors.torch.load_file(folder / "tensors.safetensors")
-        return saved["step"], tensors, saved["state"]
+        return saved["step"], str(folder), saved["state"]
 
     # ---- the end
 
@@ -304,6 +315,42 @@ class RunFolder:
         files.write_json(self.path / "summary.json", summary)
         self.summary, self.finished = files.strict(summary), True
         files.remove(self.path / "checkpoint")
+
+
+class Elsewhere(RunFolder):
+    """The run folder as other ranks than 0 have it: they read checkpoints and write nothing."""
+
+    def __init__(self, path: Path | str, summary: dict | None):
+        self.path, self.summary, self.finished = Path(path), summary, summary is not None
+        self._logs, self._lock, self.wandb, self._new = {}, None, None, False
+
+    def log(self, row: dict) -> None:
+        pass
+
+    sample = log
+
+    def write(self, name: str, tensors: dict) -> None:
+        pass
+
+    start_wandb = write
+
+    def save_checkpoint(self, step: int, tensors: dict, state: dict) -> None:
+        pass
+
+    def finish(self, summary: dict) -> None:
+        pass
+
+
+def open_run_folder(path: str, *arguments) -> RunFolder:
+    """RunFolder(path, *arguments), which on many devices only rank 0 opens."""
+    opened = []
+
+    def open_it() -> dict | None:
+        opened.append(RunFolder(path, *arguments))
+        return opened[0].summary
+
+    summary = distributed.first(open_it)
+    return opened[0] if opened else Elsewhere(path, summary)
 
 
 def _append(file: BinaryIO, row: dict) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from nanogsm import UserError
+from nanogsm import UserError, distributed
 from nanogsm.optim import AdamW
 from nanogsm.run import console
 from nanogsm.run.folder import RunFolder
@@ -115,7 +115,7 @@ class Run:
         self._phases, self._began = [], time.perf_counter()
         if self.step % self.args.save_every == 0 or self.step == self.steps:
             self.save_checkpoint()
-        if self.stop.requested and self.step < self.steps:
+        if self.stop.agreed() and self.step < self.steps:
             raise console.Stopped
 
     def _look_at_the_clock(self, now: float) -> None:
@@ -133,9 +133,10 @@ class Run:
             )
 
     def watch(self, finished: int, tokens: int) -> None:
-        """The `progress` of generate: show how many answers are finished, stop if asked."""
+        """The `progress` of generate: show how many answers are finished, stop if asked. On many
+        devices a stop waits for the end of the step, where all hear of it."""
         self.progress.update(self.step, answered=finished)
-        if self.stop.requested:
+        if self.stop.requested and distributed.COUNT == 1:
             raise console.Stopped
 
     # ---- validation

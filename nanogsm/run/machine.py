@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from nanogsm import UserError
+from nanogsm import UserError, distributed
 from nanogsm.fast import cuda
 
 
@@ -30,6 +30,7 @@ def pick_compute(device: str, precision: str) -> tuple[str, str]:
     if not here.get(kind) or (number and not (number.isdigit() and int(number) < cards)):
         have = ", ".join(name for name, present in here.items() if present)
         raise UserError(f"--device {device}: this machine has only {have}")
+    device = distributed.local_device(device)
     cuda.prepare(device)
     if precision == "auto":
         precision = "bf16" if _has_bf16(device) else "fp32"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nanogsm import data, lora
+from nanogsm import data, distributed, lora
 from nanogsm.fast.cpu import VOCABULARY_BLOCK
 from nanogsm.fast.head import KEPT_EXPONENTIALS, block_rows
 from nanogsm.model import load_adapter, read_config
@@ -130,7 +130,8 @@ def fit_card(args, budget: Callable[[], dict[str, float]], free: int | None) -> 
     size = args.micro_batch * args.accumulation
     micro_batches = [args.micro_batch]
     if {"micro_batch", "accumulation"} <= set(choices):
-        divisors = [n for n in range(MOST_AT_ONCE, 0, -1) if size % n == 0]
+        most = min(MOST_AT_ONCE, distributed.largest_share(size))
+        divisors = [n for n in range(most, 0, -1) if size % n == 0]
         micro_batches = [n for n in divisors if n >= 4] or divisors
     kinds = ["none", "light", "full"] if "checkpointing" in choices else [args.checkpointing]
     splits = [(n, kind) for kind in kinds for n in micro_batches]
@@ -171,6 +172,10 @@ def _size(shapes: list) -> int:
 
 def _say(name: str, text: str) -> None:
     print(f"{name:<12} {text}")
+
+
+def _devices(device: str) -> str:
+    return f"{distributed.COUNT} x {device}" if distributed.COUNT > 1 else device
 
 
 def _held_out(problems: list) -> str:
@@ -214,7 +219,7 @@ def settle_sft(args, found, config: Config, examples: list, held_out: list, step
     _say("steps", f"{steps:,} of {args.micro_batch} x {args.accumulation} examples, "
          f"{args.epochs} epoch{'s' * (args.epochs > 1)}; lr {args.lr:g} to {args.min_lr:g}, "
          f"warm-up {args.warmup:g} ({args.recipe} recipe); {args.optim}")  # fmt: skip
-    _say("compute", f"{args.device}, {args.precision}{fitted}")
+    _say("compute", f"{_devices(args.device)}, {args.precision}{fitted}")
     if args.dry_run:
         print_budget(budget())
 
@@ -251,7 +256,7 @@ def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list)
     if args.critic_warmup:
         whole = ": the policy will not change" * (args.critic_warmup >= args.steps)
         _say("warm-up", f"the first {args.critic_warmup} steps train the critic alone{whole}")
-    _say("compute", f"{args.device}, {args.precision}{fitted}")
+    _say("compute", f"{_devices(args.device)}, {args.precision}{fitted}")
     if args.dry_run:
         print_budget(budget())
 

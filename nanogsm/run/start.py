@@ -3,10 +3,10 @@
 import os
 from pathlib import Path
 
-from nanogsm import UserError, data
+from nanogsm import UserError, data, distributed
 from nanogsm.model import load_model, read_adapter_config, save_model
 from nanogsm.run import flags, machine, past
-from nanogsm.run.folder import RunFolder
+from nanogsm.run.folder import RunFolder, open_run_folder
 from nanogsm.store import hub
 
 # Settings that may change when a run continues. Some change memory and not the result. micro_batch
@@ -69,6 +69,10 @@ def encode_all(
 
 def merge_result(folder: Path, found: hub.ModelFiles) -> None:
     """Save the base with the run's adapter merged into it as model/, unless that is there."""
+    distributed.first(lambda: _merge_result(folder, found))
+
+
+def _merge_result(folder: Path, found: hub.ModelFiles) -> None:
     if not (folder / "model").exists():
         run = past.run_of(str(folder))
         # The folder of an earlier version is not compared with this command's arguments.
@@ -90,7 +94,9 @@ def open_folder(args, flag: str, found: hub.ModelFiles, prompt: data.Prompt, pro
         "batch": args.micro_batch * args.accumulation,
     }
     info = machine.environment() | {"prompt": prompt._asdict(), "base": str(found.base)}
-    return RunFolder(args.out, settings, info, args.overwrite, MAY_DIFFER)
+    if distributed.COUNT > 1:
+        info["devices"] = distributed.COUNT
+    return open_run_folder(args.out, settings, info, args.overwrite, MAY_DIFFER)
 
 
 def prompt_of_init(args) -> data.Prompt:

@@ -1,0 +1,176 @@
+"""Many devices: everything that is different on them.
+
+    torchrun --nproc-per-node 8 train_sft.py ...        # and train_ppo.py, evaluate.py
+
+torchrun starts the script once for every device. Each of these processes is a *rank*. Like
+--micro-batch, the number of ranks changes time and memory and not the result, rounding apart. All
+ranks read the same files, draw the same examples and compute the same learning rate, so little has
+to be said between them:
+
+  dealt      a step's micro-batches, and prompts to answer, go round like cards       deal
+  added up   gradients, losses and log-probs, of which each rank made a part          add_up
+  first      rank 0 alone writes files and prints; what it finds out, all are told    first
+
+Tensors and JSON travel, and nothing that is unpickled. The ports are open to whoever reaches them,
+so use a private network. Without torchrun there is one rank, and every function here is a line or
+two that do nothing.
+"""
+
+import datetime
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanogsm import UserError
+
+RANK, COUNT = 0, 1  # this process's number, and how many there are
+# How long a rank waits for the others: while one of them writes a checkpoint, or samples the
+# longest answers.
+PATIENCE = datetime.timedelta(hours=1)
+SMALL = 2**20  # entries; smaller gradients travel together
+
+
+def start() -> None:
+    """Meet the other ranks, if torchrun has started this process. All but rank 0 fall silent."""
+    global RANK, COUNT
+    RANK, COUNT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if COUNT == 1:
+        return
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    versions = gathered([torch.__version__, platform.python_version()])
+    if any(version != versions[0] for version in versions):
+        said = ", ".join(f"rank {i} has {v[0]} on Python {v[1]}" for i, v in enumerate(versions))
+        raise UserError(f"the machines have different versions of torch: {said}")
+
+
+def end() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def speaks_first() -> bool:
+    """Whether this is the first rank that fails. The others fail because it is gone, so they have
+    nothing to say."""
+    if not dist.is_initialized():
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:  # the store has gone with its process
+        return False
+
+
+def lost_peer(error: Exception) -> str | None:
+    """One line about an error that means that another rank is gone; None for other errors."""
+    text = str(error)
+    signs = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting",
+             "Broken pipe", "Socket Timeout", "NCCL", "recvValue failed")  # fmt: skip
+    if COUNT == 1 or not any(sign in text for sign in signs):
+        return None
+    return (f"rank {RANK} lost another rank, which was killed or cannot be reached: run the same "
+            "command again to continue from the last checkpoint")  # fmt: skip
+
+
+def local_device(device: str) -> str:
+    """This rank's own device of the kind that --device names."""
+    if device == "cuda" and COUNT > 1:
+        return f"cuda:{torch.cuda.current_device()}"
+    return device
+
+
+# ---- dealt
+
+
+def deal(cards: list) -> list:
+    """This rank's share of a list: every COUNT-th, beginning with its own number."""
+    return cards[RANK::COUNT]
+
+
+def largest_share(n: int) -> int:
+    """The most rows that one rank gets of n."""
+    return -(-n // COUNT)
+
+
+# ---- added up
+
+
+@torch.no_grad()
+def add_up(*tensors: Tensor) -> None:
+    """Each tensor becomes its sum over all ranks, in place."""
+    if COUNT > 1:
+        for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
+            work.wait()
+
+
+@torch.no_grad()
+def add_up_gradients(params: Iterable[Tensor]) -> None:
+    """Each .grad becomes its sum over all ranks. Nothing is divided: a rank's share of the loss has
+    been divided by the supervised tokens of the whole step."""
+    if COUNT == 1:
+        return
+    small, large = [], []
+    for p in params:
+        if p.grad is None:  # a rank that was dealt nothing
+            p.grad = torch.zeros_like(p)
+        (small if p.grad.numel() < SMALL else large).append(p.grad)
+    together = torch.cat([g.flatten() for g in small]) if small else None
+    add_up(*large, *([together] if small else []))
+    if small:
+        for g, summed in zip(small, together.split([g.numel() for g in small])):
+            g.copy_(summed.view_as(g))
+
+
+def largest(x: Tensor) -> Tensor:
+    """The largest of the ranks' numbers, ()."""
+    if COUNT > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
+
+
+# ---- told
+
+
+def gathered(mine: Any) -> list:
+    """What every rank has, in their order: JSON values, sent as bytes."""
+    if COUNT == 1:
+        return [mine]
+    data = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(COUNT)]
+    dist.all_gather(sizes, torch.tensor([len(data)]))
+    most = max(int(size) for size in sizes)
+    padded = torch.zeros(most, dtype=torch.uint8)
+    padded[: len(data)] = data
+    found = [torch.zeros_like(padded) for _ in range(COUNT)]
+    dist.all_gather(found, padded)
+    return [json.loads(x[: int(n)].numpy().tobytes()) for x, n in zip(found, sizes)]
+
+
+def first(do: Callable[[], Any]) -> Any:
+    """What `do` returns on rank 0, which alone calls it: a JSON value, told to all. A UserError of
+    rank 0 is raised on all."""
+    told, error = [None, None], None
+    if RANK == 0:
+        try:
+            told[0] = do()
+        except UserError as e:
+            told[1], error = str(e), e
+    told = gathered(told)[0] if COUNT > 1 else told
+    if told[1] is not None:
+        raise error or UserError(told[1])
+    return told[0]
+
+
+def agreed(signal: int | None) -> int | None:
+    """The signal that any rank was sent, None if none was."""
+    return next((s for s in gathered(signal) if s is not None), None) if COUNT > 1 else signal

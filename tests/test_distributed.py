@@ -1,0 +1,333 @@
+"""Many devices give what one gives. Two to four processes on the CPU, joined by gloo, stand for GPUs.
+
+Processes are forked from this one, which has PyTorch loaded, so that they start at once. Each test
+has a limit of time: ranks that wait for each other would wait for an hour.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FIXTURES
+from safetensors.torch import load_file
+
+import evaluate
+import train_ppo
+import train_sft
+from nanogsm import UserError, data, distributed, generate
+from nanogsm.model import load_model
+from nanogsm.run import console, loop
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks processes with PyTorch in them")
+
+SECONDS = 90
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def on_ranks(count: int, do, *args) -> list:
+    """What do(*args) returns on each of `count` ranks, or (type's name, message) of what it raises.
+    The test fails if a rank gives no answer within SECONDS."""
+    port = free_port()
+
+    def one(rank: int, pipe) -> None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+        torch.set_num_threads(1)
+        try:
+            distributed.start()
+            pipe.send(do(*args))
+            distributed.end()
+        except BaseException as e:
+            pipe.send((type(e).__name__, str(e)))
+        os._exit(0)
+
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe(duplex=False) for _ in range(count)]
+    processes = [context.Process(target=one, args=(r, p[1])) for r, p in enumerate(pipes)]
+    for process in processes:
+        process.start()
+    try:
+        found = []
+        for rank, (receiver, _) in enumerate(pipes):
+            assert receiver.poll(SECONDS), f"rank {rank} gave no answer"
+            found.append(receiver.recv())
+        return found
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+
+
+# ------------------------------------------------------------------------------- what travels
+
+
+@pytest.mark.parametrize("cards", [0, 1, 2, 3, 5, 6])
+def test_every_card_is_dealt_once(cards):
+    hands = on_ranks(3, lambda: distributed.deal(list(range(cards))))
+    assert sorted(sum(hands, [])) == list(range(cards))
+    assert max(map(len, hands)) == -(-cards // 3)
+    assert max(map(len, hands)) - min(map(len, hands)) <= 1
+
+
+def test_sums_and_messages():
+    def meet():
+        rank = distributed.RANK
+        x, y = torch.tensor([1.0, rank]), torch.full((2, 2), 10.0**rank)
+        distributed.add_up(x, y)
+        top = distributed.largest(torch.tensor(float(rank == 1)))
+        told = distributed.gathered({"rank": rank, "text": "ä" * rank, "none": None})
+        heard = distributed.first(lambda: [rank, float("inf")])
+        signals = distributed.agreed(15 if rank == 1 else None), distributed.agreed(None)
+        return x.tolist(), y.tolist(), top.item(), told, heard, signals
+
+    for x, y, top, told, heard, signals in on_ranks(3, meet):
+        assert x == [3.0, 3.0] and y == [[111.0, 111.0]] * 2 and top == 1.0
+        assert told == [{"rank": r, "text": "ä" * r, "none": None} for r in range(3)]
+        assert heard == [0, float("inf")] and signals == (15, None)
+
+
+def test_gradients_are_added_and_not_divided(monkeypatch):
+    """Small ones together, large ones alone, and where a rank has none."""
+    monkeypatch.setattr(distributed, "SMALL", 10)
+
+    def add():
+        params = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 4, 20, 5)]
+        for i, p in enumerate(params[: 4 - distributed.RANK]):
+            p.grad = torch.full_like(p, (i + 1) * 10.0**distributed.RANK)
+        distributed.add_up_gradients(params)
+        return [p.grad.tolist() for p in params]
+
+    want = [[11.0] * 3, [22.0] * 4, [33.0] * 20, [4.0] * 5]
+    assert on_ranks(2, add) == [want, want]
+
+
+def test_a_user_error_of_rank_0_is_raised_on_all():
+    def fail():
+        def find():
+            raise UserError("in use")
+
+        distributed.first(find)
+
+    assert on_ranks(3, fail) == [("UserError", "in use")] * 3
+
+
+def test_machines_with_different_versions_are_refused(monkeypatch):
+    def meet():
+        return distributed.COUNT
+
+    real = distributed.gathered
+    fake = lambda mine: [[f"2.{11 + i}", *v[1:]] for i, v in enumerate(real(mine))]  # noqa: E731
+    monkeypatch.setattr(distributed, "gathered", fake)
+    for name, text in on_ranks(2, meet):
+        assert name == "UserError" and "rank 0 has 2.11 on Python" in text and "2.12" in text
+
+
+# ------------------------------------------------------------------------------- whole runs
+
+SFT = ["--tiny", "--device", "cpu", "--max-examples", "45", "--val-examples", "5", "--micro-batch",
+       "8", "--accumulation", "2", "--max-new-tokens", "16", "--optim", "adamw"]  # fmt: skip
+PPO = ["--tiny", "--device", "cpu", "--init", "tiny", "--steps", "2", "--rollouts", "14",
+       "--micro-batch", "2", "--accumulation", "3", "--val-examples", "4", "--val-every", "1",
+       "--max-new-tokens", "16", "--optim", "adamw", "--entropy-coef", "0.01"]  # fmt: skip
+OF_THE_CLOCK = ("seconds", "peak_memory")
+
+
+def rows(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    kept = [json.loads(line).items() for line in lines]
+    return [{k: v for k, v in row if not k.startswith(OF_THE_CLOCK)} for row in kept]
+
+
+def weights(folder: Path) -> dict:
+    [file] = [*folder.glob("model/model.safetensors"), *folder.glob("adapter/*.safetensors")]
+    return load_file(file)
+
+
+def near(a: Path, b: Path, rel: float) -> None:
+    """Two runs agree: every metric within rel, and the weights within a hundredth of their way."""
+    for x, y in zip(rows(a), rows(b), strict=True):
+        assert y == pytest.approx(x, rel=rel, abs=1e-6), x["step"]
+    x, y = weights(a), weights(b)
+    assert x.keys() == y.keys() and all(torch.allclose(x[k], y[k], atol=1e-4) for k in x)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Returns a function that runs a script on one device, once for each list of flags."""
+    place, known = tmp_path_factory.mktemp("alone"), {}
+
+    def run(script, flags: list) -> Path:
+        key = (script.__name__, *flags)
+        if key not in known:
+            known[key] = place / str(len(known))
+            assert script.main([*flags, "--out", str(known[key])]) == 0
+        return known[key]
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """So that sums inside a product have one order, here and on the ranks."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count, more", [(2, []), (3, ["--lora"])])
+def test_sft_is_the_same_on_many_devices(alone, tmp_path, count, more):
+    out = tmp_path / "many"
+    assert on_ranks(count, train_sft.main, [*SFT, *more, "--out", str(out)]) == [0] * count
+    near(alone(train_sft, [*SFT, *more]), out, 2e-5)
+    assert json.loads((out / "run_args.json").read_text())["info"]["devices"] == count
+
+
+@pytest.mark.parametrize("more", [[], ["--lora", "--critic", "separate", "--critic-warmup", "1"]])
+def test_ppo_is_the_same_on_many_devices(alone, tmp_path, more, monkeypatch):
+    """14 answers in updates of 6, 6 and 2, on 3 ranks: unequal shares, and once none at all."""
+    reward = lambda completion, problem: float(len(completion) % 2)  # noqa: E731
+    monkeypatch.setattr(train_ppo, "reward", reward)
+    out = tmp_path / "many"
+    assert on_ranks(3, train_ppo.main, [*PPO, *more, "--out", str(out)]) == [0] * 3
+    one = alone(train_ppo, [*PPO, *more])
+    near(one, out, 1e-4)
+    assert (one / "samples.jsonl").read_text() == (out / "samples.jsonl").read_text()
+    first = next(row for row in rows(out) if "kl" in row)
+    assert first["first_ratio_error"] == 0 and first["kl"] == 0 and first["kl_sequence"] == 0
+    a, b = (load_file(f / "value_head.safetensors") for f in (one, out))
+    assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+
+
+@pytest.mark.parametrize("flags", [[], ["--samples", "2", "--temperature", "0.9"]])
+def test_an_evaluation_is_the_same_to_the_byte(tmp_path, flags):
+    argv = ["--tiny", "--device", "cpu", "--n", "7", "--max-new-tokens", "16", *flags]
+    assert evaluate.main([*argv, "--out", str(tmp_path / "one")]) == 0
+    assert on_ranks(3, evaluate.main, [*argv, "--out", str(tmp_path / "many")]) == [0] * 3
+    [one], [many] = ((tmp_path / f).glob("*.jsonl") for f in ("one", "many"))
+    assert one.read_bytes() == many.read_bytes() and one.read_bytes()
+    figures = [json.loads(f.with_suffix(".json").read_text())["accuracy"] for f in (one, many)]
+    assert figures[0] == figures[1]
+
+
+def test_fewer_prompts_than_ranks_are_completed():
+    model, _ = load_model(FIXTURES / "gemma3", torch.float32)
+    argv = (model, [[2, 5, 6], [2, 7]], frozenset(), 4)
+    want = [list(c) for c in generate.generate(*argv)]
+    found = on_ranks(4, lambda: [list(c) for c in generate.generate(*argv)])
+    assert found == [want] * 4
+
+
+# ------------------------------------------------------------------------ stop and continue
+
+
+def stop_after(step: int, rank: int) -> None:
+    """A signal to one rank alone, once it has finished `step`."""
+    real = loop.Run.end_step
+
+    def end_step(self, *args):
+        if self.step + 1 == step and distributed.RANK == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args)
+
+    loop.Run.end_step = end_step
+
+
+def run_sft(out: Path, stop: int | None = None) -> int:
+    if stop:
+        stop_after(stop, rank=1)
+    return train_sft.main([*SFT, "--out", str(out)])
+
+
+def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(alone, tmp_path):
+    """On the same number of ranks to the bit, on another within rounding."""
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    assert on_ranks(2, run_sft, whole) == [0, 0]
+    assert on_ranks(2, run_sft, halved, 2) == [143, 143]
+    assert (halved / "checkpoint/step-2").is_dir()
+    assert on_ranks(2, run_sft, halved) == [0, 0]
+    assert rows(whole) == rows(halved)
+    a, b = weights(whole), weights(halved)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+    other = tmp_path / "other"
+    assert on_ranks(2, run_sft, other, 1) == [143, 143]
+    assert run_sft(other) == 0  # on one device
+    near(whole, other, 2e-5)
+
+
+def test_a_run_that_is_in_use_or_finished_is_said_to_all(tmp_path, alone):
+    done = alone(train_sft, SFT)
+    assert on_ranks(2, train_sft.main, [*SFT, "--out", str(done)]) == [0, 0]
+    other = [*SFT, "--lr", "0.5", "--out", str(done)]
+    for name, text in on_ranks(2, train_sft.main, other):
+        assert name == "UserError" and "lr was" in text
+
+
+def test_a_step_smaller_than_the_number_of_devices_is_refused():
+    argv = [*SFT, "--micro-batch", "1", "--accumulation", "2", "--dry-run"]
+    for name, text in on_ranks(3, train_sft.main, argv):
+        assert name == "UserError" and "a step of 1 x 2 is too small for 3 devices" in text
+
+
+# ------------------------------------------------------------------------------ real processes
+
+
+def torchrun(tmp_path: Path, *argv: str) -> subprocess.CompletedProcess:
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               "--master-port", str(free_port()), *argv]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True,
+                          timeout=SECONDS)  # fmt: skip
+
+
+def test_a_bad_flag_under_torchrun_is_one_error_line(tmp_path):
+    done = torchrun(tmp_path, str(Path(train_sft.__file__)), "--tiny", "--epochs", "0")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert lines == ["error: --epochs is 0: give at least 1"] and done.returncode != 0
+
+
+def test_a_rank_that_is_killed_loses_nothing_that_was_saved(tmp_path, alone):
+    """Rank 1 kills itself at the end of the second step. One device finishes the run."""
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "import train_sft\n"
+        "from nanogsm import distributed\n"
+        "from nanogsm.run import console, loop\n"
+        "real = loop.Run.end_step\n"
+        "def end_step(self, *args):\n"
+        "    if self.step + 1 == 2 and distributed.RANK == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(self, *args)\n"
+        "loop.Run.end_step = end_step\n"
+        "console.entry(lambda: train_sft.main(sys.argv[1:]))\n"
+    )
+    out = tmp_path / "run"
+    done = torchrun(tmp_path, str(script), *SFT, "--save-every", "1", "--out", str(out))
+    assert done.returncode != 0 and "Traceback (most recent call last)" not in done.stdout
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) <= 1 and all("lost another rank" in line for line in lines), done.stderr
+    assert [*(out / "checkpoint").glob("step-[12]")]
+    assert train_sft.main([*SFT, "--save-every", "1", "--out", str(out)]) == 0
+    near(alone(train_sft, SFT), out, 2e-5)
+
+
+def test_one_process_knows_nothing_of_others():
+    assert (distributed.RANK, distributed.COUNT) == (0, 1)
+    batch = [data.Example([1], [1], i) for i in range(5)]
+    assert [len(x) for x in data.micro_batches(batch, 2)] == [2, 2, 1]
+    assert data.micro_batches([], 2) == []
+    assert console._fail("x") == 2
