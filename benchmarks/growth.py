@@ -62,20 +62,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def random_model(size: str, vocab: int, device: str) -> Transformer:
-    """A Gemma 3 of that size, on the shipped fast paths, with weights that mean nothing."""
+def gemma3(size: str, vocab: int) -> Config:
+    """The config of a Gemma 3 of that size, with global layers only."""
     D, F, layers, heads, kv, N = SIZES[size]
-    config = Config(
+    return Config(
         model_type="gemma3_text", vocab_size=vocab, hidden_size=D, intermediate_size=F,
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv, head_dim=N,
         rms_norm_eps=1e-6, query_pre_attn_scalar=N, layer_types=("full_attention",) * layers,
         sliding_window=None, rope={"full_attention": (1e6, 1.0)}, attn_logit_softcapping=None,
         final_logit_softcapping=None, dtype=torch.float32,
     )  # fmt: skip
-    with torch.device(device):
-        model = Transformer(config)
-        for p in model.parameters():
-            torch.nn.init.normal_(p, std=0.02)
+
+
+def random_model(config: Config, device: str, dtype: torch.dtype = torch.float32) -> Transformer:
+    """A Gemma on the shipped fast paths, with weights that mean nothing, drawn on the device."""
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    model.to_empty(device=device)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02)
     use_fast_forms(model)
     return model
 
@@ -83,7 +88,7 @@ def random_model(size: str, vocab: int, device: str) -> Transformer:
 def measure(args) -> dict:
     """Seconds, peak memory and number of parameters of one point."""
     point, autocast = args.point, machine.autocast_of(args.device, args.precision)
-    model = random_model(point["size"], point["vocab"], args.device)
+    model = random_model(gemma3(point["size"], point["vocab"]), args.device)
     total = sum(p.numel() for p in model.parameters())
     B, T = point["batch"], point["length"]
     generator = torch.Generator().manual_seed(0)
