@@ -40,15 +40,15 @@ from nanogsm.store import files
 # first four to less than 5.
 STAGES = {
     "card": (gpu_checks.card, 25),
-    "correct": (gpu_checks.correct, 75),
+    "correct": (gpu_checks.correct, 65),
     "sft": (gpu_speed.sft, 75),
-    "decode": (gpu_speed.decode, 75),
+    "decode": (gpu_speed.decode, 70),
     "ppo": (gpu_speed.ppo, 80),
     "peer-lora": (gpu_speed.peer_lora, 35),
     "peer-full": (gpu_speed.peer_full, 35),
     "profile": (gpu_speed.profile, 30),
-    "resume": (gpu_checks.resume, 40),
-    "tiny": (gpu_checks.tiny, 60),
+    "resume": (gpu_checks.resume, 35),
+    "tiny": (gpu_checks.tiny, 75),
     "study": (gpu_speed.study, 8),
 }
 SAME = ("gpu", "driver", "torch", "commit", "dirty", "dry", "device")  # results that may be mixed

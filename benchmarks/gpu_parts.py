@@ -107,6 +107,11 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
+def worst(values) -> float:
+    """The largest, or NaN if one is NaN, which max() can pass over."""
+    return max(values, key=lambda value: math.inf if math.isnan(value) else value)
+
+
 # ------------------------------------------------------------------------------ models and examples
 
 

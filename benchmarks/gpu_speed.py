@@ -141,38 +141,45 @@ def memory_row(work, name: str, model, checkpointing: str, found: dict) -> dict:
 
 def decode(work):
     """Tokens after a prompt: time for each step, and share of the memory's bandwidth."""
-    size, rate = work.size, read_rate(work.device)
     free(work.device)
-    model = new_model(work, torch.bfloat16)
+    rate, model = read_rate(work.device), new_model(work, torch.bfloat16)
     seconds = {}
-    for batch in size.batches:
-        for temperature in (0.0, 1.0):
-            whole, step = time_decoding(work, model, batch, temperature)
-            seconds[batch, temperature] = whole
-            cache = plan.cache_bytes(model.config, batch, size.prompt + size.new_tokens // 2, True)
-            read = sum(p.nbytes for p in model.parameters()) + cache
-            kind = "sampled" if temperature else "greedy"
-            name = f"{kind}, batch {batch}"
-            yield row(f"{name}: a step", 1000 * step, "ms", note=f"{batch / step:,.0f} tokens/s")
-            share, what = read / step / rate, f"{name}: bandwidth"
-            unit = "of what is measured"
-            yield at_least(what, share, 0.6, unit) if batch <= 64 else row(what, share, unit)
-    yield row("peak of tensors", gib(peaks(work.device)["allocated"]), "GiB")
+    for batch in work.size.batches:
+        seconds[batch] = yield from decode_rows(work, model, batch, 0.0, rate)
     try:
-        peer = peer_of(model)
+        yield from peer_rows(work, peer_of(model), seconds)
     except Skipped as reason:
         yield row("transformers' generate()", "skipped", note=str(reason))
-        return
-    for batch in size.peer_batches:
+    for batch in work.size.batches:
+        yield from decode_rows(work, model, batch, 1.0, rate)
+
+
+def decode_rows(work, model, batch: int, temperature: float, rate: float):
+    """Two rows. Returns the seconds of all new tokens with their prompts."""
+    size = work.size
+    whole, step = time_decoding(work, model, batch, temperature)
+    cache = plan.cache_bytes(model.config, batch, size.prompt + size.new_tokens // 2, True)
+    share = (sum(p.nbytes for p in model.parameters()) + cache) / step / rate
+    name = f"{'sampled' if temperature else 'greedy'}, batch {batch}"
+    yield row(f"{name}: a step", 1000 * step, "ms", note=f"{batch / step:,.0f} tokens/s")
+    what = (f"{name}: bandwidth", share)
+    unit = "of what is measured"
+    yield at_least(*what, 0.6, unit) if batch <= 64 else row(*what, unit)
+    return whole
+
+
+def peer_rows(work, peer, seconds: dict[int, float]):
+    """Greedy answers by transformers' generate(), for the same prompts."""
+    new_tokens = work.size.new_tokens
+    for batch in work.size.peer_batches:
         asked = prompts(work, batch)
-        by_peer(peer, asked, frozenset(), 2, batch)
+        by_peer(peer, asked, frozenset(), 2, batch)  # not counted
         start = now(work.device)
-        made = by_peer(peer, asked, frozenset(), size.new_tokens, batch)
-        theirs, ours = now(work.device) - start, seconds[batch, 0.0]
-        tokens = sum(map(len, made))
+        made = by_peer(peer, asked, frozenset(), new_tokens, batch)
+        theirs, ours, tokens = now(work.device) - start, seconds[batch], sum(map(len, made))
         note = f"{tokens / ours:,.0f} and {tokens / theirs:,.0f} tokens/s"
-        name = f"greedy, batch {batch}: against transformers'"
         goal = {"goal": "at least 5", "met": theirs / ours >= 5} if batch == 256 else {}
+        name = f"greedy, batch {batch}: against transformers'"
         yield row(name, theirs / ours, "x", note=note, **goal)
 
 

@@ -80,7 +80,7 @@ def random_model(config: Config, device: str, dtype: torch.dtype = torch.float32
         model = Transformer(config).to(dtype)
     model.to_empty(device=device)
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.02)
+        torch.nn.init.normal_(p, std=config.hidden_size**-0.5)  # so that every layer matters
     use_fast_forms(model)
     return model
 

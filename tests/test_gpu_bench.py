@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu, gpu_table
-from benchmarks.gpu_parts import at_least, at_most, exactly, row
+from benchmarks.gpu_parts import at_least, at_most, exactly, row, worst
 from nanogsm import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -171,6 +171,7 @@ def test_a_number_that_is_not_finite_meets_no_goal():
     nan = float("nan")
     assert at_most("a", nan, 1)["met"] is at_least("a", nan, 1)["met"] is False
     assert row("a", nan)["value"] == "nan" and row("a", float("inf"))["value"] == "inf"
+    assert str(worst([0.0, nan, 1.0])) == "nan" and worst(x for x in (1.0, 2.0)) == 2.0
     assert at_most("a", None, 1)["met"] is None and exactly("a", 0.0, 0.0)["met"] is True
 
 
