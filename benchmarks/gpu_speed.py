@@ -245,8 +245,8 @@ def ppo_setup(work, method: str) -> train_ppo.Setup:
     base = new_model(work, torch.float32 if method == "full" else torch.bfloat16)
     models = train_ppo.build(base, args)
     optimizers = [
-        AdamW(weights.items(), lr, bits=8)
-        for weights, lr in ((models.policy_weights(), args.lr), (models.value_weights(), args.lr))
+        AdamW(models.policy_weights().items(), args.lr, bits=8),
+        AdamW(models.value_weights().items(), args.value_lr, bits=8),
     ]
     autocast = autocast_of(work.device, "bf16")
     return train_ppo.Setup(models, *optimizers, SimpleNamespace(pad_id=0), None, args, autocast)
