@@ -26,7 +26,7 @@ from nanogsm.report.compare import compare
 from nanogsm.report.eval_files import check_place, place_of
 from nanogsm.report.scores import summarise
 from nanogsm.run import console, flags, machine
-from nanogsm.run.past import answer_limit_of, held_out_by, is_tiny, run_of
+from nanogsm.run.past import answer_limit_of, held_out_by, is_tiny, prompt_of, run_of
 from nanogsm.store import files, hub
 
 
@@ -143,8 +143,7 @@ def evaluate(args: argparse.Namespace) -> int:
 def resolve(args: argparse.Namespace) -> tuple[data.Prompt, Path, str]:
     """(prompt, folder, file name without ending). A run is asked with the prompt it was trained
     with, an untuned model with one worked example and the instruction."""
-    run = run_of(args.model)
-    usual = data.Prompt(**run[1]["info"]["prompt"]) if run else data.Prompt("plain", 1, True)
+    usual = prompt_of(args.model) or data.Prompt("plain", 1, True)
     given = {key: getattr(args, key) for key in ("style", "shots", "instruction")}
     prompt = usual._replace(**{key: value for key, value in given.items() if value is not None})
     return prompt, *place_of(args, prompt, usual)

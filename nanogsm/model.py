@@ -252,8 +252,8 @@ def _load_weights(model: Transformer, folder: Path, dtype: torch.dtype, device: 
 def _no_place(key: str) -> str:
     """Why a tensor of a checkpoint has no place, in the words of the tool that wrote it."""
     for part, reason in {
-        "_orig_mod.": "was saved from a compiled model: save the model inside torch.compile's",
-        "module.": "was saved from a wrapped model: save the model inside DDP's or FSDP's",
+        "_orig_mod.": "was saved from a compiled model: save its _orig_mod, the model itself",
+        "module.": "was saved from a wrapped model: save its module, the model itself",
         "language_model.": "is the text part of a multimodal model, which is not supported",
         "v_head": "is a value head, as TRL's PPO saves it: save the model without it",
         "score.": "is a classifier's, and not a language model's",
@@ -403,7 +403,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
             raise UserError(f"the adapter in {folder}: {_misfit(key)}")
         if not {a.dtype, b.dtype} <= set(FLOATS):
             raise UserError(f"the adapter in {folder}: {name} is quantised: not supported")
-        if not (a.sum() + b.sum()).isfinite():
+        if not (a.float().sum() + b.float().sum()).isfinite():
             raise UserError(f"the adapter in {folder}: {name} has entries that are NaN or infinite")
         lora.replace_module(model, name, LoRALinear(base, a, b, config["scale"]))
     targets = config.get("target_modules")  # in PEFT's files, a list of name endings or a pattern
@@ -419,7 +419,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 def _misfit(key: str) -> str:
     """Why a tensor of an adapter has no place, in the words of the tool that wrote it."""
     for part, reason in {
-        "_orig_mod.": "was saved from a compiled model; save the model inside torch.compile's",
+        "_orig_mod.": "was saved from a compiled model: save its _orig_mod, the model itself",
         ".default.weight": "has the adapter's name in it; save it with PEFT's save_pretrained",
         "lora_embedding_": "adapts the embedding, which is not supported",
         "embed_tokens": "belongs to the embedding; trained or resized ones are not supported",

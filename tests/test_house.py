@@ -197,6 +197,7 @@ MOST_TOKENS = {
     "the house": 49_000,
     "adapters of the Hub, revisions, --base, adapters trained further": 650,
     "the reason why a checkpoint of another tool is refused": 300,
+    "a run's prompt and held-out problems go with it": 150,
     "fast/cuda.py: one launch for many, and what fits a card": 3200,
     "distributed.py: many devices": 1800,
 }

@@ -516,6 +516,7 @@ def test_an_adapter_on_the_hub_is_a_model_like_any_other(tmp_path):
         "tiny/base": {"main": on_hub("tiny")},
         "evil/revision": {"main": on_hub("owner/base", revision="../../x")},
         "second/adapter": {"main": on_hub("some/adapter")},
+        "its/own": {"main": on_hub("its/own")},
         "no/weights": {"main": {"adapter_config.json": on_hub("owner/base")["adapter_config.json"],
                                 "adapter_model.bin": b""}},
     }  # fmt: skip
@@ -523,7 +524,7 @@ def test_an_adapter_on_the_hub_is_a_model_like_any_other(tmp_path):
         main, pinned, old, both, absent, *bad = ask(
             tmp_path, server, "some/adapter", "pinned/adapter", "some/adapter@old", "both/kinds",
             "some/adapter@gone", "local/base", "tiny/base", "evil/revision", "second/adapter",
-            "no/weights",
+            "its/own", "no/weights",
         )  # fmt: skip
         chosen = ask(tmp_path, server, "tiny/base+tiny", f"local/base+{tmp_path}/mine",
                      "owner/base+tiny", "some/adapter+some/adapter")  # fmt: skip
@@ -545,7 +546,8 @@ def test_an_adapter_on_the_hub_is_a_model_like_any_other(tmp_path):
     }, adapters  # fmt: skip
     assert absent.startswith("ERROR some/adapter: it has no such revision")
     for answer, says in zip(
-        bad, ["--base", "--base", "not a branch", "another adapter", "no adapter_model"]
+        bad,
+        ["--base", "--base", "not a branch", "another", "another adapter, its/own", "no adapter_m"],
     ):
         assert answer.startswith("ERROR") and says in answer, answer
     embedded = f"{hub.EMBEDDED} {snapshot('tiny/base')} tiny"

@@ -502,6 +502,23 @@ def test_an_adapter_is_trained_further(problems, tmp_path, some_layers, capsys):
     assert len(lora.adapters(again)) == layers
 
 
+def test_a_run_that_starts_from_another_takes_over_its_prompt_and_held_out_problems(
+    problems, tmp_path
+):
+    """Or it would be validated on problems that the first run was trained on."""
+    first = [*problems, "--style", "chat", "--instruction", "--out", str(tmp_path / "a")]
+    train_sft.main(first)
+    argv = [*problems, "--model", str(tmp_path / "a"), "--out", str(tmp_path / "b")]
+    at = argv.index("--val-examples")
+    args = train_sft.parse_args(argv[:at] + argv[at + 2 :])
+    assert (args.style, args.instruction) == ("chat", True)
+    assert args.val_examples == int(argv[at + 1])
+    args = train_sft.parse_args([*argv, "--style", "plain", "--no-instruction"])
+    assert (args.style, args.instruction) == ("plain", False)
+    other = train_sft.parse_args([*argv[:at], *argv[at + 2 :], "--data", "main"])
+    assert other.val_examples is None  # other problems: nothing is known of them
+
+
 def test_the_rank_of_an_adapter_that_is_trained_further_is_its_own(problems, tmp_path):
     peft_adapter(tmp_path / "a", FIXTURES / "gemma3", False)
     argv = [*problems, "--lora", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "b")]

@@ -62,7 +62,9 @@ def check_place(args, folder: Path, name: str) -> None:
     old = files.read_json(path)
     keys = ["data_sha256" if "data_sha256" in old else "data", "precision"]
     run = run_of(args.model)
-    if not run or run[0] != folder:  # a run's own folder may have been renamed
+    # A run's folder may have been renamed. Its merged model/ is not the same as its adapter/.
+    merged = run and Path(args.model).name == "model" and (run[0] / "adapter").is_dir()
+    if not run or run[0] != folder or merged:
         keys.append("model")
     for key in keys:
         if key in old and not files.same_place(old[key], getattr(args, key)):

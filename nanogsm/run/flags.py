@@ -6,6 +6,7 @@ what the study leaves open.
 """
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -102,8 +103,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, argv=None, namespace=None):
         args, unknown = super().parse_known_args(argv, namespace)
-        for action in self._actions:  # `--out $RUN`, where RUN was never set, is not the default
-            if getattr(args, action.dest, None) == "" != action.default and action.option_strings:
+        # An empty value, as of `--out $RUN` with RUN unset, must not pass for the default.
+        for action in self._actions:
+            value = getattr(args, action.dest, None)
+            empty = value == "" != action.default or (isinstance(value, list) and "" in value)
+            if empty and action.option_strings:
                 self.error(f"{action.option_strings[0]} is empty")
         return args, unknown
 
@@ -161,8 +165,9 @@ def training_parser(description: str, settings: tuple, changes: dict, argv: list
     add_tiny_flag(p)
     add("--lora", action="store_true", help="Train LoRA adapters on a frozen base.")
     add_base_flag(p)
-    add("--lora-r", type=int, help="Rank of the adapters. Default: 16.")
-    add("--lora-alpha", type=float, help="The change is scaled by alpha / r. Default: 32.")
+    own = "Default: 16 and 32, or in SFT those of an adapter that is trained further."
+    add("--lora-r", type=int, help=f"Rank of new adapters. {own}")
+    add("--lora-alpha", type=float, help=f"The change is scaled by alpha / r. {own}")
     add("--data", default="main",
         help="main, socratic, worked (--tiny only) or a .jsonl file of your own.")  # fmt: skip
     add_data_dir_flag(p)
@@ -226,11 +231,11 @@ def set_rank(args: argparse.Namespace, continued: tuple[int, float] | None = Non
     usual = continued or (16, 32.0)
     for name, value in zip(("lora_r", "lora_alpha"), usual):
         given = getattr(args, name)
-        if continued and given not in (None, value):
+        if continued and given is not None and not math.isclose(given, value):
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} {given:g}: the adapter in {args.model} has {value:g}, and "
                             "keeps it")  # fmt: skip
-        setattr(args, name, value if given is None else given)
+        setattr(args, name, value if continued or given is None else given)
 
 
 def for_tiny(args: argparse.Namespace) -> tuple[str, str]:
@@ -253,10 +258,12 @@ def sft_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = training_parser(description, SFT, SFT_TINY, argv)
     add = p.add_argument
     add("--model", help="Hub id, folder or run to start from. Default: google/gemma-2b-it. "
-        "With --lora, an adapter is trained further.")  # fmt: skip
+        "An adapter is trained further with --lora, and merged without.")  # fmt: skip
     add("--merge", action="store_true", help="Also save base and adapters as one model.")
-    add("--style", choices=("plain", "chat"), default="plain", help="Style of the prompt.")
-    add("--instruction", action="store_true", help="Begin prompts with the instruction.")
+    as_start = "Default: as the run was trained that --model names"
+    add("--style", choices=("plain", "chat"), help=f"Style of the prompt. {as_start}, or plain.")
+    add("--instruction", action=argparse.BooleanOptionalAction, default=None,
+        help=f"Begin prompts with the instruction. {as_start}, or no.")  # fmt: skip
     add("--max-seq-length", type=int, default=768, help="Longer examples are left out.")
     add("--max-examples", type=int, help="Train on a fixed sample of this many examples.")
     add("--min-lr", type=float, help="Learning rate at the end. Default: a tenth of --lr.")
@@ -271,9 +278,14 @@ def sft_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is not None and not args.lora:
             raise UserError(f"--{name.replace('_', '-')} needs --lora")
     args.tiny = args.tiny or bool(args.model and past.is_tiny(args.model))
-    if args.model is None:  # an empty name is a mistake, and is refused later
+    if args.model is None:
         args.model = "tiny" if args.tiny else "google/gemma-2b-it"
     fill_in(args, "sft", SFT, SFT_TINY)
+    usual = past.prompt_of(args.model) or data.Prompt()
+    args.style = args.style or usual.style
+    args.instruction = usual.instruction if args.instruction is None else args.instruction
+    if args.val_examples is None:  # what the run held out has to stay held out
+        args.val_examples = past.held_out_by(args.model, args.data)
     args.min_lr = 0.1 * args.lr if args.min_lr is None else args.min_lr
     if args.max_new_tokens is None:
         args.max_new_tokens = data.answer_limit(args.data)

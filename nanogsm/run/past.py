@@ -22,6 +22,12 @@ def run_of(model: str) -> tuple[Path, dict] | None:
     return None
 
 
+def prompt_of(model: str) -> data.Prompt | None:
+    """The prompt that the run `model` was trained with; None if it is no run."""
+    run = run_of(model)
+    return data.Prompt(**run[1]["info"]["prompt"]) if run else None
+
+
 def is_tiny(model: str) -> bool:
     """Whether `model` is the embedded one, or a run that began with --tiny."""
     run = run_of(model)

@@ -102,11 +102,11 @@ def open_folder(args, flag: str, found: hub.ModelFiles, prompt: data.Prompt, pro
 def prompt_of_init(args) -> data.Prompt:
     """The prompt that the run --init was trained with. UserError if PPO's default start is
     missing."""
-    if not os.path.isdir(args.init) and args.init.startswith("runs/"):
-        sft = "python train_sft.py" + " --tiny" * args.tiny + " --lora" * ("lora" in args.init)
+    default = f"{'runs/tiny' if args.tiny else 'runs'}/sft-{'lora' if args.lora else 'full'}-main"
+    if not os.path.isdir(args.init) and args.init == default:
+        sft = "python train_sft.py" + " --tiny" * args.tiny + " --lora" * args.lora
         raise UserError(
             f"there is no {args.init} yet: PPO starts from a fine-tuned model; make the default "
             f"one with {sft}, or name another with --init (for --dry-run any model will do)"
         )
-    run = past.run_of(args.init)
-    return data.Prompt(**run[1]["info"]["prompt"]) if run else data.Prompt()
+    return past.prompt_of(args.init) or data.Prompt()

@@ -8,10 +8,12 @@ huggingface_hub is slow to import, so it is imported only where it is needed.
 """
 
 import errno
+import functools
 import hashlib
 import os
 import re
 import time
+from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -36,8 +38,8 @@ SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")  # a plain 
 class ModelFiles(NamedTuple):
     base: Path  # a folder in the Hub's layout: config.json, tokenizer.json, *.safetensors
     adapter: Path | None  # a folder in PEFT's layout, or None
-    name: str  # the base in records: "tiny", a Hub id (owner/name or owner/name@revision), or its
-    # folder's absolute path
+    # The base in records: "tiny", a Hub id (perhaps with @revision), or a folder's absolute path.
+    name: str
 
 
 def find_model(name: str, weights: bool = True, base: str | None = None) -> ModelFiles:
@@ -47,8 +49,10 @@ def find_model(name: str, weights: bool = True, base: str | None = None) -> Mode
     is no network. `base` replaces the base model that an adapter names.
 
     UserError says what is missing and what to do. weights=False neither downloads nor requires
-    weights, which is enough for a --dry-run. Traps: a local folder called owner/name hides the
-    Hub's model. The embedded model hides a folder called tiny, which has to be written ./tiny.
+    weights, which is enough for a --dry-run.
+
+    Trap: a local folder called owner/name hides the Hub's model of that name. Likewise "tiny" is
+    the embedded model, and a folder called tiny has to be written ./tiny.
     """
     found = _find(name, weights, base)
     if base is not None and not found.adapter:
@@ -56,19 +60,22 @@ def find_model(name: str, weights: bool = True, base: str | None = None) -> Mode
     return found
 
 
-def _find(name: str, weights: bool, base: str | None) -> ModelFiles:
+def _find(
+    name: str, weights: bool, base: str | None = None, base_of: str | None = None
+) -> ModelFiles:
+    """base_of: the adapter whose base this is to be, and which must not be an adapter itself."""
     if name == "tiny":
         return ModelFiles(EMBEDDED, None, name)
     folder = Path(os.path.expanduser(name))
     if name and os.path.isdir(folder):  # unlike Path.is_dir, never raises
-        return _local_model(folder, weights, base)
+        return _local_model(folder, weights, base, base_of)
     if name and os.path.exists(folder):
         raise UserError(f"{name} is a file: give the folder it is in")
     if name.startswith("runs/"):
         raise UserError(f"there is no {name}: train it first, or see what is in runs/")
     if not is_hub_id(name):
         raise UserError(f"no such folder: {name!r}; a Hub model is written owner/name")
-    return _hub_model(name, weights, base)
+    return _hub_model(name, weights, base, base_of)
 
 
 def is_hub_id(name: str) -> bool:
@@ -82,8 +89,9 @@ def _adapter_in(folder: Path) -> Path | None:
     return next((path for path in places if (path / "adapter_config.json").is_file()), None)
 
 
-def _local_model(folder: Path, weights: bool, base: str | None) -> ModelFiles:
+def _local_model(folder: Path, weights: bool, base: str | None, base_of: str | None) -> ModelFiles:
     if adapter := _adapter_in(folder):
+        _refuse_as_base(str(folder), base_of)
         return _adapted_model(adapter, weights, base)
     model = folder / "model" if (folder / "model" / "config.json").is_file() else folder
     if (model / "config.json").is_file():
@@ -100,40 +108,43 @@ def _local_model(folder: Path, weights: bool, base: str | None) -> ModelFiles:
     )
 
 
+def _refuse_as_base(name: str, base_of: str | None) -> None:
+    if base_of is not None:  # a circle of adapters ends here, too
+        raise UserError(f"the base model of {base_of} is another adapter, {name}: merge that first")
+
+
 def _adapted_model(
     adapter: Path, weights: bool, base: str | None, repo: str | None = None
 ) -> ModelFiles:
     """An adapter and its base. repo: the Hub id that the adapter was downloaded from."""
     config_file = adapter / "adapter_config.json"
     # A stranger's file must not choose what is read on this disk. A local one may.
-    from_hub = repo is not None and base is None
-    name = base if base is not None else _named_base(config_file, from_hub)
+    untrusted = repo is not None and base is None
+    name = base if base is not None else _named_base(config_file, untrusted)
     if weights and not (adapter / "adapter_model.safetensors").is_file():
         raise UserError(f"{adapter} has no adapter_model.safetensors (.bin files are never read)")
-    if from_hub and not is_hub_id(name):
+    if untrusted and not is_hub_id(name):
         raise UserError(
             f"{repo} is an adapter whose base model, {name!r}, is not on the Hub: name the base "
             "yourself with --base"
         )
-    if not from_hub and _adapter_in(Path(os.path.expanduser(name))):  # also ends a circle of two
-        raise UserError(f"the base model of {adapter} is another adapter, {name}: merge that first")
+    find = _hub_model if untrusted else _find
     try:
-        found = _hub_model(name, weights) if from_hub else _find(name, weights, None)
+        found = find(name, weights, base_of=repo or str(adapter))
     except UserError as error:
         source = "given as --base" if base is not None else f"named in {config_file}"
-        raise UserError(f"{error} (the base model {source})") from error
-    if found.adapter:
-        raise UserError(f"the base model of {repo or adapter} is another adapter, {name}")
+        advice = "" if base is not None else "; --base names another"
+        raise UserError(f"{error} (the base model {source}{advice})") from error
     return ModelFiles(found.base, adapter, found.name)
 
 
-def _named_base(config_file: Path, from_hub: bool) -> str:
+def _named_base(config_file: Path, untrusted: bool) -> str:
     """The base model that adapter_config.json names. A revision counts for a Hub id only."""
     config = files.read_json(config_file)
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(name, str) or not name:
         raise UserError(f"{config_file} does not name its base model (base_model_name_or_path)")
-    is_local = os.path.isdir(os.path.expanduser(name)) and not from_hub
+    is_local = os.path.isdir(os.path.expanduser(name)) and not untrusted
     if revision in (None, "") or is_local or not HUB_ID.fullmatch(name):
         return name
     if not isinstance(revision, str) or not REVISION.fullmatch(revision):
@@ -234,15 +245,19 @@ def _offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def _hub_model(name: str, weights: bool, base: str | None = None) -> ModelFiles:
+def _hub_model(
+    name: str, weights: bool, base: str | None = None, base_of: str | None = None
+) -> ModelFiles:
     """A model or an adapter of the Hub. A repository with both kinds of file is an adapter, like a
     folder with both."""
     repo, _, revision = name.partition("@")
+    # An adapter's repository may have no config.json, so in the cache neither is required.
     kinds = ["config.json", "adapter_config.json"]
-    look = _snapshot(repo, revision or None, kinds, kinds[1:], lambda found: None)
+    look = _snapshot(repo, revision or None, kinds, ["adapter_config.json"])
     # The rest is of the same commit, even if somebody pushes another one in between.
     commit = look.name
     if (look / "adapter_config.json").is_file():
+        _refuse_as_base(name, base_of)
         wanted = ADAPTER if weights else ADAPTER[:1]
 
         def complete(folder: Path) -> None:
@@ -254,13 +269,14 @@ def _hub_model(name: str, weights: bool, base: str | None = None) -> ModelFiles:
         adapter = _snapshot(repo, commit, wanted, wanted, complete)
         return _adapted_model(adapter, weights, base, name)
     wanted = REQUIRED + OPTIONAL + (WEIGHTS if weights else [])
-    complete = lambda folder: _check_complete(folder, weights)  # noqa: E731
+    complete = functools.partial(_check_complete, weights=weights)
     return ModelFiles(_snapshot(repo, commit, wanted, REQUIRED, complete), None, name)
 
 
 def _snapshot(
-    repo: str, revision: str | None, wanted: list[str], required: list[str], check
-) -> Path:
+    repo: str, revision: str | None, wanted: list[str], required: list[str],
+    check: Callable[[Path], None] = lambda folder: None,
+) -> Path:  # fmt: skip
     """The folder with the wanted files of a repository, downloaded or from the cache. It has the
     name of its commit. check(folder) raises UserError for an incomplete one."""
     from huggingface_hub import snapshot_download
