@@ -236,5 +236,6 @@ def time_steps(work: Work, micro_batch: int, backward, optimize) -> dict:
         "backward_s": sum(spans[::2]) / timed, "optimizer_s": sum(spans[1::2]) / timed,
         "step_s": sum(spans) / timed, "tokens_per_s": sum(tokens) / sum(spans),
         "tokens": sum(tokens) / timed, "tokens_at_once": max(tokens),
+        "micro_batches": len(rows) / timed,
         "supervised": sum(map(data.supervised_tokens, steps)) / timed, **peaks(work.device),
     }  # fmt: skip

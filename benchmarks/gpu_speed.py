@@ -3,6 +3,7 @@
 The model has gemma-2b's shape and random weights. Nothing is read from a disk.
 """
 
+import argparse
 import math
 import random
 import time
@@ -93,8 +94,9 @@ def time_sft(work, model, optimizer, micro_batch: int) -> dict:
 
 def optimize(optimizer) -> None:
     """What train_sft.train does after the backward pass."""
-    nn.utils.clip_grad_norm_(optimizer.params.values(), 1.0).item()
-    optimizer.step()
+    norm = optimizer.grad_norm()
+    norm.item()  # looked at before the update, as there
+    optimizer.step(norm, 1.0)
     optimizer.zero_grad()
 
 
@@ -117,17 +119,13 @@ def speed_row(name: str, model, found: dict, rate: float) -> dict:
 
 def memory_row(work, name: str, model, checkpointing: str, found: dict) -> dict:
     """The peak of what tensors held next to what nanogsm.run.plan expects."""
-    c, tokens, allocated = model.config, found["tokens_at_once"], found["allocated"]
-    learned = list(trained(model).values())
-    total, count = (sum(p.numel() for p in some) for some in (model.parameters(), learned))
-    full = total == count
-    budget = {
-        "weights": plan.model_bytes(c, total, count, True),
-        "gradients": 4 * count,
-        "optimizer": plan.moments_bytes([p.shape for p in learned], "adamw8bit"),
-        "activations": plan.activation_bytes(c, tokens, not full, True, checkpointing),
-        "vocabulary": plan.head_bytes(c, tokens, work.device, full, True),
-    }
+    allocated, shapes = found["allocated"], [p.shape for p in trained(model).values()]
+    args = argparse.Namespace(
+        lora=bool(lora.adapters(model)), precision="bf16", optim="adamw8bit", device=work.device,
+        checkpointing=checkpointing, micro_batch=1, accumulation=found["micro_batches"],
+    )  # fmt: skip
+    total = sum(p.numel() for p in model.parameters())
+    budget = plan.sft_budget(args, model.config, total, shapes, [found["tokens_at_once"]])
     planned = sum(budget.values())
     met = None if allocated is None else abs(allocated - planned) <= 0.1 * planned
     goal = f"{gib(planned):.1f} +- 10% (the plan)"

@@ -189,24 +189,7 @@ def settle_sft(args, found, config: Config, examples: list, held_out: list, step
     shapes = adapters if args.lora else everything
     total, trained = _size(everything) + _size(adapters), _size(shapes)
     lengths = [len(example.ids) for example in examples]
-
-    def budget() -> dict[str, float]:
-        bf16 = args.precision == "bf16"
-        tokens = sum(sorted(lengths)[-args.micro_batch :])  # the longest micro-batch
-        activations = activation_bytes(config, tokens, args.lora, bf16, args.checkpointing)
-        # With one micro-batch, activations go as gradients come. (The embedding's gradient, which
-        # is the output projection's, comes first.) With several, earlier gradients are there.
-        later = 4 * (trained - config.vocab_size * config.hidden_size) * (not args.lora)
-        overlap = min(activations, later) if args.accumulation == 1 else 0
-        return {
-            "weights": model_bytes(config, total, trained, bf16),
-            "gradients": 4 * trained,
-            "optimizer": moments_bytes(shapes, args.optim),
-            "activations": activations,
-            "vocabulary": head_bytes(config, tokens, args.device, not args.lora, bf16),
-            "not at once": -overlap,
-        }
-
+    budget = lambda: sft_budget(args, config, total, shapes, lengths)  # noqa: E731
     fitted = fit_card(args, budget, machine.free_memory(args.device))
     supervised = data.supervised_tokens(examples)
     kind = config.model_type
@@ -222,6 +205,25 @@ def settle_sft(args, found, config: Config, examples: list, held_out: list, step
     _say("compute", f"{_devices(args.device)}, {args.precision}{fitted}")
     if args.dry_run:
         print_budget(budget())
+
+
+def sft_budget(args, config: Config, total: int, shapes: list, lengths: list) -> dict[str, float]:
+    """Bytes by purpose. total: all parameters, adapters included; shapes: those of the trained
+    ones; lengths: tokens of the examples."""
+    bf16, trained = args.precision == "bf16", _size(shapes)
+    tokens = sum(sorted(lengths)[-args.micro_batch :])  # the longest micro-batch
+    activations = activation_bytes(config, tokens, args.lora, bf16, args.checkpointing)
+    # With one micro-batch, activations go as gradients come. (The embedding's gradient, which is
+    # the output projection's, comes first.) With several, earlier gradients are there.
+    later = 4 * (trained - config.vocab_size * config.hidden_size) * (not args.lora)
+    return {
+        "weights": model_bytes(config, total, trained, bf16),
+        "gradients": 4 * trained,
+        "optimizer": moments_bytes(shapes, args.optim),
+        "activations": activations,
+        "vocabulary": head_bytes(config, tokens, args.device, not args.lora, bf16),
+        "not at once": -min(activations, later) if args.accumulation == 1 else 0,
+    }
 
 
 def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list) -> None:
