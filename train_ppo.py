@@ -27,7 +27,6 @@ token t + 1, made by hidden state t, which has seen tokens 0 to t:
     reward[t]                  minus KL at each action; the answer's score at the last, column 5
 """
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -317,7 +316,7 @@ def score(setup: Setup, answers: list[dict]) -> Rollout:
     mask = batch.mask[:, 1:].to(batch.ids.device)  # column t is about token t + 1
     logp, ref_logp, entropy, values = torch.zeros(4, *mask.shape, device=mask.device)
     updates = micro_batches_of(len(answers), args.micro_batch, args.accumulation)
-    for rows in itertools.chain.from_iterable(map(distributed.deal, updates)):
+    for rows in distributed.deal(sum(updates, []), models.actor, models.reference):
         ids, token_mask, lengths = (x[rows] for x in batch)
         with setup.autocast():
             hidden = models.actor(ids, lengths)  # (b, T, D)
@@ -401,12 +400,13 @@ def backward_micro(
 
 def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, step: int) -> dict:
     """All gradient steps on one rollout. Returns the means of their metrics."""
-    args, optimizers = setup.args, (setup.policy_optimizer, setup.value_optimizer)
+    args, models = setup.args, setup.models
+    optimizers = setup.policy_optimizer, setup.value_optimizer
     warming = step < args.critic_warmup
     updates = micro_batches_of(len(rollout.indices), args.micro_batch, args.accumulation)
     # `moved` looks at one matrix only, the largest with at most 4 million entries.
     size = lambda p: (p.numel() <= 2**22, p.numel())  # noqa: E731
-    probe = max(setup.models.policy_weights().values(), key=size)
+    probe = max(setup.policy_optimizer.params.values(), key=size)
     before = probe.detach().clone()
     device = rollout.mask.device
     sums, norms, first_ratio_error = torch.zeros(len(SHARES), device=device), [], None
@@ -417,7 +417,7 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
             # Means are over all actions of the update.
             count = sum(rollout.mask[rows].sum() for rows in updates[i])
             shares, error = torch.zeros_like(sums), torch.zeros((), device=device)
-            for rows in distributed.deal(updates[i]):
+            for rows in distributed.deal(updates[i], models.actor, backward=not warming):
                 found = backward_micro(setup, rollout, advantages, returns, rows, count, warming)
                 shares, error = shares + found[0], torch.maximum(error, found[1])
             distributed.add_up(shares)
@@ -443,7 +443,7 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
         "value_grad_norm": sum(norm for _, norm in norms) / n,
         "updates": n,
         "first_ratio_error": first_ratio_error,
-        "moved": (probe.detach() != before).float().mean().item(),
+        "moved": distributed.whole((probe.detach() != before).float().mean()).item(),
     }
 
 

@@ -63,7 +63,8 @@ def backward_step(
     # does, and gives the tokens of short answers a larger weight.
     supervised = data.supervised_tokens(examples)
     loss = torch.zeros((), device=model.device)
-    for rows in data.micro_batches(examples, micro_batch):
+    micro_batches = data.micro_batches(examples, micro_batch)
+    for rows in distributed.deal(micro_batches, model, backward=True):
         share = -answer_logprobs(model, rows, pad_id, autocast).sum() / supervised
         share.backward()  # the gradients of the shares add up in .grad
         loss += share.detach()
@@ -76,7 +77,7 @@ def mean_loss(model: Transformer, examples: list, micro_batch: int, pad_id: int,
     """The same loss over examples, without gradients; NaN if there are none."""
     supervised = data.supervised_tokens(examples)
     total = torch.zeros((), dtype=torch.float64)
-    for rows in data.micro_batches(examples, micro_batch):
+    for rows in distributed.deal(data.micro_batches(examples, micro_batch), model):
         total -= answer_logprobs(model, rows, pad_id, autocast).sum().item()
     distributed.add_up(total)
     return total.item() / supervised if examples else math.nan

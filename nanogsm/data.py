@@ -143,10 +143,10 @@ def supervised_tokens(examples: list[Example]) -> int:
 
 
 def micro_batches(rows: list, size: int) -> list[list]:
-    """A step's rows in the order drawn, `size` at a time; on many devices this one's share."""
+    """A step's rows in the order drawn, `size` at a time, or fewer so that each device gets some."""
     # The size changes only rounding: the loss is divided by the whole step's supervised tokens.
     size = min(size, distributed.largest_share(len(rows))) or 1
-    return distributed.deal([rows[i : i + size] for i in range(0, len(rows), size)])
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def permutation(n: int, seed: int, epoch: int) -> list[int]:

@@ -9,6 +9,8 @@ to be said between them:
 
   dealt      a step's micro-batches, and prompts to answer, go round like cards       deal
   added up   gradients, losses and log-probs, of which each rank made a part          add_up
+  parts      With --shard N, every N ranks share one copy of the weights, of their    shard, own,
+             gradients and moments: each has some rows of every matrix                whole
   first      rank 0 alone writes files and prints; what it finds out, all are told    first
 
 Tensors and JSON travel, and nothing that is unpickled. The ports are open to whoever reaches them,
@@ -18,15 +20,16 @@ two that do nothing.
 
 import datetime
 import json
+import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanogsm import UserError
 
@@ -92,9 +95,20 @@ def local_device(device: str) -> str:
 # ---- dealt
 
 
-def deal(cards: list) -> list:
-    """This rank's share of a list: every COUNT-th, beginning with its own number."""
-    return cards[RANK::COUNT]
+def deal(cards: list, *models: nn.Module, backward: bool = False) -> Iterator:
+    """This rank's share of a list: every COUNT-th, beginning with its own number. The `models` are
+    those that each card goes through, and backward says whether back as well: where they are in
+    parts, all ranks have to take part in every pass, so a rank that is one card short makes an empty
+    one."""
+    mine = cards[RANK::COUNT]
+    yield from mine
+    if len(mine) < largest_share(len(cards)):
+        for model in filter(is_sharded, models):
+            nothing = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+            with torch.set_grad_enabled(backward):
+                hidden = model(nothing, [2])
+            if backward:
+                (hidden.sum() * 0.0).backward()
 
 
 def largest_share(n: int) -> int:
@@ -121,6 +135,8 @@ def add_up_gradients(params: Iterable[Tensor]) -> None:
         return
     small, large = [], []
     for p in params:
+        if is_part(p):  # FSDP has summed it during backward
+            continue
         if p.grad is None:  # a rank that was dealt nothing
             p.grad = torch.zeros_like(p)
         (small if p.grad.numel() < SMALL else large).append(p.grad)
@@ -174,3 +190,79 @@ def first(do: Callable[[], Any]) -> Any:
 def agreed(signal: int | None) -> int | None:
     """The signal that any rank was sent, None if none was."""
     return next((s for s in gathered(signal) if s is not None), None) if COUNT > 1 else signal
+
+
+# ---- parts
+
+
+def shard(model: nn.Module, size: int, kind: str) -> None:
+    """Let every `size` ranks share one copy of a model, by PyTorch's FSDP2. There are COUNT / size
+    copies. Each block is put together when it runs, forward and backward, and taken apart again.
+    The embedding stays whole from forward to the end of backward, so that the lookup and the output
+    projection can add to its gradient.
+
+    Trap: in between, parameters() has the whole embedding, whose memory is freed later. `reshard`
+    takes it apart at once, and the optimizer's own parameters are always parts.
+    """
+    from torch.distributed.fsdp import fully_shard  # takes 2 seconds
+
+    # Autocast would keep a bfloat16 copy of every weight that it has seen: of the whole model.
+    torch.set_autocast_cache_enabled(False)
+    shape = (size,) if size == COUNT else (COUNT // size, size)
+    mesh = dist.init_device_mesh(kind, shape, mesh_dim_names=("copies", "parts")[-len(shape) :])
+    for module in (*model.model["layers"], model):  # the root comes last
+        fully_shard(module, mesh=mesh)
+        # Gradients are sums. Each module has to be told, and gloo has no other sum.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return hasattr(model, "reshard")
+
+
+def reshard(model: nn.Module) -> None:
+    """Take a model apart that a forward without a backward has left whole."""
+    if is_sharded(model):
+        model.reshard()
+
+
+def is_part(t: Tensor) -> bool:
+    return hasattr(t, "full_tensor")  # a DTensor, whose import takes 2 seconds
+
+
+def own(t: Tensor) -> Tensor:
+    """The rows of t that this rank has: all, unless t is a part."""
+    return t.to_local() if is_part(t) else t
+
+
+def whole(t: Tensor) -> Tensor:
+    """All rows of t. Where t is a part, all ranks have to call this."""
+    return t.full_tensor() if is_part(t) else t
+
+
+def first_row(t: Tensor) -> int:
+    """Which of all rows is the first that this rank has."""
+    if not is_part(t) or t.dim() == 0:
+        return 0
+    mesh = t.device_mesh
+    place, parts = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+    return min(place * -(-len(t) // parts), len(t))
+
+
+def first_entry(t: Tensor) -> int:
+    return first_row(t) * math.prod(t.shape[1:])
+
+
+def rows_here(rows: Any, like: Tensor) -> Any:
+    """Of all rows, of a tensor or of a slice in a file, those that this rank has of `like`."""
+    return rows[first_row(like) : first_row(like) + len(own(like))] if is_part(like) else rows
+
+
+def as_part(mine: Tensor, like: Tensor) -> Tensor:
+    """This rank's rows as a part of a tensor that is shaped like `like`."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        mine, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    )

@@ -150,7 +150,7 @@ def generate(
     """
     device, n = model.device, len(prompts)
     # Longest first, so that prompts of similar length go through the model together.
-    mine = distributed.deal(sorted(range(n), key=lambda i: -len(prompts[i])))
+    mine = [*distributed.deal(sorted(range(n), key=lambda i: -len(prompts[i])))]
     batch = min(batch_size, len(mine))
     slots = max(map(len, prompts), default=0) + max_new_tokens
     cache = KVCache(model.config, batch, slots, model.product_dtype, device)

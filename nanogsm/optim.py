@@ -18,7 +18,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from nanogsm import UserError
+from nanogsm import UserError, distributed
 from nanogsm.fast import cpu, cuda
 
 MAX_BLOCK = 256  # most entries that share one scale
@@ -62,14 +62,14 @@ class AdamW:
             dtypes = (torch.int8, torch.uint8) if block else (torch.float32, torch.float32)
             self.moments[name] = [torch.zeros_like(p, dtype=dtype) for dtype in dtypes]
             if block:
-                shape = (*p.shape[:-1], p.shape[-1] // block)
-                self.moments[name] += [torch.zeros(shape, device=p.device) for _ in dtypes]
+                scales = p.detach()[..., : p.shape[-1] // block]
+                self.moments[name] += [torch.zeros_like(scales, dtype=torch.float32) for _ in dtypes]
 
     def grad_norm(self) -> Tensor:
         """The norm of all gradients as one long vector, before it is scaled down: a 0-d tensor."""
         grads = [p.grad for p in self.params.values() if p.grad is not None]
         none = next(iter(self.params.values())).new_zeros(())  # as in PPO's warm-up of the critic
-        return nn.utils.get_total_norm(grads) if grads else none
+        return distributed.whole(nn.utils.get_total_norm(grads)) if grads else none
 
     @torch.no_grad()
     def step(self, norm: Tensor | None = None, max_norm: float = math.inf) -> None:
@@ -86,13 +86,15 @@ class AdamW:
         numbers = self.betas, self.eps, step_size, root_correction
         pieces = []
         for name, p in self.params.items():
-            if p.grad is None:
+            if p.grad is None or not distributed.own(p).numel():
                 continue
             # No decay for vectors: norms and biases set a scale, and decay would only shrink it.
             keep = 1 - self.lr * self.weight_decay if p.dim() >= 2 else 1.0
             tensors = [p.detach(), p.grad.contiguous(), *self.moments[name]]
+            tensors = [distributed.own(t) for t in tensors]
             # One row for each block, or for each entry where there are no scales.
-            pieces.append((keep, [t.view(tensors[-1].numel(), -1) for t in tensors]))
+            tensors = [t.view(tensors[-1].numel(), -1) for t in tensors]
+            pieces.append((keep, distributed.first_entry(p), tensors))
         # As torch.nn.utils.clip_grad_norm_ has it.
         shrink = None if norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
         # Both call update_block for all pieces: a CPU for CHUNK entries at a time.
@@ -129,12 +131,12 @@ class AdamW:
                 "tensors differ; continue with the model, adapter and bits it was saved with"
             )
         for key, tensor in state.items():
-            tensor.copy_(tensors[key])
+            distributed.own(tensor).copy_(distributed.rows_here(tensors[key], tensor))
         self.step_count = int(tensors["step_count"])
 
     def state_bytes(self) -> int:
         """Bytes of the moments and their scales."""
-        return sum(t.nbytes for tensors in self.moments.values() for t in tensors)
+        return sum(distributed.own(t).nbytes for ts in self.moments.values() for t in ts)
 
 
 def update_block(weight, grad, m_state, v_state, *scales, offset, keep: float, numbers) -> None:
@@ -170,7 +172,7 @@ def block_size(shape: tuple[int, ...]) -> int | None:
     """
     # A row of the embedding belongs to one token. If a frequent and a rare token shared a scale,
     # the rare token's moments would be rounded away.
-    if math.prod(shape) < MIN_8BIT_SIZE:
+    if math.prod(shape) < MIN_8BIT_SIZE or len(shape) < 2:  # a shard would cut a vector's blocks
         return None
     largest = max(n for n in range(1, MAX_BLOCK + 1) if shape[-1] % n == 0)
     return largest if largest >= MIN_BLOCK else None

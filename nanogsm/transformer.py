@@ -185,17 +185,16 @@ def end_to_end(ids: Tensor, lengths: list[int], model: "Transformer") -> tuple:
     B, T = ids.shape
     is_real = torch.arange(T) < torch.tensor(lengths)[:, None]  # (B, T)
     # nonzero() runs on the host. On a GPU it would make the host wait for all work before it.
-    real = is_real.flatten().nonzero()[:, 0].to(ids.device, non_blocking=True)  # (sum of lengths,)
-    positions = torch.arange(T, device=ids.device).expand(B, T).flatten()[real][None]
+    row, position = is_real.nonzero().to(ids.device, non_blocking=True).unbind(1)
 
     def attend_each(layer: int, q, k, v, scale, cap) -> Tensor:
         return model.attend_rows(q, k, v, lengths, model.config.window(layer), scale, cap)
 
     def put_back(hidden: Tensor) -> Tensor:
-        padded = hidden.new_zeros(B * T, hidden.shape[-1])
-        return padded.index_copy(0, real, hidden[0]).view(B, T, -1)
+        padded = hidden.new_zeros(B, T, hidden.shape[-1])
+        return padded.index_put((row, position), hidden[0])  # FSDP wants no view
 
-    return ids.flatten()[real][None], positions, attend_each, put_back
+    return ids[row, position][None], position[None], attend_each, put_back
 
 
 class Attention(nn.Module):

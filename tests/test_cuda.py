@@ -204,10 +204,10 @@ class OnGPU:
 
 
 def test_it_compiles_what_is_worth_it_where_it_can(monkeypatch, capsys):
-    large, small = [(1.0, [OnGPU(2**22)])], [(1.0, [OnGPU(2**20)]), (1.0, [OnGPU(2**20)])]
+    large, small = [(1.0, 0, [OnGPU(2**22)])], [(1.0, 0, [OnGPU(2**20)])] * 2
     monkeypatch.setattr(cuda, "has_compiler", lambda: True)
     assert cuda.compiles(large) and not cuda.compiles(small) and not cuda.compiles([])
-    assert not cuda.compiles([(1.0, [torch.empty(2**22)])])  # on a CPU
+    assert not cuda.compiles([(1.0, 0, [torch.empty(2**22)])])  # on a CPU
     monkeypatch.undo()
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)

@@ -75,7 +75,7 @@ def on_ranks(count: int, do, *args) -> list:
 
 @pytest.mark.parametrize("cards", [0, 1, 2, 3, 5, 6])
 def test_every_card_is_dealt_once(cards):
-    hands = on_ranks(3, lambda: distributed.deal(list(range(cards))))
+    hands = on_ranks(3, lambda: [*distributed.deal(list(range(cards)))])
     assert sorted(sum(hands, [])) == list(range(cards))
     assert max(map(len, hands)) == -(-cards // 3)
     assert max(map(len, hands)) - min(map(len, hands)) <= 1

@@ -123,19 +123,27 @@ def update_all(
     pieces: list, update: Callable, dither: Callable, chunk: int, shrink: Tensor | None, step: int,
     numbers: tuple,
 ) -> None:  # fmt: skip
-    """optim.AdamW.step for all its tensors, `chunk` entries at a time. pieces: (keep, [weight,
-    grad, m, v, scales...]), tensors (blocks, entries). Gradients are multiplied by `shrink` first.
-    """
+    """optim.AdamW.step for all its tensors, `chunk` entries at a time. pieces: (keep, first,
+    [weight, grad, m, v, scales...]), tensors (blocks, entries). Gradients are multiplied by
+    `shrink` first. `first` is the number of the first entry here, 0 unless other devices have
+    earlier rows: chunks begin where they would on one device, so the dither is the same."""
     if not pieces:
         return
     if shrink is not None:
-        torch._foreach_mul_([tensors[1] for _, tensors in pieces], shrink)
+        torch._foreach_mul_([tensors[1] for *_, tensors in pieces], shrink)
     # All chunks of a step share their offsets.
-    sizes = [tensors[0].numel() for _, tensors in pieces if len(tensors) > 4]
-    entry = torch.arange(min(chunk, max(sizes, default=0)), device=pieces[0][1][0].device)
+    sizes = [first + tensors[0].numel() for _, first, tensors in pieces if len(tensors) > 4]
+    entry = torch.arange(min(chunk, max(sizes, default=0)), device=pieces[0][2][0].device)
     offsets = dither(entry, step)
-    for keep, tensors in pieces:
-        blocks = max(1, chunk // tensors[0].shape[1])
-        for weight, *rest in zip(*(t.split(blocks) for t in tensors)):
-            offset = offsets[: weight.numel()].view_as(weight) if len(rest) > 3 else None
+    for keep, first, tensors in pieces:
+        blocks, entries = tensors[0].shape
+        whole = max(1, chunk // entries)
+        before = first // entries % whole  # blocks of the first chunk that are elsewhere
+        sizes = [min(whole - before, blocks)]
+        sizes += [min(whole, blocks - i) for i in range(sizes[0], blocks, whole)]
+        for weight, *rest in zip(*(t.split(sizes) for t in tensors)):
+            offset = None
+            if len(rest) > 3:
+                offset = offsets[before * entries :][: weight.numel()].view_as(weight)
             update(weight, *rest, offset=offset, keep=keep, numbers=numbers)
+            before = 0

@@ -47,19 +47,19 @@ def update_all(
     """cpu.update_all, with `update` compiled to one kernel a call. Tensors of at most `chunk`
     entries are updated together with others of their size."""
     if shrink is None:
-        shrink = torch.ones((), device=pieces[0][1][0].device)
+        shrink = torch.ones((), device=pieces[0][2][0].device)
     # A number that changes from step to step would be compiled into the kernel, unless it is a
     # tensor.
     betas, eps, *changing = numbers
     numbers = betas, eps, *map(torch.tensor, changing)
     groups = defaultdict(list)
-    for i, (keep, tensors) in enumerate(pieces):
+    for i, (keep, first, tensors) in enumerate(pieces):
         (blocks, entries), count = tensors[0].shape, tensors[0].numel()
-        alone = i if count > chunk else None
-        groups[count, entries, len(tensors), keep, alone].append(tensors)
-    for (count, entries, parts, keep, _), members in groups.items():
-        period = count if count <= chunk else chunk // entries * entries
-        scalars = map(torch.tensor, (period, step, keep))
+        alone = i if count > chunk or first else None
+        groups[count, entries, len(tensors), keep, first, alone].append(tensors)
+    for (count, entries, parts, keep, first, alone), members in groups.items():
+        period = count if alone is None else chunk // entries * entries
+        scalars = map(torch.tensor, (first, period, step, keep))
         joined = members[0]
         if len(members) > 1:
             joined = [torch.cat(same) for same in zip(*members)]
@@ -84,10 +84,11 @@ def _for_compiler(t: Tensor) -> Tensor:
 def _compiled(update: Callable, dither: Callable) -> Callable:
     """`update` as one kernel for (blocks, entries), with its dither computed on the way."""
 
-    def kernel(tensors: list[Tensor], period, step, keep, shrink, numbers) -> None:
+    def kernel(tensors: list[Tensor], first, period, step, keep, shrink, numbers) -> None:
         weight, grad, *rest = tensors
         # The plain form counts entries from 0 in every chunk.
-        place = torch.arange(weight.numel(), device=weight.device).view_as(weight) % period
+        place = torch.arange(weight.numel(), device=weight.device).view_as(weight)
+        place = (place + first) % period
         offset = dither(place, step)
         update(weight, grad * shrink, *rest, offset=offset, keep=keep, numbers=numbers)
 
@@ -97,9 +98,9 @@ def _compiled(update: Callable, dither: Callable) -> Callable:
 def compiles(pieces: list) -> bool:
     """Whether update_all is for these: on a GPU, with enough entries to pay for ten seconds of
     compilation, where the compiler can work."""
-    if not pieces or not pieces[0][1][0].is_cuda:
+    if not pieces or not pieces[0][2][0].is_cuda:
         return False
-    return sum(tensors[0].numel() for _, tensors in pieces) >= WORTH_COMPILING and has_compiler()
+    return sum(tensors[0].numel() for *_, tensors in pieces) >= WORTH_COMPILING and has_compiler()
 
 
 @functools.cache
