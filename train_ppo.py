@@ -36,7 +36,14 @@ from torch import Tensor, nn
 
 from nanogsm import data, distributed, generate, lora
 from nanogsm.logprob import next_token_logprobs
-from nanogsm.model import frozen_copy, load_model, save_trained, set_checkpointing, twin
+from nanogsm.model import (
+    frozen_copy,
+    load_model,
+    save_trained,
+    set_checkpointing,
+    twin,
+    whole_model,
+)
 from nanogsm.optim import AdamW
 from nanogsm.run import console, past, plan, start
 from nanogsm.run.flags import ppo_args as parse_args
@@ -197,10 +204,6 @@ def build(base: Transformer, args) -> Models:
         actor, reference = twin(base), base
         lora.add_lora(actor, args.lora_r, args.lora_alpha, args.seed)
     else:
-        # A CPU's product can differ in its last bit with the address of a matrix. A clone is
-        # aligned as the reference's copy is, and actor and reference start with a KL of exactly 0.
-        for p in base.parameters():
-            p.data = p.data.clone()
         actor, reference = base, frozen_copy(base, args.precision == "bf16")
     critic = actor
     if args.critic == "separate":
@@ -232,7 +235,7 @@ def set_up(args, found, prompt: data.Prompt) -> Setup:
     # start from stays below the new one: merged into a bfloat16 base, it would be rounded.
     bf16 = args.precision == "bf16"
     dtype = torch.bfloat16 if args.lora and bf16 else torch.float32
-    base, tokenizer = load_model(found, dtype, args.device, merge=not args.lora)
+    base, tokenizer = load_model(found, dtype, args.device, not args.lora, args.shard)
     models = build(base, args)
     bits = 8 if args.optim == "adamw8bit" else 32
     policy_optimizer = AdamW(models.policy_weights().items(), args.lr, bits=bits)
@@ -260,9 +263,11 @@ def sample(setup: Setup, problems: list[data.Problem], step: int, watch) -> list
     (`example`), its `score` and its text. Raises what `watch` raises."""
     args, seed = setup.args, setup.args.seed * 1_000_003 + step
     questions = [problem.question for problem in problems]
-    with setup.autocast():  # one context: autocast then casts the weights once, not at every token
+    whole = whole_model(setup.models.actor, args.precision == "bf16")
+    # One context: autocast then casts the weights once, and not at every token.
+    with setup.autocast(), whole as sampler:
         completions = generate.answer(
-            setup.models.actor, setup.tokenizer, questions, setup.prompt, args.max_new_tokens,
+            sampler, setup.tokenizer, questions, setup.prompt, args.max_new_tokens,
             args.rollout_batch, args.temperature, seed, watch,
         )  # fmt: skip
     marked = []
@@ -331,6 +336,7 @@ def score(setup: Setup, answers: list[dict]) -> Rollout:
                 hidden = models.critic(ids, lengths)
         values[rows] = torch.where(mask[rows], models.value(hidden[:, :-1]), 0.0)
     distributed.add_up(logp, ref_logp, entropy, values)  # others' rows are 0 here
+    distributed.reshard(models.reference)  # no backward will do it
     scores = torch.tensor([answer["score"] for answer in answers], device=mask.device)
     indices = [example.index for example in examples]
     return Rollout(batch, mask, logp, ref_logp, entropy, values, scores, indices)
@@ -460,9 +466,9 @@ def train(args, folder, found, prompt, train_problems, held_out) -> int:
     run = Run(folder, args.steps, optimizers, args, len(held_out), show, warn)
 
     def validate() -> None:
-        with setup.autocast():
+        with setup.autocast(), whole_model(actor, args.precision == "bf16") as sampler:
             rows = generate.answer_and_mark(
-                actor, tokenizer, held_out, prompt, args.max_new_tokens, args.rollout_batch,
+                sampler, tokenizer, held_out, prompt, args.max_new_tokens, args.rollout_batch,
                 progress=run.watch,
             )  # fmt: skip
         run.record_validation(generate.validation_metrics(rows))

@@ -23,6 +23,7 @@ from nanogsm.model import (
     read_config,
     save_trained,
     set_checkpointing,
+    whole_model,
 )
 from nanogsm.optim import AdamW, cosine_with_min_lr
 from nanogsm.run import console, past, plan, start
@@ -94,7 +95,7 @@ def load_trainable(args, found) -> tuple[Transformer, data.Tokenizer]:
     frozen = torch.bfloat16 if bf16 else None  # None: as the checkpoint has it
     dtype = frozen if args.lora else torch.float32
     # Full fine-tuning merges an adapter into its base. LoRA trains it further.
-    model, tokenizer = load_model(found, dtype, args.device, merge=not args.lora)
+    model, tokenizer = load_model(found, dtype, args.device, not args.lora, args.shard)
     set_checkpointing(model, args.checkpointing)
     if not bf16:
         compute_in_float32(model)
@@ -119,9 +120,9 @@ def train(args, folder, found, prompt, examples, steps: int, held_out, held_out_
         save_trained(model, tokenizer, folder.path, found.name)
 
     def validate() -> None:
-        with autocast():
+        with autocast(), whole_model(model, args.precision == "bf16") as sampler:
             rows = generate.answer_and_mark(
-                model, tokenizer, held_out, prompt, args.max_new_tokens, 4 * args.micro_batch,
+                sampler, tokenizer, held_out, prompt, args.max_new_tokens, 4 * args.micro_batch,
                 progress=run.watch,
             )  # fmt: skip
         loss = mean_loss(model, held_out_examples, args.micro_batch, tokenizer.pad_id, autocast)

@@ -6,10 +6,12 @@ what is saved here, and we read theirs. What is not supported is refused by name
 would load, run and compute something else.
 """
 
+import contextlib
 import copy
 import functools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -173,13 +175,16 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     merge: bool = False,
+    shard: int = 1,
 ) -> tuple[Transformer, Tokenizer]:
     """A model and its tokenizer. name: a Hub id, a folder in the Hub's layout, a run folder, or
     what `hub.find_model` found.
 
     dtype is that of the weights; None keeps the checkpoint's. A run that trained adapters comes
     back as base plus adapters (float32). `merge` adds the adapters to the base instead, which
-    rounds in a 16-bit dtype. Raises UserError for files that are missing, damaged or not supported.
+    rounds in a 16-bit dtype. shard: how many devices share one copy (distributed.py); each reads
+    and keeps some rows of every matrix. Raises UserError for files that are missing, damaged or not
+    supported.
     """
     found = name if isinstance(name, hub.ModelFiles) else hub.find_model(str(name))
     tokenizer = Tokenizer(found.base)
@@ -190,8 +195,11 @@ def load_model(
     if beyond := tokenizer.token_beyond(model.config.vocab_size):
         raise UserError(f"{found.base}: the tokenizer's token {beyond!r} is beyond the model's "
                         f"{model.config.vocab_size} embeddings")  # fmt: skip
+    if shard > 1:
+        distributed.shard(model, shard, torch.device(device).type)
     _load_weights(model, found.base, dtype or model.config.dtype, device)
     use_fast_forms(model)
+    model.loaded_from = {"name": found, "device": device, "merge": merge, "shard": shard}
     if found.adapter:
         load_adapter(model, found.adapter)
         if merge:
@@ -215,6 +223,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def _load_weights(model: Transformer, folder: Path, dtype: torch.dtype, device: str) -> None:
     """Strict: every tensor the model has, none it does not have, each of the right shape."""
+    params = dict(model.named_parameters())
+    params["lm_head.weight"] = params[EMBEDDING]
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     wanted["lm_head.weight"] = wanted[EMBEDDING]  # as some files call the tied embedding
     loaded: dict[str, Tensor] = {}
@@ -229,14 +239,20 @@ def _load_weights(model: Transformer, folder: Path, dtype: torch.dtype, device: 
                         raise UserError(
                             f"{file}: {key} has shape {shape}, the model needs {wanted[key]}"
                         )
-                    tensor = tensors.get_tensor(key)
+                    if distributed.is_part(params[key]):
+                        tensor = distributed.rows_here(tensors.get_slice(key), params[key])
+                    else:
+                        tensor = tensors.get_tensor(key)
                     if tensor.dtype not in FLOATS:  # 8 bits are meaningless without their scales
                         raise UserError(f"{file}: {key} is {str(tensor.dtype)[6:]}; quantised "
                                         "weights are not supported")  # fmt: skip
                     # A sum is NaN or infinite if one entry is, and reads the tensor once.
                     if not tensor.sum(dtype=torch.float32).isfinite():
                         raise UserError(f"{file}: {key} has entries that are NaN or infinite")
-                    loaded[key] = tensor.to(device, dtype)
+                    tensor = tensor.to(device, dtype)
+                    if distributed.is_part(params[key]):
+                        tensor = distributed.as_part(tensor, params[key])
+                    loaded[key] = tensor
         except SafetensorError as e:
             raise UserError(f"{file} is damaged or incomplete ({e}): download it again") from e
     lm_head = loaded.pop("lm_head.weight", None)
@@ -271,14 +287,15 @@ def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path | str) -> 
     adapters: merge them first."""
     if lora.adapters(model):
         raise ValueError("merge the adapters, or save them alone with save_adapter")
+    distributed.reshard(model)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
     if distributed.RANK:
-        return
+        return files.give_parts(weights, model.config.dtype)
     with files.replaced_folder(folder) as new:
         # The checkpoint's small files are copied unchanged, for other tools to read.
         for name in (*hub.REQUIRED, *hub.OPTIONAL):
             if (tokenizer.folder / name).exists():
                 files.write(new / name, [(tokenizer.folder / name).read_bytes()])
-        weights = {name: p.detach() for name, p in model.named_parameters()}
         files.write_tensors(new / "model.safetensors", weights, model.config.dtype)
 
 
@@ -463,6 +480,33 @@ def twin(model: Transformer) -> Transformer:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
+@contextlib.contextmanager
+def whole_model(model: Transformer, bf16: bool) -> Iterator[Transformer]:
+    """`with whole_model(model, bf16) as model`: a model to sample from. It is the model itself
+    unless each device has a part of it only: then all parts would travel for every token, so it is
+    a copy with all weights. bf16: linear weights are rounded, as autocast would do at every use.
+    """
+    if not distributed.is_sharded(model):
+        yield model
+        return
+    distributed.reshard(model)
+    linear = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    weights = {}
+    for name, p in model.named_parameters():
+        dtype = torch.bfloat16 if bf16 and name in linear else p.dtype
+        weights[name] = distributed.whole(p.detach().to(dtype))
+    with torch.device("meta"):
+        copy_of_it = Transformer(model.config)
+    copy_of_it.load_state_dict(weights, strict=True, assign=True)
+    copy_of_it.activation_dtype = model.activation_dtype or torch.float32
+    use_fast_forms(copy_of_it)
+    torch.set_autocast_cache_enabled(True)  # or it would cast the embedding for every token
+    try:
+        yield copy_of_it
+    finally:
+        torch.set_autocast_cache_enabled(False)
+
+
 def frozen_copy(model: Transformer, bf16: bool) -> Transformer:
     """A copy with weights of its own, which never change.
 
@@ -470,6 +514,14 @@ def frozen_copy(model: Transformer, bf16: bool) -> Transformer:
     weights are rounded only if that is lossless, as it is for a model that came in bfloat16. So the
     copy computes the same as the model, to the bit, in half the memory.
     """
+    if distributed.is_sharded(model):  # FSDP's cannot be copied: the same is loaded again
+        frozen, _ = load_model(dtype=None if bf16 else torch.float32, **model.loaded_from)
+        frozen.activation_dtype = torch.float32
+        return frozen.requires_grad_(False)
+    # A CPU's product can differ in its last bit with the address of a matrix. A clone is aligned as
+    # the copy is.
+    for p in model.parameters():
+        p.data = p.data.clone()
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     memo = {}  # id of a weight -> the weight that the copy has instead (see twin)
     for p in model.parameters() if bf16 else ():

@@ -68,8 +68,9 @@ class AdamW:
     def grad_norm(self) -> Tensor:
         """The norm of all gradients as one long vector, before it is scaled down: a 0-d tensor."""
         grads = [p.grad for p in self.params.values() if p.grad is not None]
-        none = next(iter(self.params.values())).new_zeros(())  # as in PPO's warm-up of the critic
-        return distributed.whole(nn.utils.get_total_norm(grads)) if grads else none
+        if not grads:  # as in PPO's warm-up of the critic
+            return torch.zeros((), device=next(iter(self.params.values())).device)
+        return distributed.whole(nn.utils.get_total_norm(grads))
 
     @torch.no_grad()
     def step(self, norm: Tensor | None = None, max_norm: float = math.inf) -> None:

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.fsdp  # here once, and not for two seconds in every process
 from conftest import FIXTURES
 from safetensors.torch import load_file
 
 import evaluate
 import train_ppo
 import train_sft
-from nanogsm import UserError, data, distributed, generate
+from nanogsm import UserError, data, distributed, generate, optim
 from nanogsm.model import load_model
 from nanogsm.run import console, loop
 
@@ -163,6 +164,11 @@ def near(a: Path, b: Path, rel: float) -> None:
     assert x.keys() == y.keys() and all(torch.allclose(x[k], y[k], atol=1e-4) for k in x)
 
 
+def without_shard(flags: list) -> list:
+    at = flags.index("--shard") if "--shard" in flags else len(flags)
+    return flags[:at] + flags[at + 2 :]
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Returns a function that runs a script on one device, once for each list of flags."""
@@ -187,22 +193,29 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("count, more", [(2, []), (3, ["--lora"])])
+SHARDED = [(2, ["--shard", "2"]), (3, ["--shard", "3", "--checkpointing", "light"]),
+           (4, ["--shard", "2", "--val-every", "2"])]  # fmt: skip
+
+
+@pytest.mark.parametrize("count, more", [(2, []), (3, ["--lora"]), *SHARDED])
 def test_sft_is_the_same_on_many_devices(alone, tmp_path, count, more):
     out = tmp_path / "many"
     assert on_ranks(count, train_sft.main, [*SFT, *more, "--out", str(out)]) == [0] * count
-    near(alone(train_sft, [*SFT, *more]), out, 2e-5)
+    near(alone(train_sft, [*SFT, *without_shard(more)]), out, 2e-5)
     assert json.loads((out / "run_args.json").read_text())["info"]["devices"] == count
 
 
-@pytest.mark.parametrize("more", [[], ["--lora", "--critic", "separate", "--critic-warmup", "1"]])
+PPO_LORA = ["--lora", "--critic", "separate", "--critic-warmup", "1"]
+
+
+@pytest.mark.parametrize("more", [[], PPO_LORA, ["--shard", "3", "--critic-warmup", "1"]])
 def test_ppo_is_the_same_on_many_devices(alone, tmp_path, more, monkeypatch):
     """14 answers in updates of 6, 6 and 2, on 3 ranks: unequal shares, and once none at all."""
     reward = lambda completion, problem: float(len(completion) % 2)  # noqa: E731
     monkeypatch.setattr(train_ppo, "reward", reward)
     out = tmp_path / "many"
     assert on_ranks(3, train_ppo.main, [*PPO, *more, "--out", str(out)]) == [0] * 3
-    one = alone(train_ppo, [*PPO, *more])
+    one = alone(train_ppo, [*PPO, *without_shard(more)])
     near(one, out, 1e-4)
     assert (one / "samples.jsonl").read_text() == (out / "samples.jsonl").read_text()
     first = next(row for row in rows(out) if "kl" in row)
@@ -245,27 +258,63 @@ def stop_after(step: int, rank: int) -> None:
     loop.Run.end_step = end_step
 
 
-def run_sft(out: Path, stop: int | None = None) -> int:
+def run_sft(out: Path, more: list, stop: int | None = None) -> int:
     if stop:
         stop_after(stop, rank=1)
-    return train_sft.main([*SFT, "--out", str(out)])
+    return train_sft.main([*SFT, *more, "--out", str(out)])
 
 
-def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(alone, tmp_path):
+@pytest.mark.parametrize("more", [["--optim", "adamw8bit"], ["--shard", "2"]])
+def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(tmp_path, more):
     """On the same number of ranks to the bit, on another within rounding."""
     whole, halved = tmp_path / "whole", tmp_path / "halved"
-    assert on_ranks(2, run_sft, whole) == [0, 0]
-    assert on_ranks(2, run_sft, halved, 2) == [143, 143]
+    assert on_ranks(2, run_sft, whole, more) == [0, 0]
+    assert on_ranks(2, run_sft, halved, more, 2) == [143, 143]
     assert (halved / "checkpoint/step-2").is_dir()
-    assert on_ranks(2, run_sft, halved) == [0, 0]
+    assert on_ranks(2, run_sft, halved, more) == [0, 0]
     assert rows(whole) == rows(halved)
     a, b = weights(whole), weights(halved)
     assert all(torch.equal(a[k], b[k]) for k in a)
 
-    other = tmp_path / "other"
-    assert on_ranks(2, run_sft, other, 1) == [143, 143]
-    assert run_sft(other) == 0  # on one device
-    near(whole, other, 2e-5)
+
+def test_a_run_goes_on_with_another_number_of_devices(alone, tmp_path):
+    """Two parts, then one device, then three replicas."""
+    out = tmp_path / "run"
+    assert on_ranks(2, run_sft, out, ["--shard", "2"], 1) == [143, 143]
+    stop = lambda: (stop_after(2, rank=0), run_sft(out, []))[1]  # noqa: E731
+    assert on_ranks(1, stop) == [143]
+    assert on_ranks(3, run_sft, out, []) == [0] * 3
+    near(alone(train_sft, SFT), out, 2e-5)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_rows_of_a_matrix_are_updated_as_in_the_whole_to_the_bit(count, monkeypatch):
+    """8-bit AdamW with several chunks, uneven parts and an empty one."""
+    monkeypatch.setattr(optim, "CHUNK", 3000)
+    shapes = {"embedding": (831, 128), "odd": (77, 160), "norm": (4608,), "B": (512, 16),
+              "one": (1, 4096)}  # fmt: skip
+
+    def compare():
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        mesh = torch.distributed.init_device_mesh("cpu", (distributed.COUNT,))
+        put = lambda t: distribute_tensor(t, mesh, [Shard(0)])  # noqa: E731
+        torch.manual_seed(0)
+        start = {n: torch.randn(s) for n, s in shapes.items()}
+        plain = {n: torch.nn.Parameter(t.clone()) for n, t in start.items()}
+        parts = {n: torch.nn.Parameter(put(t.clone())) for n, t in start.items()}
+        a, b = (optim.AdamW(x.items(), 1e-3, weight_decay=0.1) for x in (plain, parts))
+        for _ in range(3):
+            for n, s in shapes.items():
+                plain[n].grad = torch.randn(s)
+                parts[n].grad = put(plain[n].grad)
+            a.step()
+            b.step()
+        whole = {k: distributed.whole(t) for k, t in b.state_tensors().items()}
+        equal = all(torch.equal(t, whole[k]) for k, t in a.state_tensors().items())
+        return equal, b.state_bytes() < a.state_bytes()
+
+    assert on_ranks(count, compare) == [(True, True)] * count
 
 
 def test_a_run_that_is_in_use_or_finished_is_said_to_all(tmp_path, alone):
@@ -274,6 +323,17 @@ def test_a_run_that_is_in_use_or_finished_is_said_to_all(tmp_path, alone):
     other = [*SFT, "--lr", "0.5", "--out", str(done)]
     for name, text in on_ranks(2, train_sft.main, other):
         assert name == "UserError" and "lr was" in text
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [(["--shard", "2"], "--shard 2 needs a multiple of that many devices"),
+     (["--shard", "3", "--lora"], "--shard is for full fine-tuning"),
+     (["--shard", "0"], "--shard is 0")],
+)  # fmt: skip
+def test_parts_that_cannot_be_are_refused(flags, says):
+    for name, text in on_ranks(3, train_sft.main, [*SFT, *flags, "--dry-run"]):
+        assert name == "UserError" and says in text
 
 
 def test_a_step_smaller_than_the_number_of_devices_is_refused():

@@ -195,6 +195,8 @@ def training_parser(description: str, settings: tuple, changes: dict, argv: list
     add("--save-every", type=int, help="Steps between checkpoints.")
     add("--overwrite", action="store_true", help="Start over in a folder that has a run.")
     add("--wandb", metavar="PROJECT", help="Also send the metrics to Weights & Biases.")
+    add("--shard", type=int, default=1, metavar="N", help="Under torchrun: every N devices share "
+        "one copy of weights, gradients and moments (full fine-tuning).")  # fmt: skip
     add("--dry-run", action="store_true", help="Print the plan. No weights are loaded.")
     add_compute_flags(p)
     return p
@@ -223,6 +225,12 @@ def fill_in(args: argparse.Namespace, script: str, settings: tuple, changes: dic
     if 0 < size < distributed.COUNT:
         raise UserError(f"a step of {args.micro_batch} x {args.accumulation} is too small for "
                         f"{distributed.COUNT} devices: raise --accumulation")  # fmt: skip
+    check_numbers(args, {"shard": 1})
+    if args.shard > 1 and (args.lora or getattr(args, "critic", "shared") == "separate"):
+        raise UserError("--shard is for full fine-tuning with a shared critic: adapters are small")
+    if distributed.COUNT % args.shard:
+        raise UserError(f"--shard {args.shard} needs a multiple of that many devices (torchrun "
+                        f"--nproc-per-node): here {distributed.COUNT} run")  # fmt: skip
 
 
 def set_rank(args: argparse.Namespace, continued: tuple[int, float] | None = None) -> None:

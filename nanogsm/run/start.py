@@ -13,7 +13,7 @@ from nanogsm.store import hub
 # and accumulation may change if their product, "batch", does not. Data and weights may move or be
 # spelt otherwise, because their contents are compared by digest.
 MAY_DIFFER = ("save_every", "data_dir", "data", "model", "init", "base", "device", "merge", "wandb",
-              "checkpointing", "micro_batch", "accumulation", "rollout_batch")  # fmt: skip
+              "checkpointing", "micro_batch", "accumulation", "rollout_batch", "shard")  # fmt: skip
 
 
 def find_start(args, flag: str) -> hub.ModelFiles:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanogsm import UserError
+from nanogsm import UserError, distributed
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -185,6 +185,17 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | N
     return write(path, safetensors_bytes(tensors, dtype))
 
 
+def give_parts(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """What another rank does while rank 0 writes the same tensors: it gives its parts of them."""
+    for name in _in_order(tensors, dtype):
+        distributed.whole(tensors[name].detach())
+
+
+def _in_order(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> list[str]:
+    """Widest type first: every tensor then starts at a multiple of its own item size."""
+    return sorted(tensors, key=lambda name: (-(dtype or tensors[name].dtype).itemsize, name))
+
+
 def safetensors_bytes(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> Iterator:
     """The bytes of a safetensors file, one tensor at a time.
 
@@ -193,8 +204,7 @@ def safetensors_bytes(tensors: dict[str, Tensor], dtype: torch.dtype | None = No
     temporary copy, and a plain CPU tensor none. Tied tensors are written, and load, separately.
     """
     dtypes = {name: dtype or t.dtype for name, t in tensors.items()}
-    # Widest type first: every tensor then starts at a multiple of its own item size.
-    names = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
+    names = _in_order(tensors, dtype)
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
         end = offset + tensors[name].numel() * dtypes[name].itemsize
@@ -205,5 +215,5 @@ def safetensors_bytes(tensors: dict[str, Tensor], dtype: torch.dtype | None = No
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in names:
-        t = tensors[name].detach().to("cpu", dtypes[name]).contiguous()
+        t = distributed.whole(tensors[name].detach()).to("cpu", dtypes[name]).contiguous()
         yield t.reshape(-1).view(torch.uint8).numpy()
