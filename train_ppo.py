@@ -36,14 +36,7 @@ from torch import Tensor, nn
 
 from nanogsm import data, distributed, generate, lora
 from nanogsm.logprob import next_token_logprobs
-from nanogsm.model import (
-    frozen_copy,
-    load_model,
-    save_trained,
-    set_checkpointing,
-    twin,
-    whole_model,
-)
+from nanogsm.model import frozen_copy, load_model, sampler_of, save_trained, set_checkpointing, twin
 from nanogsm.optim import AdamW
 from nanogsm.run import console, past, plan, start
 from nanogsm.run.flags import ppo_args as parse_args
@@ -263,7 +256,7 @@ def sample(setup: Setup, problems: list[data.Problem], step: int, watch) -> list
     (`example`), its `score` and its text. Raises what `watch` raises."""
     args, seed = setup.args, setup.args.seed * 1_000_003 + step
     questions = [problem.question for problem in problems]
-    whole = whole_model(setup.models.actor, args.precision == "bf16")
+    whole = sampler_of(setup.models.actor, args.precision == "bf16")
     # One context: autocast then casts the weights once, and not at every token.
     with setup.autocast(), whole as sampler:
         completions = generate.answer(
@@ -466,7 +459,7 @@ def train(args, folder, found, prompt, train_problems, held_out) -> int:
     run = Run(folder, args.steps, optimizers, args, len(held_out), show, warn)
 
     def validate() -> None:
-        with setup.autocast(), whole_model(actor, args.precision == "bf16") as sampler:
+        with setup.autocast(), sampler_of(actor, args.precision == "bf16") as sampler:
             rows = generate.answer_and_mark(
                 sampler, tokenizer, held_out, prompt, args.max_new_tokens, args.rollout_batch,
                 progress=run.watch,

@@ -21,9 +21,9 @@ from nanogsm.model import (
     compute_in_float32,
     load_model,
     read_config,
+    sampler_of,
     save_trained,
     set_checkpointing,
-    whole_model,
 )
 from nanogsm.optim import AdamW, cosine_with_min_lr
 from nanogsm.run import console, past, plan, start
@@ -120,7 +120,7 @@ def train(args, folder, found, prompt, examples, steps: int, held_out, held_out_
         save_trained(model, tokenizer, folder.path, found.name)
 
     def validate() -> None:
-        with autocast(), whole_model(model, args.precision == "bf16") as sampler:
+        with autocast(), sampler_of(model, args.precision == "bf16") as sampler:
             rows = generate.answer_and_mark(
                 sampler, tokenizer, held_out, prompt, args.max_new_tokens, 4 * args.micro_batch,
                 progress=run.watch,

@@ -123,6 +123,7 @@ def memory_row(work, name: str, model, checkpointing: str, found: dict) -> dict:
     args = argparse.Namespace(
         lora=bool(lora.adapters(model)), precision="bf16", optim="adamw8bit", device=work.device,
         checkpointing=checkpointing, micro_batch=1, accumulation=found["micro_batches"],
+        shard=1,
     )  # fmt: skip
     total = sum(p.numel() for p in model.parameters())
     budget = plan.sft_budget(args, model.config, total, shapes, [found["tokens_at_once"]])

@@ -143,7 +143,7 @@ def supervised_tokens(examples: list[Example]) -> int:
 
 
 def micro_batches(rows: list, size: int) -> list[list]:
-    """A step's rows in the order drawn, `size` at a time, or fewer so that each device gets some."""
+    """A step's rows in the order drawn, `size` at a time, or fewer so that each device has some."""
     # The size changes only rounding: the loss is divided by the whole step's supervised tokens.
     size = min(size, distributed.largest_share(len(rows))) or 1
     return [rows[i : i + size] for i in range(0, len(rows), size)]

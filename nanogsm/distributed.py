@@ -96,10 +96,11 @@ def local_device(device: str) -> str:
 
 
 def deal(cards: list, *models: nn.Module, backward: bool = False) -> Iterator:
-    """This rank's share of a list: every COUNT-th, beginning with its own number. The `models` are
-    those that each card goes through, and backward says whether back as well: where they are in
-    parts, all ranks have to take part in every pass, so a rank that is one card short makes an empty
-    one."""
+    """This rank's share of a list: every COUNT-th, beginning with its own number.
+
+    models: those that each card goes through, and backward: whether back as well. Where they are in
+    parts, all ranks take part in every pass. So a rank that is one card short makes an empty pass.
+    """
     mine = cards[RANK::COUNT]
     yield from mine
     if len(mine) < largest_share(len(cards)):

@@ -481,8 +481,8 @@ def twin(model: Transformer) -> Transformer:
 
 
 @contextlib.contextmanager
-def whole_model(model: Transformer, bf16: bool) -> Iterator[Transformer]:
-    """`with whole_model(model, bf16) as model`: a model to sample from. It is the model itself
+def sampler_of(model: Transformer, bf16: bool) -> Iterator[Transformer]:
+    """`with sampler_of(model, bf16) as model`: a model to sample from. It is the model itself
     unless each device has a part of it only: then all parts would travel for every token, so it is
     a copy with all weights. bf16: linear weights are rounded, as autocast would do at every use.
     """

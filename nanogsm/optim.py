@@ -62,8 +62,8 @@ class AdamW:
             dtypes = (torch.int8, torch.uint8) if block else (torch.float32, torch.float32)
             self.moments[name] = [torch.zeros_like(p, dtype=dtype) for dtype in dtypes]
             if block:
-                scales = p.detach()[..., : p.shape[-1] // block]
-                self.moments[name] += [torch.zeros_like(scales, dtype=torch.float32) for _ in dtypes]
+                scales = p.detach()[..., : p.shape[-1] // block].float()
+                self.moments[name] += [torch.zeros_like(scales), torch.zeros_like(scales)]
 
     def grad_norm(self) -> Tensor:
         """The norm of all gradients as one long vector, before it is scaled down: a 0-d tensor."""

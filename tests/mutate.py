@@ -19,16 +19,32 @@ PPO, SFT, DATA, MODEL = "train_ppo.py", "train_sft.py", "nanogsm/data.py", "nano
 NET, LORA, LOGPROB = "nanogsm/transformer.py", "nanogsm/lora.py", "nanogsm/logprob.py"
 GENERATE, OPTIM, HEAD = "nanogsm/generate.py", "nanogsm/optim.py", "nanogsm/fast/head.py"
 CPU, CHECKPOINTING = "nanogsm/fast/cpu.py", "nanogsm/fast/checkpointing.py"
+CUDA, MANY = "nanogsm/fast/cuda.py", "nanogsm/distributed.py"
 LOOP, FILES, SCORES = "nanogsm/run/loop.py", "nanogsm/store/files.py", "nanogsm/report/scores.py"
 TESTS = {
-    PPO: "test_ppo", SFT: "test_sft", DATA: "test_data test_model", MODEL: "test_model", NET: "test_model",
+    PPO: "test_ppo test_distributed", SFT: "test_sft test_distributed", DATA: "test_data test_model", MODEL: "test_model", NET: "test_model",
     LORA: "test_lora", LOGPROB: "test_logprob", HEAD: "test_logprob test_model", GENERATE: "test_generate",
-    OPTIM: "test_optim", CPU: "test_generate test_model", CHECKPOINTING: "test_model", LOOP: "test_loop",
-    FILES: "test_files", SCORES: "test_scores",
+    OPTIM: "test_optim", CPU: "test_generate test_model test_optim test_cuda", CHECKPOINTING: "test_model", LOOP: "test_loop",
+    CUDA: "test_cuda", MANY: "test_distributed", FILES: "test_files", SCORES: "test_scores",
 }  # fmt: skip
 
 # name, file, the text (there once), what stands there instead
 MUTATIONS = [
+    ("many: a gradient is not summed", MANY, 'add_up(*large, *([together] if small else []))', 'add_up(*large)'),
+    ("many: a large gradient is not summed", MANY, 'add_up(*large, *([together] if small else []))', 'add_up(*([together] if small else []))'),
+    ("many: gradients are means", MANY, 'g.copy_(summed.view_as(g))', 'g.copy_(summed.view_as(g) / COUNT)'),
+    ("many: FSDP's gradients are means", MANY, 'module.set_gradient_divide_factor(1.0)', 'module.set_gradient_divide_factor(2.0)'),
+    ("many: an unequal deal", MANY, 'mine = cards[RANK::COUNT]', 'mine = cards[RANK::COUNT] if RANK else cards[:1]'),
+    ("many: the loss is not summed", SFT, '    distributed.add_up(loss)\n', ''),
+    ("many: others' log-probs are left out", PPO, '    distributed.add_up(logp, ref_logp, entropy, values)', '    distributed.add_up(logp, ref_logp, entropy)'),
+    ("many: an update's metrics are one rank's", PPO, '            distributed.add_up(shares)\n', ''),
+    ("many: the first row of a part", MANY, 'return min(place * -(-len(t) // parts), len(t))', 'return 0'),
+    ("CUDA: padding is attended to", CUDA, 'torch.arange(n) + row * T', 'torch.arange(n) + row * T + (T - n)'),
+    ("CUDA: the second level starts at 0", CUDA, 'wanted - before', 'wanted'),
+    ("CUDA: a dither of its own", CUDA, 'place = (place + first) % period', 'place = place + first + 1'),
+    ("CUDA: the gradient is not scaled down", CUDA, 'grad * shrink', 'grad'),
+    ("AdamW: the gradient is not scaled down", CPU, '        torch._foreach_mul_([tensors[1] for *_, tensors in pieces], shrink)', '        pass'),
+    ("sampling: recorded for other shapes", CUDA, 'shapes = rows, *used', 'shapes = rows'),
     ("PPO: advantage sign", PPO, 'return -torch.min(free, clipped)', 'return torch.min(free, clipped)'),
     ("PPO: clip on the wrong side", PPO, 'return -torch.min(free, clipped)', 'return -torch.max(free, clipped)'),
     ("PPO: no lower clip", PPO, 'ratio.clamp(1 - clip, 1 + clip)', 'ratio.clamp(max=1 + clip)'),

@@ -7,6 +7,7 @@ has a limit of time: ranks that wait for each other would wait for an hour.
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -327,13 +328,25 @@ def test_a_run_that_is_in_use_or_finished_is_said_to_all(tmp_path, alone):
 
 @pytest.mark.parametrize(
     "flags, says",
-    [(["--shard", "2"], "--shard 2 needs a multiple of that many devices"),
+    [(["--shard", "4"], "--shard 4 needs a multiple of that many devices"),
      (["--shard", "3", "--lora"], "--shard is for full fine-tuning"),
      (["--shard", "0"], "--shard is 0")],
 )  # fmt: skip
 def test_parts_that_cannot_be_are_refused(flags, says):
-    for name, text in on_ranks(3, train_sft.main, [*SFT, *flags, "--dry-run"]):
+    for name, text in on_ranks(3, train_sft.main, [*SFT, *flags]):
         assert name == "UserError" and says in text
+
+
+def test_a_dry_run_says_what_each_device_needs(capsys):
+    found = []
+    for n in ("1", "4"):
+        argv = [*SFT, "--shard", n, "--device", "cpu", "--dry-run"]
+        assert train_sft.main(argv) == 0
+        said = capsys.readouterr().out
+        names = ("weights", "gradients", "optimizer")
+        found.append([float(re.search(rf"{name} +([0-9.]+) MiB", said)[1]) for name in names])
+    assert "4 x cpu, every 4 share one copy" in said and "gathered" in said
+    assert found[0] == pytest.approx([4 * x for x in found[1]], rel=0.02)
 
 
 def test_a_step_smaller_than_the_number_of_devices_is_refused():

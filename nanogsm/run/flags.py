@@ -228,7 +228,7 @@ def fill_in(args: argparse.Namespace, script: str, settings: tuple, changes: dic
     check_numbers(args, {"shard": 1})
     if args.shard > 1 and (args.lora or getattr(args, "critic", "shared") == "separate"):
         raise UserError("--shard is for full fine-tuning with a shared critic: adapters are small")
-    if distributed.COUNT % args.shard:
+    if distributed.COUNT % args.shard and not args.dry_run:
         raise UserError(f"--shard {args.shard} needs a multiple of that many devices (torchrun "
                         f"--nproc-per-node): here {distributed.COUNT} run")  # fmt: skip
 

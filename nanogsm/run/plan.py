@@ -107,8 +107,8 @@ def print_budget(budget: dict[str, float]) -> None:
 # ------------------------------------------------------------------------------- a card's memory
 
 RESERVED = 1.3  # PyTorch holds more than it uses, because tensors of changing sizes leave gaps
-UPDATING = ("gradients", "activations", "vocabulary")  # what is not there while answers are sampled
-SAMPLING = ("cache", "sampling")  # what is not there while the weights are updated
+UPDATING = ("gradients", "activations", "vocabulary", "gathered")  # not there during sampling
+SAMPLING = ("cache", "sampling")  # not there while weights are updated
 MOST_AT_ONCE = 16  # rows of a micro-batch; more give a large GPU nothing
 
 
@@ -174,8 +174,10 @@ def _say(name: str, text: str) -> None:
     print(f"{name:<12} {text}")
 
 
-def _devices(device: str) -> str:
-    return f"{distributed.COUNT} x {device}" if distributed.COUNT > 1 else device
+def _devices(args) -> str:
+    shared = f", every {args.shard} share one copy" if args.shard > 1 else ""
+    count = max(distributed.COUNT, args.shard)
+    return f"{count} x {args.device}{shared}" if count > 1 else args.device
 
 
 def _held_out(problems: list) -> str:
@@ -202,7 +204,7 @@ def settle_sft(args, found, config: Config, examples: list, held_out: list, step
     _say("steps", f"{steps:,} of {args.micro_batch} x {args.accumulation} examples, "
          f"{args.epochs} epoch{'s' * (args.epochs > 1)}; lr {args.lr:g} to {args.min_lr:g}, "
          f"warm-up {args.warmup:g} ({args.recipe} recipe); {args.optim}")  # fmt: skip
-    _say("compute", f"{_devices(args.device)}, {args.precision}{fitted}")
+    _say("compute", f"{_devices(args)}, {args.precision}{fitted}")
     if args.dry_run:
         print_budget(budget())
 
@@ -216,14 +218,29 @@ def sft_budget(args, config: Config, total: int, shapes: list, lengths: list) ->
     # With one micro-batch, activations go as gradients come. (The embedding's gradient, which is
     # the output projection's, comes first.) With several, earlier gradients are there.
     later = 4 * (trained - config.vocab_size * config.hidden_size) * (not args.lora)
-    return {
+    return in_parts(args.shard, config, total, {
         "weights": model_bytes(config, total, trained, bf16),
         "gradients": 4 * trained,
         "optimizer": moments_bytes(shapes, args.optim),
         "activations": activations,
         "vocabulary": head_bytes(config, tokens, args.device, not args.lora, bf16),
         "not at once": -min(activations, later) if args.accumulation == 1 else 0,
-    }
+    })  # fmt: skip
+
+
+def in_parts(n: int, c: Config, total: int, budget: dict[str, float]) -> dict[str, float]:
+    """A budget for each of n devices that share one copy of everything (--shard). What runs is
+    gathered for its time: two blocks, the embedding, its gradient, and that once more to be dealt
+    out. Sampling has a whole copy."""
+    if n == 1:
+        return budget
+    embedding = c.vocab_size * c.hidden_size
+    block = (total - embedding) / c.num_hidden_layers
+    parts = {"weights": 4 * total / n, "not at once": 0}
+    parts |= {k: budget[k] / n for k in ("gradients", "optimizer", "reference") if k in budget}
+    if "sampling" in budget:
+        parts["sampling"] = budget["sampling"] + 2 * (total - embedding) + 4 * embedding
+    return budget | parts | {"gathered": 4 * (3 * embedding + 2 * block)}
 
 
 def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list) -> None:
@@ -258,7 +275,7 @@ def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list)
     if args.critic_warmup:
         whole = ": the policy will not change" * (args.critic_warmup >= args.steps)
         _say("warm-up", f"the first {args.critic_warmup} steps train the critic alone{whole}")
-    _say("compute", f"{_devices(args.device)}, {args.precision}{fitted}")
+    _say("compute", f"{_devices(args)}, {args.precision}{fitted}")
     if args.dry_run:
         print_budget(budget())
 
@@ -271,7 +288,7 @@ def ppo_budget(args, config: Config, everything, policy, critic, longest: int) -
         weights = 4 * (total + policy_size)
     tokens, at_once = args.micro_batch * longest, min(args.rollouts, args.rollout_batch)
     activations = activation_bytes(config, tokens, frozen, bf16, args.checkpointing)
-    return {
+    return in_parts(args.shard, config, total, {
         "weights": weights + 4 * critic_size,
         "reference": 0 if frozen else frozen_copy_bytes(config, total, bf16),
         "gradients": 4 * (policy_size + critic_size),
@@ -280,4 +297,4 @@ def ppo_budget(args, config: Config, everything, policy, critic, longest: int) -
         "vocabulary": head_bytes(config, tokens, args.device, not frozen, bf16, entropy=True),
         "cache": cache_bytes(config, at_once, longest, bf16),
         "sampling": sampling_bytes(config, total, at_once, bf16, args.device),
-    }
+    })  # fmt: skip
