@@ -1,6 +1,6 @@
 """Kill training runs at random, continue them, and compare with a run that nobody killed.
 
-    python tests/kill.py                 # 51 kills of full SFT, LoRA and PPO on the embedded model
+    python tests/kill.py        # 68 kills of full SFT, LoRA, PPO and of one of two devices in SFT
     python tests/kill.py --kills 4 --seed 3
 
 Every second kill comes from outside, after a random time. The others strike at a random disk
@@ -17,6 +17,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,9 @@ RUNS = {  # name: script and flags; "sft" comes first, because PPO starts from i
     "ppo": ["train_ppo.py", *SMALL, "--init", "sft", "--recipe", "tuned", "--critic", "separate",
             "--steps", "6", "--rollouts", "32", "--micro-batch", "8", "--accumulation", "2",
             "--val-every", "3"],
+    "many": ["train_sft.py", *SFT, "--shard", "2"],  # one of two processes is killed
 }  # fmt: skip
+RANKS = {"many": 2}
 
 # Runs the script in argv[2:] with two changes. The last checkpoint is kept for the comparison. The
 # process dies before its argv[1]-th disk operation (0: never).
@@ -68,19 +71,43 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def start(command: list[str], out: str, place: Path, die_at: int = 0) -> subprocess.Popen:
-    script, *flags = command
+def start(name: str, out: str, place: Path, die_at: int = 0) -> list[subprocess.Popen]:
+    """The processes of a run: one, or as torchrun would start them."""
+    script, *flags = RUNS[name]
     argv = [sys.executable, "-c", HARNESS, str(die_at), str(ROOT / script), *flags, "--out", out]
-    env = os.environ | {"ROOT": str(ROOT)}
-    return subprocess.Popen(
-        argv, cwd=place, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    count, processes = RANKS.get(name, 1), []
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    for rank in range(count):
+        env = os.environ | {"ROOT": str(ROOT), "OMP_NUM_THREADS": "1"}
+        if count > 1:
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+        processes.append(subprocess.Popen(
+            argv, cwd=place, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        ))  # fmt: skip
+    return processes
 
 
-def ended(process: subprocess.Popen) -> None:
-    error = process.communicate()[1].decode()
-    if process.returncode:
-        sys.exit(f"the run failed with status {process.returncode}: {error[-2000:]}")
+def statuses(processes: list[subprocess.Popen]) -> tuple[list[int], str]:
+    """How the processes ended, and what they said. As under torchrun, the others are killed if they
+    go on for long after the first that failed."""
+    until = None
+    while any(process.poll() is None for process in processes):
+        time.sleep(0.02)
+        if until is None and any(process.poll() for process in processes):
+            until = time.time() + 10
+        for process in processes if until and time.time() > until else ():
+            process.kill()
+    said = [process.communicate()[1].decode() for process in processes]
+    return [process.returncode for process in processes], "".join(said)
+
+
+def ended(processes: list[subprocess.Popen]) -> None:
+    codes, error = statuses(processes)
+    if any(codes):
+        sys.exit(f"the run failed with status {codes}: {error[-2000:]}")
 
 
 def without_clock(row: dict) -> dict:
@@ -107,34 +134,35 @@ def everything(folder: Path) -> dict:
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--kills", type=int, default=17, help="Kills of each run. Default: 17.")
+    p.add_argument("--only", choices=RUNS, help="Kill this run only.")
     p.add_argument("--seed", type=int, default=0, help="Seed of the moments of death.")
     args = p.parse_args()
     rng, wrong = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        for name, command in RUNS.items():
+        for name in RUNS if not args.only else [args.only]:
             began = time.time()
-            ended(start(command, name, place))
+            ended(start(name, name, place))
             seconds, whole = time.time() - began, everything(place / name)
             from_outside = in_disk_operation = complete = 0
             while from_outside + in_disk_operation < args.kills:
                 while from_outside + in_disk_operation < args.kills:
                     outside = (from_outside + in_disk_operation) % 2 == 0
-                    process = start(command, "cut", place, 0 if outside else rng.randrange(1, 60))
+                    ranks = start(name, "cut", place, 0 if outside else rng.randrange(1, 60))
                     if outside:
                         try:
-                            process.wait(rng.uniform(0, 0.9 * seconds))
+                            ranks[0].wait(rng.uniform(0, 0.9 * seconds))
                         except subprocess.TimeoutExpired:
-                            process.send_signal(signal.SIGKILL)
-                    error = process.communicate()[1].decode()
-                    if process.returncode == 0:
+                            rng.choice(ranks).send_signal(signal.SIGKILL)
+                    codes, error = statuses(ranks)
+                    if not any(codes):
                         break
-                    if process.returncode != -signal.SIGKILL:
-                        status = process.returncode
-                        sys.exit(f"{name}: status {status} after a kill: {error[-2000:]}")
+                    # The others say that they lost it (2), or end when nobody is left to hear (1).
+                    if -signal.SIGKILL not in codes or {*codes} - {-signal.SIGKILL, 0, 1, 2}:
+                        sys.exit(f"{name}: status {codes} after a kill: {error[-2000:]}")
                     from_outside += outside
                     in_disk_operation += not outside
-                ended(start(command, "cut", place))
+                ended(start(name, "cut", place))
                 cut = everything(place / "cut")
                 keys = whole.keys() | cut.keys()
                 different = [key for key in keys if whole.get(key) != cut.get(key)]
