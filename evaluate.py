@@ -98,6 +98,7 @@ def evaluate(args: argparse.Namespace) -> int:
     # A misspelt name fails before data is downloaded.
     hub.find_model(args.model, weights=False, base=args.base)
     problems = choose_problems(args)
+    args.model_sha256 = hub.fingerprint(hub.find_model(args.model, base=args.base))
     args.n, args.data_sha256 = len(problems), data.digest(problems)
     prompt, folder, name = resolve(args)
     check_place(args, folder, name)
@@ -119,7 +120,8 @@ def evaluate(args: argparse.Namespace) -> int:
     if distributed.RANK:
         return 0  # rank 0 has all answers, too
     seconds = time.perf_counter() - began
-    settings = "model data data_sha256 split samples temperature batch_size seed precision".split()
+    settings = "model model_sha256 data data_sha256 split samples temperature batch_size".split()
+    settings += ["seed", "precision"]
     summary = summarise(rows, args.samples) | {key: getattr(args, key) for key in settings}
     summary |= {
         "seconds": seconds,

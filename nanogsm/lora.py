@@ -111,6 +111,8 @@ def merge(model: nn.Module) -> None:
     # where exactness matters.
     for name, layer in adapters(model).items():
         layer.weight.copy_(layer.weight.float() + layer.delta())
+        if not layer.weight.sum(dtype=torch.float32).isfinite():
+            raise UserError(f"merged, {name} has entries that are NaN or infinite")
         while isinstance(layer, LoRALinear):
             layer = layer.base
         replace_module(model, name, layer)

@@ -347,6 +347,8 @@ def test_configs_of_other_models_are_refused(change, says, place):
     "change, says",
     [
         ({"r": 0}, "has r 0"), ({"r": "eight"}, "has r 'eight'"), ({"r": 8.0}, "has r 8.0"),
+        ({"lora_alpha": 10**400}, "lora_alpha 1000"), ({"lora_alpha": 0}, "lora_alpha 0"),
+        ({"r": 10**30}, "has r 1000"), ({"lora_alpha": -4}, "lora_alpha -4"),
         ({"lora_alpha": float("inf")}, "lora_alpha inf"), ({"lora_alpha": None}, "lora_alpha None"),
         ({"r": 3}, "made for another one"), ({"peft_type": "IA3"}, "'IA3'; only LORA is supported"),
         ({"base_model_name_or_path": 7}, "does not name its base"),

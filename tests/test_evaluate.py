@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import FIXTURES
+from safetensors.torch import load_file, save_file
 
 import evaluate
 from evaluate import main, parse_args, resolve
@@ -422,11 +424,23 @@ def test_a_result_of_another_model_data_or_precision_is_not_overwritten(mine, tm
     assert evaluate.main(flags(mine, out=tmp_path / "out")) == 0
     (path,) = (tmp_path / "out").glob("*.json")
     summary = json.loads(path.read_text()) | {what: was}
-    del summary["data_sha256"]  # as in earlier files, which have only the data's name
+    del summary["data_sha256"], summary["model_sha256"]  # as in earlier files: only the names
     path.write_text(json.dumps(summary))
     with pytest.raises(UserError, match=f"is a result with {what} {was}: choose another --out"):
         evaluate.main(flags(mine, out=tmp_path / "out"))
     assert json.loads(path.read_text())[what] == was
+
+
+def test_a_result_of_other_weights_under_the_same_name_is_not_overwritten(mine, tmp_path):
+    """An adapter on another base, a run's merged model, weights replaced in their folder."""
+    model = shutil.copytree(FIXTURES / "gemma3", tmp_path / "model")
+    assert evaluate.main(flags(mine, model=model, out=tmp_path / "out")) == 0
+    moved = shutil.move(model, tmp_path / "moved")
+    assert evaluate.main(flags(mine, model=moved, out=tmp_path / "out")) == 0  # the same weights
+    weights = load_file(moved / "model.safetensors")
+    save_file({k: t + 1 for k, t in weights.items()}, moved / "model.safetensors")
+    with pytest.raises(UserError, match="is a result with other weights: choose another --out"):
+        evaluate.main(flags(mine, model=moved, out=tmp_path / "out"))
 
 
 def test_a_result_of_a_file_that_has_changed_is_not_overwritten(mine, tmp_path):

@@ -104,6 +104,31 @@ def test_adapter_folder_and_its_base(tmp_path, monkeypatch):
     assert hub.find_model(str(adapter)) == (snapshot, adapter, "owner/base")
 
 
+def test_a_folder_that_hides_the_hubs_model_of_a_run_is_noticed(tmp_path, monkeypatch):
+    """The run was trained on the Hub's owner/base. Later somebody makes a folder of that name."""
+    run, snapshot = tmp_path / "run", model_folder(tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(snapshot))
+    adapter_folder(run / "adapter", "owner/base")
+    fill(run, run_args={"info": {"base": str(snapshot)}, "args": {}})
+    assert hub.find_model(str(run)) == (snapshot, run / "adapter", "owner/base")
+    here = model_folder(tmp_path / "owner" / "base")
+    text = message(hub.find_model, str(run))
+    assert "owner/base is a folder here" in text and str(snapshot) in text and "--base" in text
+    assert hub.find_model(str(run), base=str(here)).base == here
+
+
+def test_the_fingerprint_of_an_adapter_has_its_scale(tmp_path):
+    base = model_folder(tmp_path / "base")
+    adapter = adapter_folder(tmp_path / "a", str(base))
+    before = hub.fingerprint(hub.find_model(str(adapter)))
+    config = {"base_model_name_or_path": str(base), "lora_alpha": 800}
+    fill(adapter, adapter_config=config | {"base_model_name_or_path": "./base"})
+    assert hub.fingerprint(hub.find_model(str(adapter))) != before
+    with_other_name = hub.fingerprint(hub.find_model(str(adapter)))
+    fill(adapter, adapter_config=config)
+    assert hub.fingerprint(hub.find_model(str(adapter))) == with_other_name  # only spelt otherwise
+
+
 def test_broken_adapters(tmp_path):
     adapter = adapter_folder(tmp_path / "a", None)
     assert "base_model_name_or_path" in message(hub.find_model, str(adapter))

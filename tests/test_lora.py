@@ -269,6 +269,20 @@ def test_merge_writes_a_model_that_equals_base_plus_adapter(gemma, tmp_path, cap
         merge.main([str(FIXTURES / "gemma3"), str(tmp_path / "other")])
 
 
+def test_a_merge_that_is_not_finite_is_refused_and_nothing_is_written(tmp_path):
+    folder = shutil.copytree(FIXTURES / "gemma3_peft", tmp_path / "a")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": str(FIXTURES / "gemma3"), "lora_alpha": 2**29}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({k: t * 1e16 for k, t in tensors.items()}, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="merged, .* has entries that are NaN or infinite"):
+        merge.main([str(folder), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="out is empty"):
+        merge.main([str(folder), ""])
+
+
 def test_an_adapter_that_lacks_layers_it_names_is_refused(gemma, tmp_path):
     """It would load as the base model, in part or whole, without a word."""
     shutil.copytree(FIXTURES / "gemma3_peft", tmp_path / "a")

@@ -34,14 +34,11 @@ def place_of(args, prompt: Prompt, usual: Prompt) -> tuple[Path, str]:
         prompt_name if prompt != usual or (args.out and not run) else "",
         f"{args.samples}x-t{temperature}-seed{args.seed}" if args.temperature else "",
         f"max{args.max_new_tokens}" if args.max_new_tokens else "",
-        f"base-{_in_a_name(args.base)}" if args.base else "",
+        f"base-{Path(args.base).name[:60]}" if args.base else "",
     ]
-    untuned = f"{'runs/tiny' if args.tiny else 'runs'}/eval-{_in_a_name(args.model)}-{prompt_name}"
+    model_name = args.model.strip("/").replace("/", "--")
+    untuned = f"{'runs/tiny' if args.tiny else 'runs'}/eval-{model_name}-{prompt_name}"
     return Path(args.out or (run[0] if run else untuned)), "-".join(filter(None, parts))
-
-
-def _in_a_name(model: str) -> str:
-    return model.strip("/").replace("/", "--")
 
 
 def check_place(args, folder: Path, name: str) -> None:
@@ -62,13 +59,14 @@ def check_place(args, folder: Path, name: str) -> None:
     old = files.read_json(path)
     keys = ["data_sha256" if "data_sha256" in old else "data", "precision"]
     run = run_of(args.model)
-    # A run's folder may have been renamed. Its merged model/ is not the same as its adapter/.
-    merged = run and Path(args.model).name == "model" and (run[0] / "adapter").is_dir()
-    if not run or run[0] != folder or merged:
+    if "model_sha256" in old:
+        keys.append("model_sha256")
+    elif not run or run[0] != folder:  # a run's own folder may have been renamed
         keys.append("model")
     for key in keys:
         if key in old and not files.same_place(old[key], getattr(args, key)):
-            other = "other problems" if key == "data_sha256" else f"{key} {old[key]}"
+            names = {"data_sha256": "other problems", "model_sha256": "other weights"}
+            other = names.get(key, f"{key} {old[key]}")
             raise UserError(f"{path} is a result with {other}: choose another --out")
 
 

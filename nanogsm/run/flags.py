@@ -107,8 +107,8 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             value = getattr(args, action.dest, None)
             empty = value == "" != action.default or (isinstance(value, list) and "" in value)
-            if empty and action.option_strings:
-                self.error(f"{action.option_strings[0]} is empty")
+            if empty:
+                self.error(f"{(action.option_strings or [action.dest])[0]} is empty")
         return args, unknown
 
     def error(self, message: str) -> NoReturn:

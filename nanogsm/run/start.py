@@ -41,7 +41,8 @@ def split_problems(args) -> tuple[list[data.Problem], list[data.Problem]]:
     if args.val_examples is None:
         args.val_examples = data.usual_held_out(len(problems), args.tiny)
     problems, held_out = data.split_validation(problems, args.val_examples)
-    trained = {problem.question for problem in problems}
+    used = data.subset(problems, getattr(args, "max_examples", None) or len(problems))
+    trained = {problem.question for problem in used}
     if twice := sum(problem.question in trained for problem in held_out):
         print(f"note: {twice} of {len(held_out)} held-out problems are also trained on, because "
               "the data repeat questions: validation will look better than it is")  # fmt: skip

@@ -10,6 +10,7 @@ huggingface_hub is slow to import, so it is imported only where it is needed.
 import errno
 import functools
 import hashlib
+import json
 import os
 import re
 import time
@@ -128,6 +129,8 @@ def _adapted_model(
             f"{repo} is an adapter whose base model, {name!r}, is not on the Hub: name the base "
             "yourself with --base"
         )
+    if repo is None and base is None:
+        _check_recorded_base(adapter, name)
     find = _hub_model if untrusted else _find
     try:
         found = find(name, weights, base_of=repo or str(adapter))
@@ -136,6 +139,20 @@ def _adapted_model(
         advice = "" if base is not None else "; --base names another"
         raise UserError(f"{error} (the base model {source}{advice})") from error
     return ModelFiles(found.base, adapter, found.name)
+
+
+def _check_recorded_base(adapter: Path, name: str) -> None:
+    """Raise UserError if a folder here has come to hide the Hub's model that a run was trained
+    on."""
+    try:
+        base = json.loads((adapter.parent / "run_args.json").read_bytes())["info"]["base"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return  # not a run's adapter
+    if HUB_ID.fullmatch(name) and os.path.isdir(name) and not files.same_place(base, name):
+        raise UserError(
+            f"{name} is a folder here, but the run in {adapter.parent} was trained on {base}: "
+            "name one of them with --base"
+        )
 
 
 def _named_base(config_file: Path, untrusted: bool) -> str:
@@ -202,6 +219,9 @@ def fingerprint(found: ModelFiles) -> str:
     paths = sorted(weight_files(found.base))
     if found.adapter:
         paths.append(found.adapter / "adapter_model.safetensors")
+        config = files.read_json(found.adapter / "adapter_config.json")
+        scale = {key: config.get(key) for key in ("r", "lora_alpha", "use_rslora")}
+        digest.update(json.dumps(scale).encode())
     for path in paths:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
