@@ -406,7 +406,7 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
     # `moved` looks at one matrix only, the largest with at most 4 million entries.
     size = lambda p: (p.numel() <= 2**22, p.numel())  # noqa: E731
     probe = max(setup.policy_optimizer.params.values(), key=size)
-    before = probe.detach().clone()
+    before = distributed.whole(probe.detach()).clone()
     device = rollout.mask.device
     sums, norms, first_ratio_error = torch.zeros(len(SHARES), device=device), [], None
     for epoch in range(args.epochs):
@@ -442,7 +442,7 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
         "value_grad_norm": sum(norm for _, norm in norms) / n,
         "updates": n,
         "first_ratio_error": first_ratio_error,
-        "moved": distributed.whole((probe.detach() != before).float().mean()).item(),
+        "moved": (distributed.whole(probe.detach()) != before).float().mean().item(),
     }
 
 
