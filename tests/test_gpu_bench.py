@@ -104,7 +104,7 @@ SCRIPTS = {
 @pytest.fixture
 def stages(monkeypatch, tmp_path):
     """Four stages of a line each in place of the real ones."""
-    limits = {name: (None, 3 if name == "hangs" else 60) for name in SCRIPTS}
+    limits = {name: (None, 1 if name == "hangs" else 60) for name in SCRIPTS}
     monkeypatch.setattr(gpu, "STAGES", limits)
 
     def command_of(name, args):
