@@ -387,7 +387,7 @@ def read_adapter_config(folder: Path) -> dict:
         (config.get("bias", "none") != "none", f"trained biases (bias {config.get('bias')!r})"),
         (start not in STARTS, f"init_lora_weights {start!r}, which changes the base model; convert "
          "it with PEFT's path_initial_model_for_weight_conversion"),
-        (bool(unknown), f"{unknown}, which is not supported"),
+        (bool(unknown), f"{' '.join(unknown.split())}, which is not supported"),
     ]:  # fmt: skip
         if applies:
             raise UserError(f"the adapter in {folder} has {reason}")

@@ -350,6 +350,7 @@ def test_configs_of_other_models_are_refused(change, says, place):
         ({"lora_alpha": 10**400}, "lora_alpha 1000"), ({"lora_alpha": 0}, "lora_alpha 0"),
         ({"r": 10**30}, "has r 1000"), ({"lora_alpha": -4}, "lora_alpha -4"),
         ({"lora_alpha": float("inf")}, "lora_alpha inf"), ({"lora_alpha": None}, "lora_alpha None"),
+        ({"x\ny": 1}, "has x y 1, which is not supported"),  # one line
         ({"r": 3}, "made for another one"), ({"peft_type": "IA3"}, "'IA3'; only LORA is supported"),
         ({"base_model_name_or_path": 7}, "does not name its base"),
         ({"base_model_name_or_path": "no/such/folder"}, "no such folder"),
