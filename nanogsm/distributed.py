@@ -43,13 +43,13 @@ SMALL = 2**20  # entries; smaller gradients travel together
 def start() -> None:
     """Meet the other ranks, if torchrun has started this process. All but rank 0 fall silent."""
     global RANK, COUNT
-    RANK, COUNT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return  # a cluster may set some of these for other purposes
+    RANK, COUNT = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if COUNT == 1:
         return
     if RANK:
         sys.stdout = open(os.devnull, "w")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE)
     versions = gathered([torch.__version__, platform.python_version()])
@@ -87,9 +87,8 @@ def lost_peer(error: Exception) -> str | None:
 
 def local_device(device: str) -> str:
     """This rank's own device of the kind that --device names."""
-    if device == "cuda" and COUNT > 1:
-        return f"cuda:{torch.cuda.current_device()}"
-    return device
+    # (Not made torch's current device before machine.pick_compute has prepared the process for it.)
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and COUNT > 1 else device
 
 
 # ---- dealt
