@@ -25,7 +25,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -59,8 +59,19 @@ def start() -> None:
 
 
 def end() -> None:
+    """Part from the other ranks, once all have done their work."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with a status. A rank that fails does not wait for the others."""
+    if not dist.is_initialized():
+        sys.exit(code)
+    # Trap: Python's own exit would find threads that still talk to the others, and abort.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def speaks_first() -> bool:

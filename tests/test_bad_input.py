@@ -198,6 +198,12 @@ def test_a_read_only_folder_is_named(script, place):
     refused(script, [*usual(script, place), "--out", str(place / "fixed/run")], "fixed")
 
 
+@SCRIPTS
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="Linux has such a folder")
+def test_a_folder_that_only_looks_writable_is_named(script, place):
+    refused(script, [*usual(script, place), "--out", "/proc/run"], "/proc/run")
+
+
 # ------------------------------------------------------------------------------ files made to harm
 
 

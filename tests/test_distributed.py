@@ -368,9 +368,48 @@ def torchrun(tmp_path: Path, *argv: str) -> subprocess.CompletedProcess:
 
 
 def test_a_bad_flag_under_torchrun_is_one_error_line(tmp_path):
-    done = torchrun(tmp_path, str(Path(train_sft.__file__)), "--tiny", "--epochs", "0")
+    """torchrun has a flag --nnodes and would take evaluate.py's --n for it, but for the "--"."""
+    done = torchrun(tmp_path, "--", str(Path(evaluate.__file__)), "--tiny", "--n", "0")
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert lines == ["error: --epochs is 0: give at least 1"] and done.returncode != 0
+    assert lines == ["error: --n is 0: give at least 1"] and done.returncode != 0
+    assert "terminate called" not in done.stderr, done.stderr  # the ranks' threads end with them
+
+
+def fail_on_rank_1(error: BaseException) -> None:
+    """The others wait for it. (They all see --help.)"""
+    if distributed.RANK == 1 or isinstance(error, SystemExit):
+        raise error
+    distributed.gathered(None)
+
+
+@pytest.mark.parametrize(
+    "error, status, line",
+    [(UserError("wrong"), 2, "error: wrong"), (SystemExit(0), 0, ""),
+     (KeyboardInterrupt(), 130, "stopped at once"), (KeyError("bug"), 1, "KeyError: 'bug'")],
+    ids=["user error", "--help", "Ctrl-C", "bug"],
+)  # fmt: skip
+def test_a_rank_that_fails_ends_all_with_one_message(tmp_path, error, status, line):
+    """Also if it ends by --help: its threads must not be aborted, which would be a core dump."""
+    port, said = free_port(), tmp_path / "stderr"
+
+    def one(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3",
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        sys.stderr = open(2, "w", closefd=False)
+        console.entry(lambda: fail_on_rank_1(error))
+
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=one, args=(rank,)) for rank in range(3)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(SECONDS)
+        process.kill()
+    assert ranks[1].exitcode == status and {p.exitcode for p in ranks} <= {status, 1, 2}
+    text = said.read_text()
+    assert line in text and "terminate" not in text, text
+    assert text.count("error: ") == (status == 2) and text.count("Traceback") == (status == 1)
 
 
 def test_a_rank_that_is_killed_loses_nothing_that_was_saved(tmp_path, alone):

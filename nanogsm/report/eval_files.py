@@ -6,6 +6,7 @@ are not the run's own are added to the name, as in eval-test-256-chat-zero-shot-
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 from nanogsm import UserError
@@ -51,8 +52,11 @@ def check_place(args, folder: Path, name: str) -> None:
     except OSError as error:  # for example a name that is too long
         raise UserError(f"cannot write to {folder}: {error.strerror}") from error
     existing = next(f for f in (folder, *folder.absolute().parents) if os.path.exists(f))
-    if not os.path.isdir(existing) or not os.access(existing, os.W_OK):
-        raise UserError(f"cannot write to {folder}: {existing} is not a folder, or is read-only")
+    try:  # some file systems, such as /proc, look writable and are not
+        os.rmdir(tempfile.mkdtemp(dir=existing))
+    except OSError as error:
+        fault = f"{existing} is not a folder, or is read-only"
+        raise UserError(f"cannot write to {folder}: {fault}") from error
     path = folder / f"{name}.json"
     if not os.path.exists(path):
         return

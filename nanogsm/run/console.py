@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -202,32 +203,32 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         code = _fail(str(error))
     except KeyboardInterrupt:
-        print("\nstopped at once: what was not saved is lost", file=sys.stderr)
         code = 130
+        if distributed.speaks_first():
+            print("\nstopped at once: what was not saved is lost", file=sys.stderr)
     except BrokenPipeError:
         # Python flushes stdout once more at exit and would complain about it there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
-    except OSError as error:
-        if not disk_full(error):
-            _keep_quiet()
+    except SystemExit as error:  # --help
+        code = error.code or 0
+    except Exception as error:
+        message = _explained(error)
+        if not message and distributed.COUNT == 1:
             raise
-        code = _fail(f"disk full ({error}): free some space, then run the same command again")
-    except (MemoryError, RuntimeError) as error:
-        if lost := distributed.lost_peer(error):
-            code = _fail(lost)
-        elif _out_of_memory(error):
-            code = _fail(MEMORY_ADVICE)
-        else:
-            _keep_quiet()
-            raise
-    sys.exit(code)
+        code = _fail(message) if message else 1
+        if not message and distributed.speaks_first():
+            traceback.print_exc()
+    distributed.leave(code)
 
 
-def _keep_quiet() -> None:
-    """End this process without its traceback unless it is the first rank to fail."""
-    if not distributed.speaks_first():
-        sys.exit(1)
+def _explained(error: Exception) -> str | None:
+    """What to say about an error that is not our bug, and None if it is."""
+    if isinstance(error, OSError) and disk_full(error):
+        return f"disk full ({error}): free some space, then run the same command again"
+    if isinstance(error, (MemoryError, RuntimeError)):
+        return distributed.lost_peer(error) or (MEMORY_ADVICE if _out_of_memory(error) else None)
+    return None
 
 
 def _out_of_memory(error: Exception) -> bool:
