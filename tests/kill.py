@@ -1,6 +1,7 @@
 """Kill training runs at random, continue them, and compare with a run that nobody killed.
 
-    python tests/kill.py        # 68 kills of full SFT, LoRA, PPO and of one of two devices in SFT
+    python tests/kill.py        # 85 kills of full SFT, LoRA, PPO, a PPO run that is made longer, and
+                                # of one of two devices in SFT
     python tests/kill.py --kills 4 --seed 3
 
 Every second kill comes from outside, after a random time. The others strike at a random disk
@@ -37,7 +38,9 @@ RUNS = {  # name: script and flags; "sft" comes first, because PPO starts from i
             "--val-every", "3"],
     "many": ["train_sft.py", *SFT, "--shard", "2"],  # one of two processes is killed
 }  # fmt: skip
+RUNS["longer"] = [flag if flag != "6" else "4" for flag in RUNS["ppo"]]
 RANKS = {"many": 2}
+BEFORE = {"longer": ["--steps", "2"]}  # the run has ended with these flags before the first kill
 
 # Runs the script in argv[2:] with two changes. The last checkpoint is kept for the comparison. The
 # process dies before its argv[1]-th disk operation (0: never).
@@ -71,10 +74,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def start(name: str, out: str, place: Path, die_at: int = 0) -> list[subprocess.Popen]:
+def start(
+    name: str, out: str, place: Path, die_at: int = 0, more: tuple = ()
+) -> list[subprocess.Popen]:
     """The processes of a run: one, or as torchrun would start them."""
-    script, *flags = RUNS[name]
-    argv = [sys.executable, "-c", HARNESS, str(die_at), str(ROOT / script), *flags, "--out", out]
+    script, *flags = [*RUNS[name], *more, "--out", out]
+    argv = [sys.executable, "-c", HARNESS, str(die_at), str(ROOT / script), *flags]
     count, processes = RANKS.get(name, 1), []
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -141,11 +146,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         for name in RUNS if not args.only else [args.only]:
+            if "--init" in RUNS[name] and not (place / "sft").exists():
+                ended(start("sft", "sft", place))
             began = time.time()
             ended(start(name, name, place))
             seconds, whole = time.time() - began, everything(place / name)
             from_outside = in_disk_operation = complete = 0
             while from_outside + in_disk_operation < args.kills:
+                if name in BEFORE:
+                    ended(start(name, "cut", place, more=BEFORE[name]))
+                    shutil.rmtree(place / "cut-kept")
                 while from_outside + in_disk_operation < args.kills:
                     outside = (from_outside + in_disk_operation) % 2 == 0
                     ranks = start(name, "cut", place, 0 if outside else rng.randrange(1, 60))

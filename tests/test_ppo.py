@@ -777,6 +777,40 @@ def test_a_stopped_run_continues_bit_for_bit(flags, rewarding, kind, tmp_path, m
     assert steps == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("kind", KINDS[:2], ids=["full", "LoRA"])
+@pytest.mark.parametrize("val_every", ["2", "3"])  # a validation after step 2 belongs to both or not
+def test_a_finished_run_may_grow_bit_for_bit(flags, rewarding, kind, val_every, tmp_path, capsys):
+    flags = [*flags, *kind, "--val-every", val_every]
+    assert train_ppo.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    grown = [*flags, "--out", str(tmp_path / "grown")]
+    assert train_ppo.main([*grown, "--steps", "2"]) == 0
+    assert "lets --steps grow later" in capsys.readouterr().out
+    (tmp_path / "grown/eval-test-9.jsonl").write_text("of the weights after step 2")
+    assert train_ppo.main([*grown, "--steps", "2"]) == 0  # the same command does nothing
+    assert "is already finished" in capsys.readouterr().out
+    assert (tmp_path / "grown/eval-test-9.jsonl").exists()
+    assert train_ppo.main([*grown, "--steps", "4"]) == 0
+    assert "continuing" in capsys.readouterr().out
+    assert_same_run(tmp_path / "grown", tmp_path / "whole")
+    assert (tmp_path / "grown/step-2-eval-test-9.jsonl").read_text().startswith("of the weights")
+    assert not (tmp_path / "grown/eval-test-9.jsonl").exists()
+
+
+def test_a_run_grows_only_from_its_checkpoint_and_never_shrinks(flags, rewarding, tmp_path):
+    flags += ["--out", str(tmp_path / "run")]
+    assert train_ppo.main([*flags, "--steps", "2"]) == 0
+    with pytest.raises(UserError, match="steps was 2, now 1"):
+        train_ppo.main([*flags, "--steps", "1"])
+    with pytest.raises(UserError, match=r"\(lr was 0.001, now 0.01\)"):
+        train_ppo.main([*flags, "--steps", "3", "--lr", "0.01"])
+    shutil.rmtree(tmp_path / "run/checkpoint")
+    with pytest.raises(UserError, match="its checkpoint was deleted: to train further, give --init"):
+        train_ppo.main([*flags, "--steps", "3"])
+    assert (tmp_path / "run/summary.json").exists()
+    args = json.loads((tmp_path / "run/run_args.json").read_text())["args"]
+    assert args["steps"] == 2 and train_ppo.main([*flags, "--steps", "2"]) == 0
+
+
 def test_how_an_update_is_cut_and_where_the_data_are_may_change_on_the_way(
     flags, rewarding, tmp_path, monkeypatch
 ):

@@ -284,6 +284,16 @@ def test_changed_data_is_not_continued(problems, tmp_path):
         train_sft.main(argv)
 
 
+def test_more_epochs_are_another_run(problems, tmp_path):
+    argv = [*problems, "--lora", "--out", str(tmp_path / "run")]
+    train_sft.main([*argv, "--epochs", "1"])
+    with pytest.raises(UserError, match="epochs was 1, now 2: .* give --model .*/run and another"):
+        train_sft.main([*argv, "--epochs", "2"])
+    with pytest.raises(UserError, match=r"other arguments \(epochs was 1, now 2; lr was"):
+        train_sft.main([*argv, "--epochs", "2", "--lr", "0.5"])
+    assert not (tmp_path / "run/checkpoint").exists()
+
+
 def test_a_run_learns_and_writes_what_evaluate_reads(problems, tmp_path):
     train_sft.main([*problems, "--epochs", "8", "--lr", "1e-2", "--out", str(tmp_path / "run")])
     rows = metrics(tmp_path / "run")

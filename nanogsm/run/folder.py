@@ -5,7 +5,8 @@
                           hardware; "continued": the info of each continuation that differed
         metrics.jsonl     one row per step, and one per validation
         samples.jsonl     questions with answers; PPO's with their rewards
-        checkpoint/step-N/{tensors.safetensors, state.json, checksums.json}   until the run ends
+        checkpoint/step-N/{tensors.safetensors, state.json, checksums.json}   until the run ends;
+                          PPO keeps the last one, so that --steps can grow
         summary.json      written last: a run that has it is finished
         model/ adapter/   the result; the script writes it before `finish`
         value_head.safetensors  the critic's own weights (PPO)
@@ -48,13 +49,16 @@ CHECKPOINT_FILES = ("tensors.safetensors", "state.json")
 # finished nor continue with deleted logs, and run_args.json must still show that it is a run
 # folder.
 OWNED = ("summary.json", "checkpoint", "model", "adapter", "value_head.safetensors",
-         "eval-*.json", "eval-*.jsonl", *LOGS, "run_args.json")  # fmt: skip
+         "eval-*.json", "eval-*.jsonl", "step-*-eval-*.json", "step-*-eval-*.jsonl", *LOGS,
+         "run_args.json")  # fmt: skip
 
 
 class RunFolder:
     """One run folder, locked for this process until `close`.
 
     args: JSON values that must be equal for a run to continue, except the names in `may_differ`.
+    grows: the one number among them that may become larger, also in a finished run, which then
+    goes on from its last checkpoint. None: a finished run keeps no checkpoint.
     info: versions, digests, hardware; recorded, never compared. Raises UserError if the folder is
     in use, holds something else, or has a run with other arguments. Then, in this order: look at
     `finished`; `load_checkpoint` before the first `log`; `log`, `sample`, `save_checkpoint`; write
@@ -68,8 +72,9 @@ class RunFolder:
         info: dict,
         overwrite: bool = False,
         may_differ: tuple[str, ...] = (),
+        grows: str | None = None,
     ):
-        self.path = Path(path)
+        self.path, self.grows = Path(path), grows
         self._made_folder, self._new = not os.path.exists(self.path), False
         self._logs: dict[str, BinaryIO] = {}
         self.wandb = None
@@ -87,9 +92,9 @@ class RunFolder:
             half_made = [self.path / "checkpoint.tmp", self.path / "summary.json.tmp"]
             for stale in [*half_made, *checkpoint.glob("step-*.tmp")]:
                 files.remove(stale)
-            if self.finished:
+            if self.finished and not grows:
                 files.remove(checkpoint)
-            else:
+            if not self.finished:
                 # Without a checkpoint the run starts over, so its earlier rows are dropped. The
                 # files are unbuffered: a row is with the operating system as soon as it is written.
                 mode = "ab" if self._steps() else "wb"
@@ -182,7 +187,7 @@ class RunFolder:
                 "continue it: choose another run folder, or give --overwrite to start over"
             )
         old = record["args"]
-        changed = []
+        changed, grown = [], False
         names = (old.keys() | args.keys()) - set(may_differ)
         for name in sorted(
             names, key=lambda name: (name.endswith("_sha256"), name)
@@ -194,10 +199,20 @@ class RunFolder:
             selects = name == "data_sha256" and any(x.startswith(SELECTS) for x in changed)
             if selects or was == now:  # other data, as these flags ask for
                 continue
-            if name.endswith("_sha256"):
+            if name not in old and not args[name]:  # an unset flag that did not exist then
+                continue
+            if name == self.grows and isinstance(old.get(name), int) and old[name] < args[name]:
+                grown = True
+            elif name.endswith("_sha256") and name in old and name in args:
                 changed.append(f"the content of --{name.removesuffix('_sha256')} changed")
             else:
                 changed.append(f"{name} was {was}, now {now}".replace("null", "unset"))
+        if self.finished and not self.grows and [x.split()[0] for x in changed] == ["epochs"]:
+            raise UserError(
+                f"{self.path} is finished, and {changed[0]}: more epochs would have needed another "
+                "learning rate from the first step on, so they cannot be added; to train its "
+                f"result further, give --model {self.path} and another --out"
+            )
         if changed:
             more = (
                 f"; and {len(changed) - 6} more" if len(changed) > 6 else ""
@@ -206,11 +221,27 @@ class RunFolder:
                 f"{self.path} was started with other arguments ({'; '.join(changed[:6])}{more}): "
                 "give the old ones to continue, or give another --out, or --overwrite to start over"
             )
+        if grown and self.finished:
+            self._reopen()
         seen = record.get("continued") or [record["info"]]
         if info != seen[-1]:  # another machine, for example: equal bits are no longer promised
             record.setdefault("continued", []).append(info)
         if not self.finished:  # a finished run is only looked at
             files.write_json(path, {**record, "args": args})
+
+    def _reopen(self) -> None:
+        """Make a finished run one that has been stopped at its last step."""
+        steps = self._steps()
+        if not steps:
+            raise UserError(
+                f"{self.path} is finished, and its checkpoint was deleted: to train further, give "
+                f"--init {self.path} and another --out"
+            )
+        # These are results of the weights so far. A kill in between leaves the run finished.
+        for file in self.path.glob("eval-*.json*"):
+            file.rename(self.path / f"step-{steps[-1]}-{file.name}")
+        files.remove(self.path / "summary.json")
+        self.summary, self.finished = None, False
 
     # ---- checkpoints
 
@@ -309,12 +340,14 @@ class RunFolder:
         return f"{self.path} is already finished ({', '.join(shown)}); {advice}"
 
     def finish(self, summary: dict) -> None:
-        """Mark the run as finished, then drop the checkpoint. Call it when the result is saved."""
+        """Mark the run as finished, then drop the checkpoint if the run cannot grow. Call it when
+        the result is saved."""
         for file in self._logs.values():
             os.fsync(file.fileno())
         files.write_json(self.path / "summary.json", summary)
         self.summary, self.finished = files.strict(summary), True
-        files.remove(self.path / "checkpoint")
+        if not self.grows:
+            files.remove(self.path / "checkpoint")
 
 
 class Elsewhere(RunFolder):

@@ -97,7 +97,9 @@ def open_folder(args, flag: str, found: hub.ModelFiles, prompt: data.Prompt, pro
     info = machine.environment() | {"prompt": prompt._asdict(), "base": str(found.base)}
     if distributed.COUNT > 1:
         info["devices"] = distributed.COUNT
-    return open_run_folder(args.out, settings, info, args.overwrite, MAY_DIFFER)
+    # PPO's learning rate is constant, so a run of 10 steps is the beginning of one of 20.
+    grows = "steps" if flag == "init" else None
+    return open_run_folder(args.out, settings, info, args.overwrite, MAY_DIFFER, grows)
 
 
 def prompt_of_init(args) -> data.Prompt:
