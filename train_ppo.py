@@ -48,10 +48,11 @@ from nanogsm.transformer import Transformer
 # ------------------------------------------------------------------------------------- the reward
 
 
-def reward(completion: str, problem: data.Problem) -> float:
-    """1 for the right number after "####", 0 otherwise. Replace it with any function of the two.
-    It is not called for an answer that was cut off at --max-new-tokens: `sample` gives that 0."""
-    return float(data.is_correct(completion, problem))
+def reward(completion: str, problem: data.Problem, truncated: bool) -> float:
+    """1 for the right number after "####", 0 otherwise. `--reward FILE.py` puts another function in
+    its place (nanogsm/run/reward.py)."""
+    # A truncated answer never ended, so it earns nothing: the policy has to learn to end.
+    return float(not truncated and data.is_correct(completion, problem))
 
 
 # --------------------------------------------------------------------------------------- the math
@@ -220,9 +221,10 @@ class Setup(NamedTuple):
     prompt: data.Prompt
     args: object  # the flags
     autocast: Callable  # `with setup.autocast():` makes matrix products bfloat16, if they are to be
+    reward: Callable[[str, data.Problem, bool], float] = reward
 
 
-def set_up(args, found, prompt: data.Prompt) -> Setup:
+def set_up(args, found, prompt: data.Prompt, scored_by: Callable) -> Setup:
     # As in SFT: weights that are trained are float32, a frozen base is bfloat16. Without bfloat16
     # products the base is float32, or sampling would cast all of it for every token. An adapter to
     # start from stays below the new one: merged into a bfloat16 base, it would be rounded.
@@ -233,8 +235,9 @@ def set_up(args, found, prompt: data.Prompt) -> Setup:
     bits = 8 if args.optim == "adamw8bit" else 32
     policy_optimizer = AdamW(models.policy_weights().items(), args.lr, bits=bits)
     value_optimizer = AdamW(models.value_weights().items(), args.value_lr, bits=bits)
+    optimizers = policy_optimizer, value_optimizer
     autocast = autocast_of(args.device, args.precision)
-    return Setup(models, policy_optimizer, value_optimizer, tokenizer, prompt, args, autocast)
+    return Setup(models, *optimizers, tokenizer, prompt, args, autocast, scored_by)
 
 
 # ------------------------------------------------------------------------------------ the rollout
@@ -263,11 +266,14 @@ def sample(setup: Setup, problems: list[data.Problem], step: int, watch) -> list
             sampler, setup.tokenizer, questions, setup.prompt, args.max_new_tokens,
             args.rollout_batch, args.temperature, seed, watch,
         )  # fmt: skip
+    pairs = list(zip(problems, completions))
+    # Only rank 0 asks: a reward of one's own may not give the same answer twice.
+    scores = distributed.first(
+        lambda: [setup.reward(data.cut(done.text), p, done.truncated) for p, done in pairs]
+    )
     marked = []
-    for problem, done in zip(problems, completions):
+    for (problem, done), score in zip(pairs, scores):
         mask = [0] * len(done.prompt) + [1] * len(done.ids)  # the end token is an action, too
-        # A truncated answer never ended, so it earns nothing: the policy has to learn to end.
-        score = 0.0 if done.truncated else float(reward(data.cut(done.text), problem))
         marked.append({
             "example": data.Example(done.prompt + done.ids, mask, problem.index),
             "score": score,
@@ -449,9 +455,9 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
 # --------------------------------------------------------------------------------------- the loop
 
 
-def train(args, folder, found, prompt, train_problems, held_out) -> int:
+def train(args, folder, found, prompt, train_problems, held_out, scored_by) -> int:
     """Train from the start or from the last checkpoint to the end. Returns the exit status."""
-    setup = set_up(args, found, prompt)
+    setup = set_up(args, found, prompt, scored_by)
     actor, tokenizer = setup.models.actor, setup.tokenizer
     optimizers = {"policy/": setup.policy_optimizer, "critic/": setup.value_optimizer}
     show = {"reward": "reward", "kl": "kl_sequence", "length": "response_tokens"}
@@ -498,6 +504,7 @@ def train(args, folder, found, prompt, train_problems, held_out) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    scored_by = start.own_reward(args) or reward
     prompt = start.prompt_of_init(args)
     found = start.find_start(args, "init")
     problems, held_out = start.split_problems(args)
@@ -507,7 +514,7 @@ def main(argv: list[str] | None = None) -> int:
     with start.open_folder(args, "init", found, prompt, problems + held_out) as folder:
         if folder.finished:
             print(folder.already_finished())
-        elif status := train(args, folder, found, prompt, problems, held_out):
+        elif status := train(args, folder, found, prompt, problems, held_out, scored_by):
             return status
     print(past.what_next(args, len(held_out)))
     return 0

@@ -86,7 +86,7 @@ def ppo_args(args) -> argparse.Namespace:
 
 def ours(args, turns: Turns) -> None:
     ppo = ppo_args(args)
-    setup = train_ppo.set_up(ppo, hub.find_model(args.model), data.Prompt())
+    setup = train_ppo.set_up(ppo, hub.find_model(args.model), data.Prompt(), train_ppo.reward)
     if args.lora:  # the peer starts from the same adapters
         save_adapter(setup.models.actor, Path(args.scratch) / "adapter", args.model)
     problems = data.load_problems(args.data, "train", args.data_dir)

@@ -212,7 +212,7 @@ PPO_LORA = ["--lora", "--critic", "separate", "--critic-warmup", "1"]
 @pytest.mark.parametrize("more", [[], PPO_LORA, ["--shard", "3", "--critic-warmup", "1"]])
 def test_ppo_is_the_same_on_many_devices(alone, tmp_path, more, monkeypatch):
     """14 answers in updates of 6, 6 and 2, on 3 ranks: unequal shares, and once none at all."""
-    reward = lambda completion, problem: float(len(completion) % 2)  # noqa: E731
+    reward = lambda completion, *_: float(len(completion) % 2)  # noqa: E731
     monkeypatch.setattr(train_ppo, "reward", reward)
     out = tmp_path / "many"
     assert on_ranks(3, train_ppo.main, [*PPO, *more, "--out", str(out)]) == [0] * 3

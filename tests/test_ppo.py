@@ -195,8 +195,11 @@ def test_the_score_is_at_the_last_action_only_and_kl_at_every_action():
 
 def test_the_number_after_the_marker_counts():
     problem = data.Problem("How many?", "#### 72", 0)
-    assert train_ppo.reward("so 72.\n#### 72", problem) == 1.0
-    assert train_ppo.reward("so 72.\n#### 7", problem) == train_ppo.reward("72", problem) == 0.0
+    right = "so 72.\n#### 72"
+    assert train_ppo.reward(right, problem, False) == 1.0
+    assert train_ppo.reward(right, problem, True) == 0.0
+    for wrong in ("so 72.\n#### 7", "72"):
+        assert train_ppo.reward(wrong, problem, False) == 0.0
 
 
 # --------------------------------------------------------------------------------------- advantage
@@ -629,16 +632,22 @@ def test_sampling_in_bfloat16_rounds_a_weight_once_and_not_at_every_token(gemma)
     assert set(weights.values()) == {1}
 
 
-def test_a_truncated_answer_scores_0_whatever_the_reward_says(gemma, monkeypatch):
-    monkeypatch.setattr(train_ppo, "reward", lambda text, problem: 1)
-    setup = setup_of(gemma, max_new_tokens=3)
+def test_the_reward_is_told_whether_an_answer_is_truncated(gemma):
+    """And gets the text without a question that the model asks itself."""
+    seen = []
+
+    def reward(text, problem, truncated):
+        seen.append((text, problem.index, truncated))
+        return len(seen)
+
+    setup = setup_of(gemma, max_new_tokens=3)._replace(reward=reward)
     setup.tokenizer.stop_ids = frozenset(range(0, 384, 3))
     rows = sample(setup, [data.Problem(f"{i}?", "#### 2", i) for i in range(20)])
-    truncated = [row for row in rows if row["truncated"]]
-    assert 0 < len(truncated) < 20
-    assert all(row["score"] == (not row["truncated"]) for row in rows)
-    for row in rows:
-        ids, mask, _ = row["example"]
+    assert [row["score"] for row in rows] == list(range(1, 21))
+    assert 0 < sum(row["truncated"] for row in rows) < 20
+    for (text, index, truncated), row in zip(seen, rows):
+        ids, mask, i = row["example"]
+        assert (text, index, truncated) == (data.cut(row["completion"]), i, row["truncated"])
         assert (ids[-1] in setup.tokenizer.stop_ids) == (not row["truncated"]) and mask[-1] == 1
 
 
@@ -664,8 +673,7 @@ LETTERS = tuple("abcdefghijklm")
 def learn(gemma, monkeypatch, steps=40, spoil=None):
     """Reward answers that begin with a letter up to m. Returns the share that does, after some
     steps."""
-    starts_well = lambda text, _: float(text.strip()[:1].lower() in LETTERS)  # noqa: E731
-    monkeypatch.setattr(train_ppo, "reward", starts_well)
+    starts_well = lambda text, *_: float(text.strip()[:1].lower() in LETTERS)  # noqa: E731
     if spoil:
         monkeypatch.setattr(train_ppo, *spoil)
 
@@ -680,7 +688,7 @@ def learn(gemma, monkeypatch, steps=40, spoil=None):
         flatter, rollouts=64, rollout_batch=64, micro_batch=64, accumulation=1, epochs=2, seed=1,
         max_new_tokens=1, lr=2e-2, value_lr=2e-2, gamma=1.0, lam=1.0, kl_coef=0.0,
         entropy_coef=0.0, critic="shared", value_coef=0.1,
-    )  # fmt: skip
+    )._replace(reward=starts_well)  # fmt: skip
     problems = [data.Problem(f"{i} + {i}?", "#### 7", i) for i in range(8)]
     for step in range(steps):
         chosen = train_ppo.problems_of_step(problems, step, setup.args.rollouts, 0)
@@ -724,7 +732,8 @@ def flags(tmp_path):
 def rewarding(monkeypatch):
     """A reward that a random model sometimes earns: an odd number of characters. And an end that it
     sometimes finds: every third token."""
-    monkeypatch.setattr(train_ppo, "reward", lambda text, _: len(text) % 2)
+    odd = lambda text, problem, truncated: float(not truncated and len(text) % 2)  # noqa: E731
+    monkeypatch.setattr(train_ppo, "reward", odd)
     monkeypatch.setattr(data.Tokenizer, "_configured_stops", lambda _: set(range(7, 384, 3)))
 
 

@@ -71,7 +71,7 @@ def weights(name: Path | str) -> torch.Tensor:
 
 def test_runs_do_not_depend_on_the_fast_forms(tmp_path, monkeypatch, count):
     # The embedded model solves nothing yet. This reward gives PPO something to learn all the same.
-    monkeypatch.setattr(train_ppo, "reward", lambda text, problem: float(len(text) % 2))
+    monkeypatch.setattr(train_ppo, "reward", lambda text, *_: float(len(text) % 2))
     # Its vocabulary would be a single block. Cut it into several, and keep exponentials of some.
     monkeypatch.setitem(head.BLOCK_LOGITS, "cpu", 1)
     monkeypatch.setattr(head, "BLOCK_MULTIPLE", 64)

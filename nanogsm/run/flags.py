@@ -326,12 +326,15 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = p.add_argument
     add("--init", help="Run or model to start from. Default: runs/sft-full-main, with --lora "
         "runs/sft-lora-main (tiny: runs/tiny/...).")  # fmt: skip
+    add("--reward", metavar="FILE.py", help="Score answers by the function reward(completion, "
+        "problem, truncated) in this file, in place of exact match.")  # fmt: skip
     add("--temperature", type=float, default=1.0, help="Sampling temperature.")
     add("--val-every", type=int, default=10, help="Steps between validations. 0: at the end only.")
     add("--out", help="Run folder. Default: runs/ppo-{full,lora}-{data} (tiny: runs/tiny/...).")
     p.set_defaults(save_every=5)
     args = p.parse_args(argv)
     args.init = args.init and os.path.expanduser(args.init)
+    args.reward = args.reward and os.path.expanduser(args.reward)
     args.tiny = args.tiny or bool(args.init and past.is_tiny(args.init))
     for name in ("lora_r", "lora_alpha"):
         if getattr(args, name) is not None and not (args.lora or args.critic == "separate"):

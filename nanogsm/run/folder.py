@@ -203,8 +203,11 @@ class RunFolder:
                 continue
             if name == self.grows and isinstance(old.get(name), int) and old[name] < args[name]:
                 grown = True
-            elif name.endswith("_sha256") and name in old and name in args:
-                changed.append(f"the content of --{name.removesuffix('_sha256')} changed")
+            elif name.endswith("_sha256"):
+                what = "is missing now" if name not in args else "is new"
+                flag = f"--{name.removesuffix('_sha256')}"
+                both = name in old and name in args
+                changed.append(f"the content of {flag} changed" if both else f"{flag} {what}")
             else:
                 changed.append(f"{name} was {was}, now {now}".replace("null", "unset"))
         if self.finished and not self.grows and [x.split()[0] for x in changed] == ["epochs"]:

@@ -1,19 +1,22 @@
 """The opening of a training run: which weights, which problems, which folder."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from nanogsm import UserError, data, distributed
 from nanogsm.model import load_model, read_adapter_config, save_model
 from nanogsm.run import flags, machine, past
 from nanogsm.run.folder import RunFolder, open_run_folder
+from nanogsm.run.reward import load_reward
 from nanogsm.store import hub
 
 # Settings that may change when a run continues. Some change memory and not the result. micro_batch
 # and accumulation may change if their product, "batch", does not. Data and weights may move or be
 # spelt otherwise, because their contents are compared by digest.
 MAY_DIFFER = ("save_every", "data_dir", "data", "model", "init", "base", "device", "merge", "wandb",
-              "checkpointing", "micro_batch", "accumulation", "rollout_batch", "shard")  # fmt: skip
+              "checkpointing", "micro_batch", "accumulation", "rollout_batch", "shard",
+              "reward")  # fmt: skip
 
 
 def find_start(args, flag: str) -> hub.ModelFiles:
@@ -100,6 +103,15 @@ def open_folder(args, flag: str, found: hub.ModelFiles, prompt: data.Prompt, pro
     # PPO's learning rate is constant, so a run of 10 steps is the beginning of one of 20.
     grows = "steps" if flag == "init" else None
     return open_run_folder(args.out, settings, info, args.overwrite, MAY_DIFFER, grows)
+
+
+def own_reward(args) -> Callable | None:
+    """The function in the file that --reward names, whose digest is compared when the run
+    continues."""
+    if args.reward is None:
+        return None
+    function, args.reward_sha256 = load_reward(args.reward)
+    return function
 
 
 def prompt_of_init(args) -> data.Prompt:
