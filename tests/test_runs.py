@@ -382,9 +382,11 @@ def test_other_arguments_are_refused_by_name_with_both_values(tmp_path):
     assert json.loads((tmp_path / "r/run_args.json").read_text())["args"]["save_every"] == 5
     with pytest.raises(UserError, match="steps was 8, now true"):
         open_run(tmp_path / "r", ARGS | {"steps": True, "save_every": 5})
-    others = {f"f{i}": i for i in range(9)}  # as of another script
-    with pytest.raises(UserError, match=r"f5 was absent, now 5; and 3 more\)"):
+    others = {f"f{i}": i for i in range(1, 10)}  # as of another script
+    with pytest.raises(UserError, match=r"f6 was absent, now 6; and 3 more\)"):
         open_run(tmp_path / "r", ARGS | others | {"save_every": 5})
+    newer = {"flag": False, "other": None}  # that did not exist when the run began, and are not set
+    open_run(tmp_path / "r", ARGS | newer | {"save_every": 5}).close()
 
 
 def test_true_one_and_one_point_zero_are_different_arguments(tmp_path):
