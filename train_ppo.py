@@ -43,6 +43,7 @@ from nanogsm.run.flags import ppo_args as parse_args
 from nanogsm.run.health import health
 from nanogsm.run.loop import Run, check_finite
 from nanogsm.run.machine import autocast_of
+from nanogsm.run.reward import mean_reward
 from nanogsm.transformer import Transformer
 
 # ------------------------------------------------------------------------------------- the reward
@@ -350,7 +351,8 @@ def rollout_metrics(answers: list[dict], rollout: Rollout, rewards, returns, arg
     return {
         "reward": rollout.scores.mean().item(),
         "reward_std": rollout.scores.std(correction=0).item(),
-        "exact_match": sum(answer["correct"] for answer in answers) / n,  # truncated ones included
+        # Truncated ones included; NaN if there is nothing to compare with.
+        "exact_match": math.nan if args.unscored else sum(a["correct"] for a in answers) / n,
         "truncated": sum(answer["truncated"] for answer in answers) / n,
         # The share of the answers that show a calculation.
         "worked": sum("<<" in answer["completion"] for answer in answers) / n,
@@ -470,7 +472,10 @@ def train(args, folder, found, prompt, train_problems, held_out, scored_by) -> i
                 sampler, tokenizer, held_out, prompt, args.max_new_tokens, args.rollout_batch,
                 progress=run.watch,
             )  # fmt: skip
-        run.record_validation(generate.validation_metrics(rows))
+        metrics = generate.validation_metrics(rows)
+        if args.reward:
+            metrics["val_reward"] = mean_reward(scored_by, held_out, rows)
+        run.record_validation(metrics)
 
     with run:  # continues from the last checkpoint; Ctrl-C saves the last whole step
         for step in range(run.first, args.steps):
@@ -516,7 +521,7 @@ def main(argv: list[str] | None = None) -> int:
             print(folder.already_finished())
         elif status := train(args, folder, found, prompt, problems, held_out, scored_by):
             return status
-    print(past.what_next(args, len(held_out)))
+    print(past.what_next(args))
     return 0
 
 

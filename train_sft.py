@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
             return status
         if args.merge:
             start.merge_result(folder.path, found)
-    print(past.what_next(args, len(held_out)))
+    print(past.what_next(args))
     return 0
 
 

@@ -601,12 +601,53 @@ def test_an_empty_question_is_named_by_line(tmp_path, question):
     path = write(tmp_path, f"{row()}\n\n{row(question)}\n")
     with pytest.raises(UserError, match="line 3: the question is empty"):
         read_jsonl(path)
+    path = write(tmp_path, f"{row()}\n\n{row(answer=question)}\n")
+    with pytest.raises(UserError, match="line 3: the answer is empty"):
+        read_jsonl(path, unscored=True)
 
 
-@pytest.mark.parametrize("answer", ["", "72", "#### ", "#### many", "### 72"])
+@pytest.mark.parametrize("answer", ["72", "#### ", "#### many", "### 72"])
 def test_an_answer_without_a_number_after_the_marker_is_named_by_line(tmp_path, answer):
     path = write(tmp_path, f"{row()}\n{row(answer=answer)}\n")
-    with pytest.raises(UserError, match='line 2: the answer has no "#### number"$'):
+    with pytest.raises(UserError, match='line 2: the answer has no "#### number" .--unscored'):
+        read_jsonl(path)
+
+
+ASKED, SAID = {"role": "user", "content": " 2 + 3? "}, {"role": "assistant", "content": "#### 5\n"}
+SYSTEM = {"role": "system", "content": "Be brief.\n"}
+
+
+@pytest.mark.parametrize(
+    "line, question",
+    [({"prompt": " 2 + 3? ", "completion": "#### 5\n", "id": 1}, "2 + 3?"),
+     ({"messages": [ASKED, SAID], "source": "x"}, "2 + 3?"),
+     ({"messages": [SYSTEM, ASKED, SAID]}, "Be brief.\n\n2 + 3?")],
+)  # fmt: skip
+def test_other_names_of_question_and_answer(tmp_path, line, question):
+    path = write(tmp_path, f"{row()}\n{json.dumps(line)}\n")
+    assert read_jsonl(path)[1] == (question, "#### 5", 1)
+
+
+@pytest.mark.parametrize(
+    "turns, says",
+    [([ASKED, SAID, ASKED, SAID], "not user, assistant, user, assistant"), ([ASKED], "not user"),
+     ([SAID, ASKED], "not assistant, user"), ([], "not none"), ([ASKED, SYSTEM, SAID], "turn"),
+     ([{"role": ["x"] * 99, "content": ""}], "not ['x', 'x'"), ("text", "not a JSON object"),
+     ([3, 4], "not a JSON object"), ([ASKED, {"role": "assistant"}], "'content' is missing"),
+     ([ASKED, {"role": "assistant", "content": [{"text": "5"}]}], "not a JSON object"),
+     ([{"role": "user", "content": ""}, SAID], "the question is empty")],
+)  # fmt: skip
+def test_other_chats_are_refused_with_their_line(tmp_path, turns, says):
+    path = write(tmp_path, f"{row()}\n{json.dumps({'messages': turns})}\n")
+    with pytest.raises(UserError, match=f"line 2: .*{re.escape(says)}") as caught:
+        read_jsonl(path)
+    assert len(str(caught.value)) < 400
+
+
+def test_unscored_answers_need_no_number(tmp_path):
+    path = write(tmp_path, row(answer="A cat."))
+    assert read_jsonl(path, unscored=True)[0].answer == "A cat."
+    with pytest.raises(UserError, match="--unscored"):
         read_jsonl(path)
 
 

@@ -17,6 +17,7 @@ from nanogsm import UserError, data, generate
 from nanogsm.data import Problem, Prompt
 from nanogsm.generate import Completion
 from nanogsm.report.eval_files import read_rows
+from nanogsm.run import asked
 from nanogsm.run.past import run_of
 
 GEMMA = Path(__file__).parent / "fixtures" / "gemma3"
@@ -86,7 +87,7 @@ def test_a_run_is_found_from_its_folder_and_from_what_is_in_it(tmp_path, below):
 
 
 def test_what_has_no_record_of_a_run_is_none(tmp_path):
-    run = run_folder(tmp_path / "run", Prompt()._asdict())
+    run = run_folder(tmp_path / "run", Prompt().settings())
     assert run_of("google/gemma-2b-it") is None
     assert run_of(str(tmp_path)) is None
     assert run_of(str(Path(run, "model", "deeper"))) is None
@@ -135,7 +136,7 @@ def test_untuned_models_folder_has_the_whole_name_in_it(model, named):
 def test_tilde_in_the_models_name_is_the_home_folder(tmp_path, monkeypatch):
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(tmp_path))
-    run = run_folder(tmp_path / "run", Prompt()._asdict())
+    run = run_folder(tmp_path / "run", Prompt().settings())
     assert resolved("--model", "~/run", "--n", "8") == (Prompt(), run, "eval-test-8")
 
 
@@ -173,12 +174,12 @@ def test_run_is_asked_as_it_was_trained_and_results_go_to_its_folder(tmp_path):
     ],
 )
 def test_what_is_not_the_runs_own_evaluation_is_named_in_the_file(tmp_path, argv, name):
-    run = run_folder(tmp_path / "run", Prompt()._asdict())
+    run = run_folder(tmp_path / "run", Prompt().settings())
     assert resolved("--model", run, "--n", "8", *argv)[1:] == (run, name)
 
 
 def test_out_chooses_the_folder_and_an_untuned_models_prompt_is_named_there(tmp_path):
-    run, there = run_folder(tmp_path / "run", Prompt()._asdict()), ["--n", "8", "--out", "there"]
+    run, there = run_folder(tmp_path / "run", Prompt().settings()), ["--n", "8", "--out", "there"]
     assert resolved("--model", run, *there)[1:] == ("there", "eval-test-8")
     assert resolved("--model", run, "--shots", "1", *there)[2] == "eval-test-8-plain-one-shot"
     # in that folder only the name tells one prompt's result from another's
@@ -206,28 +207,28 @@ def test_a_folder_without_a_runs_record_is_an_untuned_model(tmp_path, record):
 
 
 def test_test_split_is_sampled_and_validation_is_what_training_held_out(monkeypatch):
-    everything, asked = [Problem(f"q{i}", "#### 1", i) for i in range(40)], []
+    everything, calls = [Problem(f"q{i}", "#### 1", i) for i in range(40)], []
 
     def load_problems(*given):
-        asked.append(given)
+        calls.append(given)
         return everything
 
     monkeypatch.setattr(data, "load_problems", load_problems)
-    test = evaluate.choose_problems(parse_args(["--n", "7"]))
+    test = asked.choose_problems(parse_args(["--n", "7"]))
     assert test == data.subset(everything, 7)
-    validation = evaluate.choose_problems(parse_args(["--n", "7", "--split", "validation"]))
+    validation = asked.choose_problems(parse_args(["--n", "7", "--split", "validation"]))
     assert validation == data.split_validation(everything, 7)[1]
-    assert asked == [("main", "test", None), ("main", "train", None)]
+    assert calls == [("main", "test", None, False), ("main", "train", None, False)]
 
 
 @pytest.mark.parametrize("below", ["", "model"])
 def test_validation_of_a_run_is_exactly_what_it_held_out(tmp_path, monkeypatch, below):
     everything = [Problem(f"q{i}", "#### 1", i) for i in range(40)]
     monkeypatch.setattr(data, "load_problems", lambda *_: everything)
-    run = run_folder(tmp_path / "run", Prompt()._asdict(), val_examples=8)
+    run = run_folder(tmp_path / "run", Prompt().settings(), val_examples=8)
 
     def chosen(*argv):
-        return evaluate.choose_problems(parse_args(["--model", str(Path(run, below)), *argv]))
+        return asked.choose_problems(parse_args(["--model", str(Path(run, below)), *argv]))
 
     assert chosen("--split", "validation", "--n", "8") == data.split_validation(everything, 8)[1]
     for n in ("7", "9"):
@@ -235,7 +236,7 @@ def test_validation_of_a_run_is_exactly_what_it_held_out(tmp_path, monkeypatch, 
             chosen("--split", "validation", "--n", n)
     assert len(chosen("--split", "validation")) == 8
     assert len(chosen("--n", "7")) == 7  # on the test split any number is allowed
-    run = run_folder(tmp_path / "other", Prompt()._asdict(), val_examples=0)
+    run = run_folder(tmp_path / "other", Prompt().settings(), val_examples=0)
     with pytest.raises(UserError, match="held out no problems to ask"):
         chosen("--split", "validation")
 
@@ -292,7 +293,7 @@ def test_a_folder_that_cannot_be_is_refused_before_the_model_is_loaded(mine, tmp
     assert not loaded and Path(mine).read_bytes() == before
 
 
-@pytest.mark.parametrize("argv", [["--shots", "2"], ["--style", "verse"], ["--compare", "one"]])
+@pytest.mark.parametrize("argv", [["--shots", "9"], ["--n", "many"], ["--style", "verse"], ["--compare", "one"]])
 def test_values_outside_the_choices_are_refused_by_the_parser(argv):
     with pytest.raises(UserError, match=argv[0]):
         parse_args(argv)
@@ -301,12 +302,12 @@ def test_values_outside_the_choices_are_refused_by_the_parser(argv):
 @pytest.mark.parametrize(
     "argv", [["runs/mine"], ["--n", "8", "runs/mine"], ["runs/mine", "--tiny"]]
 )
-def test_a_run_without_its_flag_is_refused_with_a_hint(argv):
-    with pytest.raises(UserError, match="arguments: runs/mine; .*give it as --model runs/mine "):
-        parse_args(argv)
-    with pytest.raises(UserError, match="unrecognized arguments: --what 3 ") as error:
-        parse_args(["--what", "3"])
-    assert "--model" not in str(error.value)
+def test_a_run_may_be_given_without_its_flag(argv):
+    assert parse_args(argv).model == "runs/mine"
+    with pytest.raises(UserError, match="two models, runs/mine and --model runs/other: give one"):
+        parse_args([*argv, "--model", "runs/other"])
+    with pytest.raises(UserError, match="unrecognized arguments: (--what 3|too) "):
+        parse_args(["runs/mine", *(["too"] if argv[1:] else ["--what", "3"])])
 
 
 def test_help_names_every_flag(capsys):
@@ -405,7 +406,7 @@ def test_prompt_settings_reach_the_model(mine, tmp_path, monkeypatch):
 
 
 def test_run_folder_is_evaluated_with_its_own_prompt_into_itself(mine, tmp_path, monkeypatch):
-    run = Path(run_folder(tmp_path / "run", Prompt("chat", 0, False)._asdict(), model=True))
+    run = Path(run_folder(tmp_path / "run", Prompt("chat", 0, False).settings(), model=True))
     calls = answers(monkeypatch, ["#### 72"] * 4)
     main(flags(mine, model=run))
     main(flags(mine, model=run, shots=1))
@@ -414,7 +415,7 @@ def test_run_folder_is_evaluated_with_its_own_prompt_into_itself(mine, tmp_path,
         "eval-mine-4-chat-one-shot-max6.json",
         "eval-mine-4-max6.json",
     ]
-    assert read(run, "eval-mine-4-max6")[0]["prompt"] == Prompt("chat", 0, False)._asdict()
+    assert read(run, "eval-mine-4-max6")[0]["prompt"] == Prompt("chat", 0, False).settings()
 
 
 @pytest.mark.parametrize(
@@ -475,11 +476,11 @@ def test_fewer_problems_than_asked_for_are_counted_and_said(mine, tmp_path, monk
 
 
 def test_a_run_asked_about_its_own_training_file_is_told_so(mine, tmp_path, capsys):
-    run = run_folder(tmp_path / "run", Prompt()._asdict(), data=mine, val_examples=1)
+    run = run_folder(tmp_path / "run", Prompt().settings(), data=mine, val_examples=1)
     note = "note: the run was trained on all but 1 of these: see --split validation\n"
-    evaluate.choose_problems(parse_args(["--model", run, "--data", mine, "--n", "4"]))
+    asked.choose_problems(parse_args(["--model", run, "--data", mine, "--n", "4"]))
     assert capsys.readouterr().out == note
-    evaluate.choose_problems(parse_args(["--model", run, "--data", mine, "--split", "validation"]))
+    asked.choose_problems(parse_args(["--model", run, "--data", mine, "--split", "validation"]))
     assert capsys.readouterr().out == ""
 
 
@@ -720,4 +721,4 @@ def test_temperatures_that_differ_have_results_of_their_own():
 def test_a_validation_slice_as_large_as_the_file_is_refused(mine):
     argv = ["--tiny", "--data", mine, "--split", "validation", "--n", "4"]
     with pytest.raises(UserError, match="--n 4: validation is a part of these 4 problems"):
-        evaluate.choose_problems(parse_args(argv))
+        asked.choose_problems(parse_args(argv))

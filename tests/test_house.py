@@ -185,7 +185,8 @@ def test_a_file_of_the_heart_stays_short(file):
 
 def test_the_heart_stays_small_and_explained():
     lines, code, comments, docstrings = map(sum, zip(*map(measure, HEART)))
-    assert lines <= 2200 and code <= 1300 + 20, (lines, code)  # 20: many devices
+    # 20 for many devices; 20 for rewards and data of one's own, and worked examples.
+    assert lines <= 2200 + 30 and code <= 1300 + 20 + 20, (lines, code)
     assert 100 * comments >= 12 * lines, (comments, lines)
     assert 100 * (comments + docstrings) >= 28 * lines, (comments, docstrings, lines)
 
@@ -202,7 +203,9 @@ MOST_TOKENS = {
     "distributed.py: many devices, replicas and parts": 3700,
     "a rank that fails ends its process and is heard once": 60,
     "PPO runs can be made longer": 300,
-    "run/reward.py: a reward of one's own": 450,
+    "run/reward.py: a reward of one's own": 500,
+    "own data: chats, unscored answers, unknown words, few steps": 750,
+    "evaluate.py: several worked examples, --n all, questions from standard input": 600,
 }
 
 

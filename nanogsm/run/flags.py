@@ -73,6 +73,7 @@ PPO_TINY = {
 }  # fmt: skip
 
 
+ALL = 10**7  # what number_or_all makes of "all"
 # How a step is split. It changes time and memory, and the result only by rounding.
 SPLIT = ("micro_batch", "accumulation", "rollout_batch", "checkpointing")
 
@@ -143,6 +144,24 @@ def add_data_dir_flag(p: argparse.ArgumentParser) -> None:
     p.add_argument("--data-dir", default=os.environ.get("NANOGSM_DATA_DIR") or None, help=text)
 
 
+def add_unscored_flag(p: argparse.ArgumentParser) -> None:
+    text = "The answers of --data FILE need no number, so none is right or wrong."
+    p.add_argument("--unscored", action="store_true", help=text)
+
+
+def check_unscored(args: argparse.Namespace) -> None:
+    if args.unscored and args.data in data.NAMED:
+        raise UserError(f"--unscored is for a file of your own, and --data is {args.data}")
+
+
+def number_or_all(text: str) -> int:
+    """argparse's type of a number of problems. "all" is more than any data set has."""
+    try:
+        return ALL if text == "all" else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"give a number or all, not {text!r}") from error
+
+
 def add_base_flag(p: argparse.ArgumentParser) -> None:
     text = "Base model of an adapter, in place of the one that the adapter names."
     p.add_argument("--base", metavar="MODEL", help=text)
@@ -171,6 +190,7 @@ def training_parser(description: str, settings: tuple, changes: dict, argv: list
     add("--data", default="main",
         help="main, socratic, worked (--tiny only) or a .jsonl file of your own.")  # fmt: skip
     add_data_dir_flag(p)
+    add_unscored_flag(p)
     add("--max-new-tokens", type=int, help="Longest answer, in tokens. Default: 320 (socratic 512, "
         "tiny 128, tiny's socratic 160).")  # fmt: skip
     for setting in settings:
@@ -220,6 +240,7 @@ def fill_in(args: argparse.Namespace, script: str, settings: tuple, changes: dic
     folder, method = "runs/tiny" if args.tiny else "runs", "lora" if args.lora else "full"
     args.out = args.out or f"{folder}/{script}-{method}-{Path(args.data).stem}"
     args.data, args.precision = for_tiny(args)
+    check_unscored(args)
     args.device, args.precision = machine.pick_compute(args.device, args.precision)
     size = args.micro_batch * args.accumulation
     if 0 < size < distributed.COUNT:
@@ -328,6 +349,8 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
         "runs/sft-lora-main (tiny: runs/tiny/...).")  # fmt: skip
     add("--reward", metavar="FILE.py", help="Score answers by the function reward(completion, "
         "problem, truncated) in this file, in place of exact match.")  # fmt: skip
+    add("--style", choices=("plain", "chat"),
+        help="Style of the prompt. Default: as --init was trained, or plain.")  # fmt: skip
     add("--temperature", type=float, default=1.0, help="Sampling temperature.")
     add("--val-every", type=int, default=10, help="Steps between validations. 0: at the end only.")
     add("--out", help="Run folder. Default: runs/ppo-{full,lora}-{data} (tiny: runs/tiny/...).")
@@ -340,6 +363,8 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is not None and not (args.lora or args.critic == "separate"):
             raise UserError(f"--{name.replace('_', '-')} needs --lora or --critic separate")
     fill_in(args, "ppo", PPO, PPO_TINY)
+    if args.unscored and not args.reward:
+        raise UserError("--unscored needs --reward FILE.py: exact match has nothing to compare")
     set_rank(args)
     if args.init is None:  # a run that has begun keeps its start
         folder, method = "runs/tiny" if args.tiny else "runs", "lora" if args.lora else "full"

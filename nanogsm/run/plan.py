@@ -109,6 +109,7 @@ def print_budget(budget: dict[str, float]) -> None:
 RESERVED = 1.3  # PyTorch holds more than it uses, because tensors of changing sizes leave gaps
 UPDATING = ("gradients", "activations", "vocabulary", "gathered")  # not there during sampling
 SAMPLING = ("cache", "sampling")  # not there while weights are updated
+FEW_STEPS = 20  # of SFT, in which little is learnt
 MOST_AT_ONCE = 16  # rows of a micro-batch; more give a large GPU nothing
 
 
@@ -204,6 +205,9 @@ def settle_sft(args, found, config: Config, examples: list, held_out: list, step
     _say("steps", f"{steps:,} of {args.micro_batch} x {args.accumulation} examples, "
          f"{args.epochs} epoch{'s' * (args.epochs > 1)}; lr {args.lr:g} to {args.min_lr:g}, "
          f"warm-up {args.warmup:g} ({args.recipe} recipe); {args.optim}")  # fmt: skip
+    if steps < FEW_STEPS:
+        _say("note", f"{len(examples)} examples make only {steps} step{'s' * (steps > 1)}: more "
+             "--epochs, or a smaller --micro-batch x --accumulation, make more")  # fmt: skip
     _say("compute", f"{_devices(args)}, {args.precision}{fitted}")
     if args.dry_run:
         print_budget(budget())

@@ -1,12 +1,13 @@
 """The opening of a training run: which weights, which problems, which folder."""
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from nanogsm import UserError, data, distributed
 from nanogsm.model import load_model, read_adapter_config, save_model
-from nanogsm.run import flags, machine, past
+from nanogsm.run import console, flags, machine, past
 from nanogsm.run.folder import RunFolder, open_run_folder
 from nanogsm.run.reward import load_reward
 from nanogsm.store import hub
@@ -40,7 +41,9 @@ def set_rank(args, found: hub.ModelFiles) -> None:
 
 def split_problems(args) -> tuple[list[data.Problem], list[data.Problem]]:
     """(training problems, problems held out of them for validation). Fills in args.val_examples."""
-    problems = data.load_problems(args.data, "train", args.data_dir)
+    problems = data.load_problems(args.data, "train", args.data_dir, args.unscored)
+    if args.tiny and args.data not in data.NAMED:
+        note_unknown_words(problem.question + " " + problem.answer for problem in problems)
     if args.val_examples is None:
         args.val_examples = data.usual_held_out(len(problems), args.tiny)
     problems, held_out = data.split_validation(problems, args.val_examples)
@@ -50,6 +53,17 @@ def split_problems(args) -> tuple[list[data.Problem], list[data.Problem]]:
         print(f"note: {twice} of {len(held_out)} held-out problems are also trained on, because "
               "the data repeat questions: validation will look better than it is")  # fmt: skip
     return problems, held_out
+
+
+def note_unknown_words(texts: Iterable[str]) -> None:
+    """Say which words of the texts the embedded model was not pretrained on."""
+    words = lambda text: re.findall("[A-Za-z]+", text)  # noqa: E731
+    known = {w for p in data.load_problems("tiny", "train") for w in words(p.question + p.answer)}
+    unknown = [*dict.fromkeys(w for text in texts for w in words(text) if w not in known)]
+    if unknown:
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        shown = console.printable(", ".join(unknown[:8]))
+        print(f"note: words this model has never seen: {shown}{more}")
 
 
 def encode_all(
@@ -94,10 +108,10 @@ def open_folder(args, flag: str, found: hub.ModelFiles, prompt: data.Prompt, pro
     settings |= {
         f"{flag}_sha256": hub.fingerprint(found),
         "data_sha256": data.digest(problems),
-        "prompt": prompt._asdict(),
+        "prompt": prompt.settings(),
         "batch": args.micro_batch * args.accumulation,
     }
-    info = machine.environment() | {"prompt": prompt._asdict(), "base": str(found.base)}
+    info = machine.environment() | {"prompt": prompt.settings(), "base": str(found.base)}
     if distributed.COUNT > 1:
         info["devices"] = distributed.COUNT
     # PPO's learning rate is constant, so a run of 10 steps is the beginning of one of 20.
@@ -115,8 +129,8 @@ def own_reward(args) -> Callable | None:
 
 
 def prompt_of_init(args) -> data.Prompt:
-    """The prompt that the run --init was trained with. UserError if PPO's default start is
-    missing."""
+    """The prompt that the run --init was trained with, in another --style if that is given.
+    UserError if PPO's default start is missing."""
     default = f"{'runs/tiny' if args.tiny else 'runs'}/sft-{'lora' if args.lora else 'full'}-main"
     if not os.path.isdir(args.init) and args.init == default:
         sft = "python train_sft.py" + " --tiny" * args.tiny + " --lora" * args.lora
@@ -124,4 +138,5 @@ def prompt_of_init(args) -> data.Prompt:
             f"there is no {args.init} yet: PPO starts from a fine-tuned model; make the default "
             f"one with {sft}, or name another with --init (for --dry-run any model will do)"
         )
-    return past.prompt_of(args.init) or data.Prompt()
+    usual = past.prompt_of(args.init) or data.Prompt()
+    return usual._replace(style=args.style or usual.style)
