@@ -1,6 +1,7 @@
 """evaluate.py: prompts and file names, the whole script on the fixture model, and the comparison of
 two hand-made evaluations."""
 
+import io
 import json
 import os
 import re
@@ -484,6 +485,67 @@ def test_a_run_asked_about_its_own_training_file_is_told_so(mine, tmp_path, caps
     assert capsys.readouterr().out == ""
 
 
+def test_a_run_on_a_file_of_its_own_is_asked_what_it_held_out(mine, tmp_path):
+    run = run_folder(tmp_path / "run", Prompt().settings(), data=mine, val_examples=1)
+    args = parse_args([run])
+    assert (args.data, args.split, args.unscored) == (mine, "validation", False)
+    assert asked.choose_problems(args) == data.split_validation(data.read_jsonl(Path(mine)), 1)[1]
+    assert parse_args([run, "--n", "all"]).n is None  # all that were held out
+    args = parse_args([run, "--data", "main"])
+    assert (args.data, args.split, args.n) == ("main", "test", 256)
+    none = run_folder(tmp_path / "none", Prompt().settings(), data=mine, val_examples=0)
+    assert parse_args([none]).split == "test"
+    with pytest.raises(UserError, match="held out no problems"):
+        asked.choose_problems(parse_args([none, "--split", "validation"]))
+
+
+def test_all_problems_are_asked_with_n_all(mine, tmp_path, capsys):
+    main(flags(mine, tmp_path / "out", n="all"))
+    assert "note:" not in capsys.readouterr().out
+    assert read(tmp_path / "out", NAME)[0]["n"] == 4
+    assert parse_args(["--tiny", "--n", "all", "--split", "validation"]).n is None
+
+
+def test_worked_examples_are_the_first_problems_that_are_not_held_out(mine, tmp_path):
+    everything = data.load_problems("tiny", "train")
+    rest = data.split_validation(everything, 256)[0]
+    prompt, folder, name = resolved("--tiny", "--shots", "5", "--n", "8")
+    assert prompt.examples == tuple(rest[:5]) and prompt.shots == 5
+    assert folder == "runs/tiny/eval-tiny-plain-5-shot-instruction"
+    assert name.startswith("eval-test-8")
+    held_out = resolved("--tiny", "--shots", "8", "--split", "validation", "--n", "9")[0]
+    assert held_out.examples == tuple(data.split_validation(everything, 9)[0][:8])
+    with pytest.raises(UserError, match="so none can be shown; give --split validation"):
+        resolved("--data", mine, "--shots", "2")
+    with pytest.raises(UserError, match="there are only 3 training problems"):
+        resolved("--data", mine, "--shots", "4", "--split", "validation", "--n", "1")
+    out = tmp_path / "out"
+    argv = flags(mine, out, shots=2, split="validation", n=1)
+    main(argv)
+    [summary] = [json.loads(path.read_text()) for path in out.glob("*.json")]
+    shown = data.split_validation(data.read_jsonl(Path(mine)), 1)[0][:2]
+    assert summary["prompt"] == {"style": "plain", "shots": 2, "instruction": True}
+    assert summary["shots_sha256"] == data.digest(shown)
+
+
+def test_unscored_problems_are_answered_and_not_counted(mine, tmp_path, capsys):
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "Yes."}]}
+            for q, _ in QUESTIONS]  # fmt: skip
+    own = tmp_path / "own.jsonl"
+    own.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match="--unscored is for a file of your own"):
+        parse_args(["--unscored"])
+    main([*flags(str(own), tmp_path / "out", samples=2, temperature=1), "--unscored"])
+    said = capsys.readouterr().out
+    assert "unscored      8 completions, truncated" in said and "exact" not in said
+    [path] = (tmp_path / "out").glob("*.json")
+    summary, found = read(tmp_path / "out", path.stem)
+    assert summary["unscored"] and not {"accuracy", "maj@2", "pass@2"} & summary.keys()
+    assert len(found) == 8 and {row["correct"] for row in found} == {None}
+    with pytest.raises(UserError, match="its problems are unscored, so no answer is right or"):
+        main(["--compare", str(tmp_path / "out"), str(tmp_path / "out")])
+
+
 def test_sampling_twice_gives_the_same_file_and_another_seed_another(mine, tmp_path):
     kept, name = {}, NAME.replace("-max6", "-2x-t1-seed{}-max6")
     for folder, seed in (("one", 0), ("two", 0), ("three", 1)):
@@ -541,6 +603,42 @@ def test_ask_prints_every_sample(monkeypatch, capsys):
         "--- answer 1 of 2\n70 + 2\n#### 72\n-> 72\n"
         "--- answer 2 of 2\nI am not sure\n-> no '#### number' in it\n"
     )
+
+
+def test_ask_answers_each_line_of_standard_input(monkeypatch, capsys):
+    calls = answers(monkeypatch, [" 70 + 2\n#### 72"])
+    monkeypatch.setattr("sys.stdin", io.StringIO("First?\n\n  Second?  \nThird?"))
+    main([*flags(None), "--ask"])
+    asked_for = [call["prompts"][0].split("Question: ")[-1] for call in calls]
+    assert asked_for == ["First?\nAnswer:", "Second?\nAnswer:", "Third?\nAnswer:"]
+    assert capsys.readouterr().out == "70 + 2\n#### 72\n-> 72\n" * 3
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    main([*flags(None), "--ask"])
+    assert len(calls) == 3 and capsys.readouterr().out == ""
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\udc80b?\n"))
+    with pytest.raises(UserError, match="--ask: the question is not UTF-8 text"):
+        main([*flags(None), "--ask"])
+
+
+def test_an_answer_is_shown_while_it_is_sampled(monkeypatch, capsys):
+    """Nothing that `cut` would drop is ever shown, and no half of a character."""
+    tokenizer, seen = data.Tokenizer(GEMMA), []
+    text = "  Ä is 3.\x1b[2J Then\n\n#### 3 \n\nQuestion:"
+
+    def fake(model, prompts, stop_ids, limit, batch, temperature, seed, is_over):
+        ids = []
+        for i in tokenizer.encode(text) + tokenizer.encode(" What is"):
+            ids.append(i)
+            over = is_over(ids)
+            seen.append(capsys.readouterr().out)
+            if over:
+                return [Completion(ids, False)]
+
+    monkeypatch.setattr(generate, "generate", fake)
+    main(flags(None, ask="How many clips?"))
+    rest = capsys.readouterr().out
+    assert "".join(seen) + rest == "Ä is 3.\\x1b[2J Then\n\n#### 3\n-> 3\n"
+    assert sum(map(bool, seen)) > 5 and not any("\ufffd" in part for part in seen)
 
 
 # Comparison

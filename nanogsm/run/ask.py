@@ -56,7 +56,7 @@ def stream(model, tokenizer, prompt, question: str, limit: int, temperature, see
 
     def is_over(ids: list[int]) -> bool:
         # The newest characters wait: they may become STOP_TEXT, or be half of a character.
-        show(tokenizer.decode(ids).lstrip()[: -len(data.STOP_TEXT)])
+        show(tokenizer.decode(ids).lstrip()[: -len(data.STOP_TEXT)].rstrip())
         return data.starts_new_question(tokenizer, ids)
 
     ids, _ = data.encode(tokenizer, prompt, question)
