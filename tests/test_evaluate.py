@@ -688,6 +688,18 @@ def test_compare_prints_the_table_and_then_every_changed_answer_in_full(tmp_path
     assert last == "A 33.3%, B 75.0%: +41.7 points, exact McNemar p = 0.125"
 
 
+def test_compare_shows_ten_changed_answers_of_each_kind_and_all_on_demand(tmp_path, capsys):
+    a = write_rows(tmp_path / "a.jsonl", [result(i, i >= 12) for i in range(23)])
+    b = write_rows(tmp_path / "b.jsonl", [result(i, i < 12) for i in range(23)])
+    main(["--compare", a, b])
+    fixed, broken = capsys.readouterr().out.split("=== broken")
+    assert fixed.count("--- problem") == 10 and "... and 2 more: give --all to see them" in fixed
+    assert broken.count("--- problem") == 10 and "... and 1 more: give --all" in broken
+    main(["--compare", a, b, "--all"])
+    shown = capsys.readouterr().out
+    assert shown.count("--- problem") == 23 and "more: give" not in shown
+
+
 def test_compare_takes_the_plainest_then_the_largest_evaluation_of_a_folder(tmp_path, capsys):
     """A newer evaluation of fewer problems does not count."""
     new = tmp_path / "run" / "eval-test-1319.jsonl"

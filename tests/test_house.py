@@ -205,7 +205,7 @@ MOST_TOKENS = {
     "PPO runs can be made longer": 300,
     "run/reward.py: a reward of one's own": 500,
     "own data: chats, unscored answers, unknown words, few steps": 750,
-    "evaluate.py: several worked examples, --n all, questions from standard input": 600,
+    "evaluate.py: several worked examples, --n all, questions from standard input": 700,
 }
 
 
