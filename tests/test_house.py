@@ -200,6 +200,7 @@ MOST_TOKENS = {
     "a run's prompt and held-out problems go with it": 150,
     "fast/cuda.py: one launch for many, and what fits a card": 3200,
     "distributed.py: many devices, replicas and parts": 3700,
+    "run/card.py, run/known.py: a plan for a GPU that is not here": 2700,
 }
 
 

@@ -251,7 +251,13 @@ def least_time(args, flops: float, read: float = 0) -> str:
     for name, (bf16, fp32, bandwidth) in CARDS.items():
         rate = bf16 if args.precision == "bf16" else fp32
         seconds = flops / (rate * 1e12 * devices(args)) + read / (bandwidth * 1e9)
-        unit, size = ("hours", 3600) if seconds >= 7200 else ("minutes", 60)
         bytes_read = f", {bandwidth:,} GB/s" * (read > 0)
-        times.append(f"{seconds / size:.1f} {unit} on {name} ({rate:g} TFLOP/s{bytes_read})")
+        times.append(f"{_duration(seconds)} on {name} ({rate:g} TFLOP/s{bytes_read})")
     return f"lower bound at peak rates: {', '.join(times)}"
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} seconds"

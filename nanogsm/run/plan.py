@@ -144,10 +144,13 @@ def _held_out(problems: list) -> str:
 def settle_sft(args, found, config: Config, examples: list, held_out: list, steps: int) -> None:
     """Choose what is open on a GPU and print the plan of train_sft.py; with --dry-run also its
     memory."""
-    lengths = [len(example.ids) for example in examples]
+    lengths, made = [len(example.ids) for example in examples], {}
 
     def needs(args) -> tuple[list, list, Callable]:
-        everything, adapters = _shapes(config, args, found.adapter)
+        """What the shapes are with these args, and a function that returns the memory."""
+        if args.lora not in made:
+            made[args.lora] = _shapes(config, args, found.adapter)
+        everything, adapters = made[args.lora]
         shapes = adapters if args.lora else everything
         total = _size(everything) + _size(adapters)
         return everything, shapes, lambda: sft_budget(args, config, total, shapes, lengths)
@@ -216,10 +219,14 @@ def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list)
     memory."""
     config, tokenizer = read_config(found.base), known.tokenizer(found)
     prompts = [known.encode(tokenizer, prompt, p.question)[0] for p in problems]
-    longest = max(map(len, prompts)) + args.max_new_tokens
+    longest, made = max(map(len, prompts)) + args.max_new_tokens, {}
 
     def needs(args) -> tuple[list, list, list, Callable]:
-        everything, adapters = _shapes(config, args)
+        """What the shapes are with these args, and a function that returns the memory."""
+        kind = args.lora, args.critic
+        if kind not in made:
+            made[kind] = _shapes(config, args)
+        everything, adapters = made[kind]
         policy = adapters if args.lora else everything
         critic = adapters * (args.critic == "separate") + [(1, config.hidden_size), (1,)]
         budget = lambda: ppo_budget(args, config, everything, policy, critic, longest)  # noqa: E731
