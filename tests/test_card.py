@@ -247,8 +247,9 @@ def test_operations_of_gemma_2b():
 
 def test_a_step_of_ppo_worked_out_by_hand():
     args = argparse.Namespace(
-        rollouts=4, rollout_batch=2, epochs=2, precision="bf16", checkpointing="none", shard=1
-    )
+        rollouts=4, rollout_batch=2, epochs=2, precision="bf16", checkpointing="none", shard=1,
+        steps=1, critic_warmup=0,
+    )  # fmt: skip
     weights = card.Weights(100, 40, 0)
     flops, read = card.ppo_work(args, weights, asked=10, answer=6, slot=8)
     # 4 prompts of 10 tokens; scored twice, 64 tokens with 24 actions; two epochs of updates.
@@ -259,8 +260,11 @@ def test_a_step_of_ppo_worked_out_by_hand():
     # 2 batches x 6 tokens, each reads 140 weights of 2 bytes; 4 rows x 6 tokens read a cache of 13
     # slots on average.
     assert read == 2 * 6 * 280 + 4 * 6 * 13 * 8
+    args.steps, args.critic_warmup = 5, 2  # two steps without backward, which is two thirds
+    later, five = card.ppo_work(args, weights, 10, 6, 8)
+    assert later == 5 * (prompts + scoring) + 3 * updates + 2 * updates / 3 and five == 5 * read
     args.shard = 2  # each device samples two rows
-    assert card.ppo_work(args, weights, 10, 6, 8)[1] == 6 * 280 + 2 * 6 * 13 * 8
+    assert card.ppo_work(args, weights, 10, 6, 8)[1] == 5 * (6 * 280 + 2 * 6 * 13 * 8)
 
 
 def test_the_bound_names_its_rates_and_is_called_one():

@@ -97,7 +97,7 @@ def fit_card(args, budget: Callable[[], dict[str, float]], free: int | None) -> 
     return f", {free / 2**30:.0f} GiB free{tight}; checkpointing {args.checkpointing}"
 
 
-# ------------------------------------------------------------------------------- what would fit
+# ------------------------------------------------------------------------- what would make it fit
 
 Budget = Callable[[], dict[str, float]]
 
@@ -112,7 +112,7 @@ def judge(args, left_open: list[str], budget_of: Callable[..., Budget]) -> Itera
     free, budget = memory(args), budget_of(args)()
     enough = needed(budget) <= free
     verdict = "it fits" if enough else "it does NOT fit"
-    yield "card", f"{args.gpu_memory:g} GiB: {verdict}, as {_in_gib(budget)} by estimate"
+    yield "card", f"{args.gpu_memory:g} GiB: {verdict} (needs {_in_gib(budget)}, an estimate)"
     if enough:
         return
 
@@ -138,8 +138,8 @@ def judge(args, left_open: list[str], budget_of: Callable[..., Budget]) -> Itera
         return None
 
     usual, *others = _changes(args, left_open)
-    found = [text for i, option in enumerate(usual) if (text := search(usual[:i], option))][:1]
-    found = found or [text for option in others if (text := search(usual, option))]
+    mild = next(filter(None, (search(usual[:i], last) for i, last in enumerate(usual))), None)
+    found = [mild] if mild else list(filter(None, (search(usual, last) for last in others)))
     yield from (("or add" if i else "add", text) for i, text in enumerate(found))
     if not found:
         flags = ", ".join(_as_flags(option[-1]) for option in [*usual, *others] if option)
@@ -172,7 +172,8 @@ def _together(changes: Iterable[dict]) -> dict:
 
 
 def _in_gib(budget: dict[str, float]) -> str:
-    return f"{RESERVED} x {needed(budget) / RESERVED / 2**30:.1f} = {needed(budget) / 2**30:.1f} GiB"
+    need = needed(budget) / 2**30
+    return f"{RESERVED} x {need / RESERVED:.1f} = {need:.1f} GiB"
 
 
 def _as_flags(changes: dict) -> str:
@@ -228,21 +229,25 @@ def update_flops(w: Weights, tokens: float, predicted: float, checkpointing: str
 
 
 def ppo_work(args, w: Weights, asked: float, answer: float, slot: float) -> tuple[float, float]:
-    """(operations, bytes that each device reads while it samples) of one step of PPO.
+    """(operations, bytes that each device reads while it samples) of a run of PPO.
 
     asked, answer: mean tokens of a prompt and of an answer. slot: bytes of the KV cache for each
     token. To sample one token for each row of a batch, all weights are read, and what each row's
-    cache has so far. Prompts, scoring by policy and reference, and updates are operations.
+    cache has so far. Prompts, scoring by policy and reference, and updates are operations. While
+    only the critic is trained, the policy's update is a forward pass.
     """
     tokens, actions = args.rollouts * (asked + answer), args.rollouts * answer
     prompts = forward_flops(w, args.rollouts * asked, 0)
-    scoring = 2 * forward_flops(w, tokens, actions)
+    of_policy = forward_flops(w, tokens, actions)
+    of_reference = forward_flops(w._replace(adapters=0), tokens, actions)
     update = update_flops(w, tokens, actions, args.checkpointing)
+    warming = min(args.critic_warmup, args.steps)
+    updates = args.epochs * (warming * of_policy + (args.steps - warming) * update)
     rows = -(-args.rollouts // devices(args))  # of each device
     weights = (w.layers + w.vocabulary) * (2 if args.precision == "bf16" else 4)
     batches = -(-rows // args.rollout_batch)
     read = batches * answer * weights + rows * answer * (asked + answer / 2) * slot
-    return prompts + scoring + args.epochs * update, read
+    return args.steps * (prompts + of_policy + of_reference) + updates, args.steps * read
 
 
 def least_time(args, flops: float, read: float = 0) -> str:

@@ -266,8 +266,7 @@ def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list)
         asked = sum(map(len, prompts)) / len(prompts)
         weights = card.weights_of(config, everything, policy if args.lora else [])
         slot = cache_bytes(config, 1, 1, args.precision == "bf16")
-        work = card.ppo_work(args, weights, asked, answer, slot)
-        least = card.least_time(args, *(args.steps * x for x in work))
+        least = card.least_time(args, *card.ppo_work(args, weights, asked, answer, slot))
         _say("time", f"{least}, if answers have {answer:.0f} tokens, as in the data")
 
 
