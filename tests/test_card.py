@@ -46,6 +46,13 @@ def test_a_known_size_has_as_many_parameters_as_its_checkpoint(name):
         assert known.model(hub_id) == (known.FOLDER / name, None, hub_id)
 
 
+def test_a_folder_here_hides_a_known_size(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert known.model("google/gemma-2b")
+    (tmp_path / "google" / "gemma-2b").mkdir(parents=True)
+    assert known.model("google/gemma-2b") is None
+
+
 def test_every_known_size_is_counted():
     assert {path.parent.name for path in known.FOLDER.glob("*/config.json")} == set(COUNTS)
 
@@ -156,11 +163,14 @@ def test_without_a_licence_known_sizes_are_planned_and_it_is_said(gated, capsys)
     assert "planned from the known sizes of gemma-2b, because: google/gemma-2b-it: gated" in plan
     assert "GSM8K's tokens are from a table, counted by Gemma 1's tokenizer\n" in plan
     assert "7,409 examples" in plan and "2,506,172,416 parameters" in plan
-    socratic = said(capsys, train_sft.main, *SFT, "--gpu-memory", "24", "--data", "socratic")
+    socratic = said(capsys, train_sft.main, *SFT, "--gpu-memory", "24", "--data", "socratic",
+                    "--epochs", "2")  # fmt: skip
     assert "socratic answers are estimated" in socratic
     tokens = [int(re.search(r"([0-9,]+) supervised", text)[1].replace(",", ""))
               for text in (plan, socratic)]  # fmt: skip
     assert 1.2 < tokens[1] / tokens[0] < 1.4
+    [once], [twice] = (re.findall(r"([0-9.]+) seconds on an H100", text) for text in (plan, socratic))
+    assert 2 * 1.15 < float(twice) / float(once) < 2 * 1.35
 
 
 def test_own_data_without_a_tokenizer_are_estimated(gated, gemma_2b, capsys):

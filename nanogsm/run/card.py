@@ -118,8 +118,7 @@ def judge(args, left_open: list[str], budget_of: Callable[..., Budget]) -> Itera
 
     def tried(changes: dict) -> str | None:
         """What the same command needs with these flags; None if that does not fit."""
-        chosen = [name for name in left_open if name not in changes]
-        other = argparse.Namespace(**vars(args) | changes | {"open": chosen})
+        other = argparse.Namespace(**vars(args) | changes | {"open": left_open})
         if other.shard > 1 and getattr(other, "critic", "shared") == "separate":
             return None  # flags.fill_in refuses it
         budget = budget_of(other)

@@ -8,6 +8,7 @@ that is not here (--gpu-memory) uses these: a run needs the files themselves.
 import functools
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -20,11 +21,12 @@ OWNERS = ("google", "unsloth")  # unsloth has ungated copies of the same models
 
 
 def model(name: str) -> ModelFiles | None:
-    """The config alone of a Hub model of known size; None if its size is not known."""
+    """The config alone of a Hub model of known size; None if its size is not known. (A folder here
+    of that name hides the Hub's model, also if the folder is damaged.)"""
     owner, _, repo = name.partition("/")
     size = FOLDER / repo.removesuffix("-it")
     known = owner in OWNERS and size.parent == FOLDER and (size / "config.json").is_file()
-    return ModelFiles(size, None, name) if known else None
+    return ModelFiles(size, None, name) if known and not os.path.exists(name) else None
 
 
 def is_stand_in(found: ModelFiles) -> bool:
