@@ -512,7 +512,7 @@ def main(argv: list[str] | None = None) -> int:
     scored_by = start.own_reward(args) or reward
     prompt = start.prompt_of_init(args)
     found = start.find_start(args, "init")
-    problems, held_out = start.split_problems(args)
+    problems, held_out = start.split_problems(args, found)
     plan.settle_ppo(args, found, prompt, problems, held_out)
     if args.dry_run:
         return 0

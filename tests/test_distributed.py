@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ import train_ppo
 import train_sft
 from nanogsm import UserError, data, distributed, generate, optim
 from nanogsm.model import load_model
-from nanogsm.run import console, loop
+from nanogsm.run import card, console, loop, machine
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks processes with PyTorch in them")
 
@@ -234,6 +235,14 @@ def test_an_evaluation_is_the_same_to_the_byte(tmp_path, flags):
     assert one.read_bytes() == many.read_bytes() and one.read_bytes()
     figures = [json.loads(f.with_suffix(".json").read_text())["accuracy"] for f in (one, many)]
     assert figures[0] == figures[1]
+
+
+def test_the_gpu_with_the_least_memory_decides_for_all(monkeypatch):
+    """Or ranks would split a step differently, and wait for each other for ever."""
+    free = lambda device: (5 - distributed.RANK) * 2**30 if device == "cuda" else None  # noqa: E731
+    monkeypatch.setattr(machine, "free_memory", free)
+    ask = lambda device: card.memory(SimpleNamespace(gpu_memory=None, device=device))  # noqa: E731
+    assert on_ranks(3, lambda: [ask("cuda"), ask("cpu")]) == [[3 * 2**30, None]] * 3
 
 
 def test_fewer_prompts_than_ranks_are_completed():

@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 
 from nanogsm import UserError, data, distributed
 from nanogsm.fast.checkpointing import CHECKPOINTING
-from nanogsm.run import machine, past
+from nanogsm.run import card, past
 
 # ---------------------------------------------------------------------------------------- recipes
 
@@ -218,6 +218,8 @@ def training_parser(description: str, settings: tuple, changes: dict, argv: list
     add("--shard", type=int, default=1, metavar="N", help="Under torchrun: every N devices share "
         "one copy of weights, gradients and moments (full fine-tuning).")  # fmt: skip
     add("--dry-run", action="store_true", help="Print the plan. No weights are loaded.")
+    add("--gpu-memory", type=float, metavar="GIB", help="With --dry-run: plan for a GPU that has "
+        "this much memory free, and need not be here.")  # fmt: skip
     add_compute_flags(p)
     return p
 
@@ -231,7 +233,7 @@ def _shown(value: object) -> str:
 
 def fill_in(args: argparse.Namespace, script: str, settings: tuple, changes: dict) -> None:
     """Give a value to what the command line left open, from the recipe and the machine. args.open
-    names what the plan may still choose on a GPU (plan.fit_card)."""
+    names what the plan may still choose on a GPU (card.fit_card)."""
     args.open = [name for name in SPLIT if getattr(args, name, 1) is None]
     for name, value in recipe(settings, args.recipe, changes if args.tiny else None).items():
         if getattr(args, name) is None:
@@ -241,7 +243,7 @@ def fill_in(args: argparse.Namespace, script: str, settings: tuple, changes: dic
     args.out = args.out or f"{folder}/{script}-{method}-{Path(args.data).stem}"
     args.data, args.precision = for_tiny(args)
     check_unscored(args)
-    args.device, args.precision = machine.pick_compute(args.device, args.precision)
+    args.device, args.precision = card.pick_compute(args)
     size = args.micro_batch * args.accumulation
     if 0 < size < distributed.COUNT:
         raise UserError(f"a step of {args.micro_batch} x {args.accumulation} is too small for "

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from nanogsm import UserError, data, distributed
 from nanogsm.model import load_model, read_adapter_config, save_model
-from nanogsm.run import console, flags, machine, past
+from nanogsm.run import console, flags, known, machine, past
 from nanogsm.run.folder import RunFolder, open_run_folder
 from nanogsm.run.reward import load_reward
 from nanogsm.store import hub
 
+NO_SETTINGS = ("dry_run", "gpu_memory", "overwrite", "out")
 # Settings that may change when a run continues. Some change memory and not the result. micro_batch
 # and accumulation may change if their product, "batch", does not. Data and weights may move or be
 # spelt otherwise, because their contents are compared by digest.
@@ -23,7 +24,13 @@ MAY_DIFFER = ("save_every", "data_dir", "data", "model", "init", "base", "device
 def find_start(args, flag: str) -> hub.ModelFiles:
     """The files of the model that --model or --init (`flag`) names. UserError if they lie in the
     run folder, which would replace them."""
-    found = hub.find_model(getattr(args, flag), weights=not args.dry_run, base=args.base)
+    try:
+        found = hub.find_model(getattr(args, flag), weights=not args.dry_run, base=args.base)
+    except UserError as error:
+        found = known.model(getattr(args, flag)) if args.gpu_memory and not args.base else None
+        if found is None:
+            raise
+        print(f"note: planned from the known sizes of {found.base.name}, because: {error}")
     out = Path(args.out).resolve()
     if any(path and path.resolve().is_relative_to(out) for path in (found.base, found.adapter)):
         raise UserError(f"--{flag} lies in the run folder {args.out}: choose another --out")
@@ -39,9 +46,9 @@ def set_rank(args, found: hub.ModelFiles) -> None:
     flags.set_rank(args, continued)
 
 
-def split_problems(args) -> tuple[list[data.Problem], list[data.Problem]]:
+def split_problems(args, found: hub.ModelFiles) -> tuple[list[data.Problem], list[data.Problem]]:
     """(training problems, problems held out of them for validation). Fills in args.val_examples."""
-    problems = data.load_problems(args.data, "train", args.data_dir, args.unscored)
+    problems = known.load_problems(args, found)
     if args.tiny and args.data not in data.NAMED:
         note_unknown_words(problem.question + " " + problem.answer for problem in problems)
     if args.val_examples is None:
@@ -72,7 +79,7 @@ def encode_all(
     """Problems as training examples. Those over the limit are left out, never cut: a cut answer
     would lose its #### and teach the model not to give one. UserError if none is left to train
     on."""
-    encoded = [(p.index, data.encode(tokenizer, prompt, p.question, p.answer)) for p in problems]
+    encoded = [(p.index, known.encode(tokenizer, prompt, p.question, p.answer)) for p in problems]
     examples = [data.Example(*ids_and_mask, index) for index, ids_and_mask in encoded]
     kept = [example for example in examples if len(example.ids) <= max_seq_length]
     limit = f"longer than --max-seq-length {max_seq_length}"
@@ -104,7 +111,7 @@ def _merge_result(folder: Path, found: hub.ModelFiles) -> None:
 def open_folder(args, flag: str, found: hub.ModelFiles, prompt: data.Prompt, problems) -> RunFolder:
     """The run folder of these arguments, locked. `problems` are all the run uses, held out or
     not."""
-    settings = {k: v for k, v in vars(args).items() if k not in ("dry_run", "overwrite", "out")}
+    settings = {k: v for k, v in vars(args).items() if k not in NO_SETTINGS}
     settings |= {
         f"{flag}_sha256": hub.fingerprint(found),
         "data_sha256": data.digest(problems),
