@@ -132,10 +132,11 @@ def evaluate(args: argparse.Namespace) -> int:
         "peak_memory": machine.peak_memory(args.device),
         "indices": [problem.index for problem in problems],
         "prompt": prompt.settings(),
-        "shots_sha256": data.digest([*prompt.examples]) if prompt.shots > 1 else None,
         "max_new_tokens": limit,
         "environment": machine.environment(),
     }
+    if prompt.shots > 1:
+        summary["shots_sha256"] = data.digest([*prompt.examples])
     folder.mkdir(parents=True, exist_ok=True)
     files.remove(folder / f"{name}.json")  # a kill must not leave an old summary with new rows
     lines = "".join(json.dumps(row) + "\n" for row in rows)
