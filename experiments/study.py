@@ -10,8 +10,10 @@ train_ppo.py and its evaluation, in a folder of its own. Commands are printed as
 --dry-run prints them all.
 
 The same command continues a study that was stopped. What is finished is not done again: a training
-script finds its finished run, checks that the arguments are the same, and stops. A row that cannot
-be run (gated weights, no data file) gets the reason in the table, and the others go on.
+script finds its finished run, checks that the arguments are the same, and stops. A row that was
+trained before by itself, in the default folder of its script and with the row's settings, is used
+from there. A row that cannot be run (gated weights, no data file) gets the reason in the table, and
+the others go on.
 
 The study's folder gets study.md (the table), study.json (all numbers) and report.html (curves and
 answers). No row is chosen by its score on the test split: the settings of `tuned` were found on
@@ -33,7 +35,8 @@ from nanogsm import UserError
 from nanogsm.report import page
 from nanogsm.report.eval_files import read_rows
 from nanogsm.report.scores import KINDS, by_problem, kind_of, paired
-from nanogsm.run import console, flags, machine
+from nanogsm.run import console, flags, machine, start
+from nanogsm.run.past import run_of
 from nanogsm.store import files
 
 ROOT = Path(__file__).parents[1]
@@ -104,6 +107,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--eval: a study compares single answers: leave out --samples")
     args.n = args.n or (1319 if args.tiny else 256)
     args.out = Path(args.out or f"runs/{'tiny/' * args.tiny}study-{args.seed}")
+    args.folders = {row.name: args.out / row.name for row in ROWS}
     return args
 
 
@@ -112,7 +116,7 @@ def commands(row: Row, args: argparse.Namespace) -> list[list[str]]:
     given = {"--device": args.device, "--precision": args.precision, "--data-dir": args.data_dir}
     compute = [word for pair in given.items() if pair[1] not in ("auto", None) for word in pair]
     tiny, model = ["--tiny"] * args.tiny, [] if args.tiny else ["--model", args.model]
-    folder, row_flags = str(args.out / row.name), row.flags.split()
+    folder, row_flags = str(args.folders[row.name]), row.flags.split()
     probes = ROOT / "nanogsm" / ("tiny" if args.tiny else "") / "probes.jsonl"
     questions = [["--n", str(args.n)]]
     if row.name in PROBED:
@@ -123,7 +127,7 @@ def commands(row: Row, args: argparse.Namespace) -> list[list[str]]:
     if row.script == SFT:
         start, more = model, args.sft + args.sft_lora * ("--lora" in row_flags)
     else:
-        start, more = ["--init", str(args.out / START)], args.ppo
+        start, more = ["--init", str(args.folders[START])], args.ppo
     train = [row.script, *tiny, *start, *row_flags, "--seed", str(args.seed), *compute, *more]
     ask = ["evaluate.py", *tiny, "--model", folder]
     return [
@@ -132,11 +136,27 @@ def commands(row: Row, args: argparse.Namespace) -> list[list[str]]:
     ]
 
 
+def trained_before(row: Row, args: argparse.Namespace) -> Path | None:
+    """The default folder of a row's script, if it has a finished run with the row's settings."""
+    if row.script != SFT or (args.out / row.name).exists():
+        return None
+    command = commands(row, args)[0][1:-2]  # without --out
+    wanted = vars(flags.sft_args(command))
+    run = run_of(wanted["out"])
+    if run is None or not (run[0] / "summary.json").exists():
+        return None
+    # What is None is filled in later, when the model and the data are known.
+    may_differ = {*start.NO_SETTINGS, *start.MAY_DIFFER, "open"} - {"model", "data"}
+    names = [name for name in wanted if wanted[name] is not None and name not in may_differ]
+    same = all(run[1]["args"].get(name) == wanted[name] for name in names)
+    return Path(wanted["out"]) if same else None
+
+
 def evaluation(row: Row, args: argparse.Namespace, kind: str = "test") -> Path | None:
     """The .json of a row's newest evaluation on args.n test problems, or on the probes. None if
     there is none."""
     name = f"eval-test-{args.n}" if kind == "test" else "eval-probes"
-    existing = (args.out / row.name).glob("eval-*.json")
+    existing = args.folders[row.name].glob("eval-*.json")
     # With the dash, eval-test-1319 is not taken for eval-test-131.
     found = [file for file in existing if f"{file.stem}-".startswith(f"{name}-")]
     return max(found, key=lambda file: file.stat().st_mtime, default=None)
@@ -212,7 +232,7 @@ def results(args: argparse.Namespace, failed: dict[str, str]) -> list[dict]:
         kinds = [kind_of(answer) for answer in rows.values()]
         entry["kinds"] = {kind: kinds.count(kind) for kind in KINDS}
         if row.script:
-            entry["training"] = training_metrics(args.out / row.name)
+            entry["training"] = training_metrics(args.folders[row.name])
         other = BY_NAME[row.against] if row.against else None
         if other and other.name not in failed and (other_path := evaluation(other, args)):
             pair = paired(answers(other_path), rows)
@@ -224,8 +244,8 @@ def results(args: argparse.Namespace, failed: dict[str, str]) -> list[dict]:
 def table(entries: list[dict]) -> str:
     """The study as a Markdown table."""
     lines = [
-        "| | original study | exact match | 95% | against | points | p | in format | truncated "
-        "| tokens | training loss | minutes | tokens/s | peak memory |",
+        "| | original study, gemma-2b-it | exact match here | 95% | against | points | p "
+        "| in format | truncated | tokens | training loss | minutes | tokens/s | peak memory |",
         "|" + "---|" * 14,
     ]
     for e in entries:
@@ -250,6 +270,8 @@ def table(entries: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("a study starts its commands itself: run it without torchrun")
     chosen = [row for row in ROWS if args.rows is None or row.name in args.rows]
     if args.dry_run:
         for command in [command for row in chosen for command in commands(row, args)]:
@@ -259,9 +281,13 @@ def main(argv: list[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{args.out} cannot be the study's folder: {error.strerror}") from error
+    for row in ROWS:
+        if before := trained_before(row, args):
+            args.folders[row.name] = before
+            print(f"row {row.name}: {before} has been trained with the same settings")
     failed: dict[str, str] = {}
     for row in chosen:
-        if row.script == PPO and not (args.out / START / "summary.json").exists():
+        if row.script == PPO and not (args.folders[START] / "summary.json").exists():
             failed[row.name] = f"needs {START}"
             continue
         for command in commands(row, args):
@@ -284,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     names = [row.name for row in chosen]
     print(f"\n{table([entry for entry in entries if entry['row'] in names])}")
     print(f"written to {args.out / 'study.md'}, study.json")
-    probed = [args.out / e["row"] for e in there if "not_run" not in e and e["row"] in PROBED]
+    probed = [args.folders[e["row"]] for e in there if "not_run" not in e and e["row"] in PROBED]
     if probed:
         page.main([*map(str, probed), "--out", str(args.out / "report.html")])
     for name, why in failed.items():

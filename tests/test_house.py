@@ -206,6 +206,7 @@ MOST_TOKENS = {
     "run/reward.py: a reward of one's own": 500,
     "own data: chats, unscored answers, unknown words, few steps": 750,
     "evaluate.py: several worked examples, --n all, questions from standard input": 700,
+    "a run continues in its own wandb run; the study uses runs that are there": 400,
     "run/card.py, run/known.py: a plan for a GPU that is not here": 2700,
 }
 

@@ -3,6 +3,7 @@ what it could not run."""
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,40 @@ def rows_of(folder: str) -> dict[str, dict]:
     return {row["row"]: row for row in json.loads(Path(folder, "study.json").read_text())["rows"]}
 
 
+def test_a_row_that_was_trained_before_by_itself_is_used(faked, capsys):
+    ran, _ = faked
+    default = Path("runs/tiny/sft-lora-main")
+    train_sft_flags = ["--tiny", "--lora", "--device", "cpu"]
+    args = vars(train_sft.parse_args(train_sft_flags))
+    default.mkdir(parents=True)
+    record = {"args": {k: v for k, v in args.items() if k != "open"} | {"val_examples": 256},
+              "info": {"prompt": {"style": "plain", "shots": 0, "instruction": False}}}  # fmt: skip
+    (default / "run_args.json").write_text(json.dumps(record))
+    (default / "metrics.jsonl").write_text('{"step": 1, "seconds": 1, "tokens": 2, "peak_memory": 3, '
+                                           '"loss": 0.5}\n')  # fmt: skip
+    argv = ["--tiny", "--n", "4", "--out", "s", "--device", "cpu", "--rows", "lora-tuned"]
+    assert study.main(argv) == 0  # it is not finished
+    assert [command.split()[0] for command in ran] == ["train_sft.py", "evaluate.py"]
+    shutil.rmtree("s")
+    (default / "summary.json").write_text("{}")
+    ran.clear()
+    assert study.main([*argv, "--seed", "1"]) == 0  # another seed
+    shutil.rmtree("s")
+    assert len(ran) == 2
+    ran.clear()
+    assert study.main(argv) == 0
+    train, ask = ran  # train_sft.py sees that it is finished
+    assert train.endswith(f"--out {default}") and f"--model {default} " in ask
+    assert f"row lora-tuned: {default} has been trained with the same" in capsys.readouterr().out
+    assert rows_of("s")["lora-tuned"]["training"]["loss"] == 0.5
+
+
+def test_a_study_under_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="run it without torchrun"):
+        study.main(["--tiny", "--dry-run"])
+
+
 def test_a_whole_study_has_its_table_and_is_not_done_twice(faked, capsys):
     ran, _ = faked
     assert study.main(["--tiny", "--n", "4", "--out", "s"]) == 0
@@ -120,7 +155,7 @@ def test_a_whole_study_has_its_table_and_is_not_done_twice(faked, capsys):
     table = Path("s/study.md").read_text()
     scores = "| full SFT, main | 31.0% | 75.0% | 30.1 to 95.4 |"
     assert f"{scores} untuned, one-shot + instruction | +50." in table
-    assert table.startswith("| | original study | exact match |")
+    assert table.startswith("| | original study, gemma-2b-it | exact match here |")
     assert len({line.count("|") for line in table.splitlines()}) == 1
     assert Path("s/report.html").exists() and table in capsys.readouterr().out
     ran.clear()

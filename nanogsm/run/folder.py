@@ -10,6 +10,7 @@
         summary.json      written last: a run that has it is finished
         model/ adapter/   the result; the script writes it before `finish`
         value_head.safetensors  the critic's own weights (PPO)
+        wandb/ wandb-id   with --wandb: its files, and the id by which it continues
         .lock             held by the running process; the file stays, the lock does not
 
 The same command again continues the run. On a CPU the result equals that of an uninterrupted run,
@@ -49,8 +50,8 @@ CHECKPOINT_FILES = ("tensors.safetensors", "state.json")
 # finished nor continue with deleted logs, and run_args.json must still show that it is a run
 # folder.
 OWNED = ("summary.json", "checkpoint", "model", "adapter", "value_head.safetensors",
-         "eval-*.json", "eval-*.jsonl", "step-*-eval-*.json", "step-*-eval-*.jsonl", *LOGS,
-         "run_args.json")  # fmt: skip
+         "eval-*.json", "eval-*.jsonl", "step-*-eval-*.json", "step-*-eval-*.jsonl", "wandb",
+         "wandb-id", "report.html", *LOGS, "run_args.json")  # fmt: skip
 
 
 class RunFolder:
@@ -156,16 +157,20 @@ class RunFolder:
         files.replace_file(self.path / name, files.safetensors_bytes(tensors))
 
     def start_wandb(self, project: str, config: dict) -> None:
-        """Also send everything logged from now on to Weights & Biases. With WANDB_MODE=offline it
-        goes to the folder wandb next to the run's. A continued run is a new one there."""
+        """Also send everything logged from now on to Weights & Biases. Its files go to wandb/ in
+        the run folder. A continued run goes on there too, by the id in wandb-id."""
         try:
             import wandb
         except ImportError as error:
             raise UserError("--wandb needs a package: pip install wandb") from error
+        known = self.path / "wandb-id"
         try:
+            same = known.read_text("utf-8").strip() if known.exists() else None
             self.wandb = wandb.init(
-                project=project, name=self.path.name, dir=str(self.path.parent), config=config
-            )
+                project=project, name=self.path.name, dir=str(self.path), config=config,
+                id=same, resume="allow" if same else None,
+            )  # fmt: skip
+            files.replace_file(known, self.wandb.id.encode())
         except Exception as error:  # wandb's own kinds: not logged in, not reached, no such project
             raise UserError(f"--wandb: {files.one_line(error)}") from error
 
