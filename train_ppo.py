@@ -40,6 +40,7 @@ from nanogsm import data, distributed, generate, lora
 from nanogsm.logprob import next_token_logprobs
 from nanogsm.model import frozen_copy, load_model, sampler_of, save_trained, set_checkpointing, twin
 from nanogsm.optim import AdamW
+from nanogsm.rewards import add_terms, figures, terms_of
 from nanogsm.run import console, past, plan, start
 from nanogsm.run.flags import ppo_args as parse_args
 from nanogsm.run.health import health
@@ -52,7 +53,7 @@ from nanogsm.transformer import Transformer
 
 def reward(completion: str, problem: data.Problem, truncated: bool) -> float:
     """1 for the right number after "####", 0 otherwise. `--reward FILE.py` puts another function in
-    its place (nanogsm/run/reward.py)."""
+    its place (nanogsm/run/reward.py); flags add terms to it (nanogsm/rewards.py)."""
     # A truncated answer never ended, so it earns nothing: the policy has to learn to end.
     return float(not truncated and data.is_correct(completion, problem))
 
@@ -129,11 +130,8 @@ def group_advantages(rewards: Tensor, mask: Tensor, group: int, method: str) -> 
     total = rewards.sum(1).view(-1, group)  # (N / k, k)
     total = total - total[:, :1]  # so that equal rewards give 0 and not a rounding error
     better = total - total.mean(1, keepdim=True)
-    if method == "grpo":
-        better = better / (total.std(1, keepdim=True) + 1e-6)
-    else:
-        better = better * group / (group - 1)
-    return torch.where(mask, better.view(-1, 1), 0.0)
+    scale = 1 / (total.std(1, keepdim=True) + 1e-6) if method == "grpo" else group / (group - 1)
+    return torch.where(mask, (better * scale).view(-1, 1), 0.0)
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
@@ -262,8 +260,8 @@ def set_up(args, found, prompt: data.Prompt, scored_by: Callable) -> Setup:
     models = build(base, args)
     bits = 8 if args.optim == "adamw8bit" else 32
     policy = AdamW(models.policy_weights().items(), args.lr, bits=bits)
-    critic = models.value_weights().items()
-    value = AdamW(critic, args.value_lr, bits=bits) if critic else None
+    of_critic = models.value_weights().items()
+    value = AdamW(of_critic, args.value_lr, bits=bits) if of_critic else None
     autocast = autocast_of(args.device, args.precision)
     return Setup(models, policy, value, tokenizer, prompt, args, autocast, scored_by)
 
@@ -272,8 +270,7 @@ def set_up(args, found, prompt: data.Prompt, scored_by: Callable) -> Setup:
 
 
 def problems_of_step(problems: list, step: int, n: int, seed: int, group: int = 1) -> list:
-    """The n problems of a step, each `group` times in a row, from an endless sequence of
-    permutations of all problems."""
+    """The n problems of a step, each `group` times, from endless permutations of all problems."""
     found, n = [], n // group
     for place in range(step * n, (step + 1) * n):
         epoch, i = divmod(place, len(problems))
@@ -310,6 +307,7 @@ def sample(setup: Setup, problems: list[data.Problem], step: int, watch) -> list
             "truncated": done.truncated,
             "question": problem.question,
             "completion": done.text,
+            **terms_of(setup.tokenizer, done, args),
         })  # fmt: skip
     return marked
 
@@ -376,8 +374,7 @@ def rollout_metrics(answers: list[dict], rollout: Rollout, rewards, returns, arg
     n, mask, values = len(answers), rollout.mask, rollout.values
     k1, k3 = kl_estimates(rollout.logp, rollout.ref_logp)
     metrics = {
-        "reward": rollout.scores.mean().item(),
-        "reward_std": rollout.scores.std(correction=0).item(),
+        **figures(rollout.scores, answers, args),
         "exact_match": sum(answer["correct"] for answer in answers) / n,  # truncated ones included
         "truncated": sum(answer["truncated"] for answer in answers) / n,
         # The share of the answers that show a calculation.
@@ -388,10 +385,8 @@ def rollout_metrics(answers: list[dict], rollout: Rollout, rewards, returns, arg
         "kl_sequence": torch.where(mask, k1, 0.0).sum().item() / n,  # per answer; may be negative
         "entropy": masked_mean(rollout.entropy, mask).item(),
     }
-    if args.group:  # no critic
-        groups = rollout.scores.view(-1, args.group)
-        equal = (groups == groups[:, :1]).all(1)
-        return metrics | {"groups_without_spread": equal.float().mean().item()}
+    if args.advantage:  # no critic
+        return metrics
     # What there was to predict: the returns of lambda 1.
     outcomes = returns if args.lam == 1 else gae(rewards, values, mask, args.gamma, 1.0)[1]
     return metrics | {
@@ -493,7 +488,7 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
 # --------------------------------------------------------------------------------------- the loop
 
 
-def train(args, folder, found, prompt, train_problems, held_out, scored_by) -> int:
+def train(args, folder, found, prompt, problems, held_out, scored_by) -> int:
     """Train from the start or from the last checkpoint to the end. Returns the exit status."""
     setup = set_up(args, found, prompt, scored_by)
     actor, tokenizer = setup.models.actor, setup.tokenizer
@@ -516,17 +511,18 @@ def train(args, folder, found, prompt, train_problems, held_out, scored_by) -> i
             if run.validation_due():
                 validate()
             run.phase("rollout")
-            group = args.group or 1
-            problems = problems_of_step(train_problems, step, args.rollouts, args.seed, group)
-            answers = sample(setup, problems, step, run.watch)  # 1 text, ids, right or wrong
+            asked = problems_of_step(problems, step, args.rollouts, args.seed, args.group or 1)
+            answers = sample(setup, asked, step, run.watch)  # 1 text, ids, right or wrong
             run.phase("score")
             rollout = score(setup, answers)  # 2 log-probs and values, without gradient
             mask = rollout.mask
             rewards = token_rewards(  # 3 the score at the last action, minus KL at every action
                 rollout.scores, rollout.logp, rollout.ref_logp, mask, args.kl_coef
             )
+            rewards = add_terms(rewards, answers)
             if args.advantage:
-                advantages, returns = group_advantages(rewards, mask, group, args.advantage), None
+                advantages = group_advantages(rewards, mask, args.group, args.advantage)  # 4
+                returns = None
             else:
                 advantages, returns = gae(rewards, rollout.values, mask, args.gamma, args.lam)  # 4
                 advantages = whiten(advantages, mask)  # 5

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from nanogsm import UserError
+from nanogsm import UserError, arithmetic
 from nanogsm.report import charts, eval_files, scores
 from nanogsm.run import console, flags
 from nanogsm.run.past import run_of
@@ -157,7 +157,7 @@ def settings(args: dict) -> str:
 
 def verdict(row: dict) -> str:
     kind = scores.kind_of(row)
-    wrong = scores.false_annotations(row["completion"]) if kind == "arithmetic" else []
+    wrong = arithmetic.false_annotations(row["completion"]) if kind == "arithmetic" else []
     said = escape(f"{kind}: {wrong[0]}" if wrong else kind)
     return f'<span class="{"right" if row["correct"] else "wrong"}">{said}</span>'
 

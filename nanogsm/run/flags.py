@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from nanogsm import UserError, data, distributed
+from nanogsm import UserError, data, distributed, rewards
 from nanogsm.fast.checkpointing import CHECKPOINTING
 from nanogsm.run import machine, past
 
@@ -331,8 +331,14 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
         "runs/sft-lora-main (tiny: runs/tiny/...).")  # fmt: skip
     add("--reward", metavar="FILE.py", help="Score answers by the function reward(completion, "
         "problem, truncated) in this file, in place of exact match.")  # fmt: skip
+    for name, what in (("false", "false calculator annotations, at most, a quarter for each"),
+                       ("no-answer", 'an answer without "#### number"'),
+                       ("overlong", "an answer as long as --max-new-tokens, less for one that "
+                        "comes near it")):  # fmt: skip
+        add(f"--penalty-{name}", type=float, default=0.0, metavar="W", help=f"Cost of {what}.")
     add("--advantage", choices=("gae", "rloo", "grpo"), help="gae: a critic and GAE (PPO). rloo, "
-        "grpo: an answer is compared with the others of its group, without a critic. Default: gae.")  # fmt: skip
+        "grpo: no critic; an answer is compared with others to its problem. "
+        "Default: gae.")  # fmt: skip
     add("--group", type=int, metavar="K", help="Answers to each problem of a rollout, for rloo and "
         "grpo. Default: 8.")  # fmt: skip
     add("--clip-high", type=float, help="Upper clip of probability ratios, 1 + this. Default: as "
@@ -377,8 +383,14 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
         "val_every": 0, "save_every": 1, "seed": 0, "kl_coef": 0, "value_coef": 0,
         "entropy_coef": 0,
     }  # fmt: skip
+    penalties = [f"penalty_{name}" for name in rewards.TERMS]
+    at_least |= dict.fromkeys(penalties, 0)
     positive = ("lr", "value_lr", "clip", "clip_high", "value_clip", "max_grad_norm", "lora_alpha")
     check_numbers(args, at_least, positive)
+    if (total := sum(getattr(args, name) for name in penalties)) > rewards.MOST:
+        raise UserError(f"the weights of --penalty-... add up to {total:g}: give at most "
+                        f"{rewards.MOST:g} in all, or a wrong answer could be worth more than a "
+                        "right one")  # fmt: skip
     if not 0.01 <= args.temperature <= 100:
         raise UserError(f"--temperature is {args.temperature}: give a number from 0.01 to 100")
     for name in ("gamma", "lam"):
