@@ -42,6 +42,7 @@ from nanogsm.model import frozen_copy, load_model, sampler_of, save_trained, set
 from nanogsm.optim import AdamW
 from nanogsm.rewards import add_terms, figures, terms_of
 from nanogsm.run import console, past, plan, start
+from nanogsm.run.critic import save_critic
 from nanogsm.run.flags import ppo_args as parse_args
 from nanogsm.run.health import health
 from nanogsm.run.loop import Run, check_finite
@@ -532,8 +533,7 @@ def train(args, folder, found, prompt, problems, held_out, scored_by) -> int:
             run.end_step(metrics, answers[:4])
 
         save_trained(actor, tokenizer, folder.path, found.name)
-        if value_weights := {n: p.detach() for n, p in setup.models.value_weights().items()}:
-            folder.write("value_head.safetensors", value_weights)
+        save_critic(folder, setup.models, found)
         if run.validation_due():  # after saving: what is trained is safe
             validate()
         keep = ("reward", "kl_sequence", "explained_variance", "response_tokens")

@@ -33,7 +33,7 @@ FLOORS = [
 HEART = ["train_sft.py", "train_ppo.py"]
 HEART += [f"nanogsm/{name}.py" for name in "data transformer logprob lora generate optim".split()]
 MOST_LINES = {
-    "train_sft.py": 220, "train_ppo.py": 565, "evaluate.py": 230, "nanogsm/transformer.py": 340,
+    "train_sft.py": 220, "train_ppo.py": 565, "evaluate.py": 245, "nanogsm/transformer.py": 340,
 }  # fmt: skip
 
 
@@ -185,7 +185,8 @@ def test_a_file_of_the_heart_stays_short(file):
 
 def test_the_heart_stays_small_and_explained():
     lines, code, comments, docstrings = map(sum, zip(*map(measure, HEART)))
-    assert lines <= 2200 and code <= 1300 + 20, (lines, code)  # 20: many devices
+    # 20: many devices; 15 and 20: groups in a critic's place.
+    assert lines <= 2200 + 15 and code <= 1300 + 20 + 20, (lines, code)
     assert 100 * comments >= 12 * lines, (comments, lines)
     assert 100 * (comments + docstrings) >= 28 * lines, (comments, docstrings, lines)
 
@@ -203,6 +204,9 @@ MOST_TOKENS = {
     "a rank that fails ends its process and is heard once": 60,
     "PPO runs can be made longer": 300,
     "run/reward.py: a reward of one's own": 450,
+    "RLOO, GRPO and the upper clip": 520,
+    "rewards.py: terms of the reward": 880,
+    "run/critic.py, report/rerank.py: a critic that chooses among answers": 1760,
 }
 
 

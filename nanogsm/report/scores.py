@@ -4,7 +4,6 @@ The rows of an evaluation are those that `generate.answer_and_mark` returns, one
 evaluate.py writes them to eval-*.jsonl and their summary to eval-*.json.
 """
 
-import collections
 import math
 from statistics import NormalDist, fmean
 
@@ -60,10 +59,14 @@ def paired(a: dict[int, dict], b: dict[int, dict]) -> dict:
     return {"n": len(common), "points": points, "p": p, "fixed": fixed, "broken": broken}
 
 
-def majority(rows: list[dict]) -> bool:
-    """Whether the most frequent answer to one problem is right. The earliest wins a tie."""
-    answers = collections.Counter(row["answer"] for row in rows if row["answer"] is not None)
-    return bool(answers) and data.same_number(answers.most_common(1)[0][0], rows[0]["gold"])
+def majority(rows: list[dict], weights: list[float] | None = None) -> bool:
+    """Whether the most frequent answer to one problem is right, or, with a weight for each row, the
+    answer of the largest sum. The earliest wins a tie."""
+    votes: dict[float, float] = {}
+    for row, weight in zip(rows, weights or [1] * len(rows)):
+        if row["answer"] is not None:
+            votes[row["answer"]] = votes.get(row["answer"], 0) + weight
+    return bool(votes) and data.same_number(max(votes, key=votes.get), rows[0]["gold"])
 
 
 def summarise(rows: list[dict], samples: int) -> dict:
