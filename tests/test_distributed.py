@@ -208,7 +208,7 @@ def test_sft_is_the_same_on_many_devices(alone, tmp_path, count, more):
 
 
 PPO_LORA = ["--lora", "--critic", "separate", "--critic-warmup", "1"]
-GRPO = ["--advantage", "grpo", "--group", "2", "--shard", "3", "--penalty-overlong", "0.3"]
+GRPO = ["--advantage", "grpo", "--group", "2", "--shard", "3", "--penalty-no-answer", "0.3"]
 
 
 @pytest.mark.parametrize("more", [[], PPO_LORA, ["--shard", "3", "--critic-warmup", "1"], GRPO])
@@ -224,7 +224,7 @@ def test_ppo_is_the_same_on_many_devices(alone, tmp_path, more, monkeypatch):
     first = next(row for row in rows(out) if "kl" in row)
     assert first["first_ratio_error"] == 0 and first["kl"] == 0 and first["kl_sequence"] == 0
     if more is GRPO:
-        assert first["reward_overlong"] < 0
+        assert first["reward_no_answer"] < 0
         assert not list(out.glob("value_head*"))
         return
     a, b = (load_file(f / "value_head.safetensors") for f in (one, out))
