@@ -20,12 +20,11 @@ import shlex
 from pathlib import Path
 from statistics import fmean
 
+from experiments import ppo_curves, study
 from nanogsm import UserError
 from nanogsm.report import charts
 from nanogsm.run import console, flags
 from nanogsm.store import files
-
-from experiments import ppo_curves, study
 
 METHODS = {"PPO": "gae", "RLOO": "rloo", "GRPO": "grpo"}
 CURVES = {  # metric -> title of its panel
@@ -117,14 +116,17 @@ def collect(method: str, seed: int, rate: float, args) -> dict:
     run, start = folder(method, seed, rate, args), args.out / f"sft-{seed}"
     rows = ppo_curves.read(run / "metrics.jsonl")
     steps = [row for row in rows if "reward" in row]
-    sampled = args.rollouts
+
+    def curve(key: str) -> list[tuple[int, float]]:
+        return [(row["step"] * args.rollouts, row[key]) for row in rows if key in row]
+
     return {
         "method": method,
         "rate": rate,
         "seed": seed,
         **ppo_curves.before_and_after(ppo_curves.answers(start), ppo_curves.answers(run)),
         "seconds": sum(row["seconds"] for row in steps),
-        "curves": {k: [(row["step"] * sampled, row[k]) for row in rows if k in row] for k in CURVES},
+        "curves": {key: curve(key) for key in CURVES},
     }
 
 
@@ -135,8 +137,9 @@ def tables(searched: dict, results: list[dict], args) -> str:
     for method, found in searched.items():
         cells = [f"{100 * found[rate]:.1f}%" for rate in args.rates]
         lines.append(f"| {method} | {' | '.join(cells)} |")
-    lines += ["", "| method | rate | seed | start | exact match | 95% | against PPO | fixed, broken "
-              "| McNemar p | minutes |", "|" + "---|" * 10]  # fmt: skip
+    head = ("method", "rate", "seed", "start", "exact match", "95%", "against PPO",
+            "fixed, broken", "McNemar p", "minutes")  # fmt: skip
+    lines += ["", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for r in results:
         against = "|  |  | "
         if pair := r.get("against_ppo"):
@@ -153,8 +156,9 @@ def tables(searched: dict, results: list[dict], args) -> str:
         points = [100 * (pair["after"] - pair["before"]) for pair in pairs]
         change = f"{fmean(points):+.1f}" if points else ""
         before, after = (100 * fmean(r[key] for r in mine) for key in ("before", "after"))
+        minutes = fmean(r["seconds"] for r in mine) / 60
         lines.append(f"| {method}, mean | {mine[0]['rate']:g} | | {before:.1f}% | {after:.1f}% | "
-                     f"| {change} | | | {fmean(r['seconds'] for r in mine) / 60:.1f} |")  # fmt: skip
+                     f"| {change} | | | {minutes:.1f} |")  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

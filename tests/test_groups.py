@@ -219,7 +219,7 @@ def test_a_group_is_one_problem_asked_several_times():
     assert firsts == sum(plain, []) and sorted(firsts[:10]) == list(range(10))
 
 
-# ----------------------------------------------------------------------------------------- the flags
+# --------------------------------------------------------------------------------------- the flags
 
 
 def parsed(*argv):

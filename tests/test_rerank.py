@@ -104,12 +104,15 @@ def test_an_empty_answer_has_the_value_of_its_prompt(trained):
 
 def test_what_the_model_asks_itself_after_its_answer_is_not_read():
     tokenizer = data.Tokenizer(FIXTURES / "gemma3")
-    example = lambda text: rerank.example_of(tokenizer, data.Prompt(), row(text), "least")  # noqa: E731
+
+    def example(text):
+        return rerank.example_of(tokenizer, data.Prompt(), row(text), "least")
+
     assert example("so\n#### 7") == example(" so\n#### 7\n\nQuestion: 1 + 1?")
     assert sum(example("a\nb\n#### 7").mask) == 3 and sum(example("a").mask) == 1
 
 
-# ----------------------------------------------------------------------------------- what is reported
+# -------------------------------------------------------------------------------- what is reported
 
 
 def sampled(*answers_and_values, gold=7.0):

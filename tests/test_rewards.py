@@ -155,7 +155,7 @@ def test_spam_earns_nothing(tokenizer, corner):
     assert right > worth(tokenizer, "<<1+1=2>>" * 30 + "#### 5", weights(*corner, limit=10**6))
 
 
-# ------------------------------------------------------------------------------------ flags and runs
+# ---------------------------------------------------------------------------------- flags and runs
 
 
 @pytest.mark.parametrize(
