@@ -125,8 +125,8 @@ def group_advantages(rewards: Tensor, mask: Tensor, group: int, method: str) -> 
         In all of them R has the KL penalty; GRPO's paper has it in the loss, Dr. GRPO has none.
         In all of them a token weighs the same; in GRPO's paper an answer does, however long.
 
-    They are not whitened: the fewer groups differ, the smaller is the step. Trap: where all scores
-    of a group are equal, GRPO scales the noise of its KL penalties up to full size.
+    They are not whitened: the fewer groups have spread, the smaller is the gradient of this step.
+    Trap: where all scores of a group are equal, GRPO scales its KL penalties up to full size.
     """
     total = rewards.sum(1).view(-1, group)  # (N / k, k)
     total = total - total[:, :1]  # so that equal rewards give 0 and not a rounding error

@@ -104,7 +104,7 @@ MUTATIONS = [
     ("rewards: overlong from the start", REWARDS, '(SOFT * limit)', 'limit'),
     ("rewards: short answers pay", REWARDS, 'return max(0.0, 1 - ', 'return (1 - '),
     ("rewards: the metrics leave the terms out", REWARDS, 'earned = scores + torch.tensor(', 'earned = scores + 0 * torch.tensor('),
-    ("rewards: the bound is not kept", FLAGS, 'for name in penalties)) > rewards.MOST:', 'for name in penalties)) > 2:'),
+    ("rewards: the bound is not kept", FLAGS, 'for name in penalties)) > rewards.MOST + 1e-9:', 'for name in penalties)) > 2:'),
     ("rerank: the end token is read", RERANK, '    ids = ids[:-1]', '    ids = ids[:]'),
     ("rerank: the most over lines", RERANK, 'value.masked_fill(~mask.to(trunk.device), math.inf).amin(1)', 'value.masked_fill(~mask.to(trunk.device), -math.inf).amax(1)'),
     ("rerank: lines of the question count", RERANK, '[m and by ==', '[by =='),

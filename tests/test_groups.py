@@ -365,6 +365,10 @@ def test_a_dry_run_says_what_stands_in_the_critics_place(run_flags, capsys):
     assert train_ppo.main([*run_flags, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "no critic: rloo, groups of 3 answers" in out and "of the critic" not in out
+    assert "note" not in out
+    for kl, noted in (("0.1", True), ("0", False)):
+        train_ppo.main([*run_flags, "--advantage", "grpo", "--kl-coef", kl, "--dry-run"])
+        assert ("GRPO scales up the KL penalties" in capsys.readouterr().out) == noted
 
 
 def test_the_report_shows_the_groups_and_no_critic(run_flags, tmp_path):

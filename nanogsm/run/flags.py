@@ -324,18 +324,19 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments of train_ppo.py, complete and checked. val_examples stays None where --init is
     no run: how many problems are held out then depends on how many there are."""
     argv = sys.argv[1:] if argv is None else argv
-    description = "PPO with a critic on GSM8K. With --tiny this page shows tiny's values."
+    description = "PPO, RLOO or GRPO on GSM8K. With --tiny this page shows tiny's values."
     p = training_parser(description, PPO, PPO_TINY, argv)
     add = p.add_argument
     add("--init", help="Run or model to start from. Default: runs/sft-full-main, with --lora "
         "runs/sft-lora-main (tiny: runs/tiny/...).")  # fmt: skip
     add("--reward", metavar="FILE.py", help="Score answers by the function reward(completion, "
         "problem, truncated) in this file, in place of exact match.")  # fmt: skip
-    for name, what in (("false", "false calculator annotations, at most, a quarter for each"),
+    for name, what in (("false", "four false calculator annotations or more, a quarter each"),
                        ("no-answer", 'an answer without "#### number"'),
                        ("overlong", "an answer as long as --max-new-tokens, less for one that "
                         "comes near it")):  # fmt: skip
-        add(f"--penalty-{name}", type=float, default=0.0, metavar="W", help=f"Cost of {what}.")
+        add(f"--penalty-{name}", type=float, default=0.0, metavar="W",
+            help=f"Cost of {what}. Default: 0.")  # fmt: skip
     add("--advantage", choices=("gae", "rloo", "grpo"), help="gae: a critic and GAE (PPO). rloo, "
         "grpo: no critic; an answer is compared with others to its problem. "
         "Default: gae.")  # fmt: skip
@@ -387,7 +388,7 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
     at_least |= dict.fromkeys(penalties, 0)
     positive = ("lr", "value_lr", "clip", "clip_high", "value_clip", "max_grad_norm", "lora_alpha")
     check_numbers(args, at_least, positive)
-    if (total := sum(getattr(args, name) for name in penalties)) > rewards.MOST:
+    if (total := sum(getattr(args, name) for name in penalties)) > rewards.MOST + 1e-9:
         raise UserError(f"the weights of --penalty-... add up to {total:g}: give at most "
                         f"{rewards.MOST:g} in all, or a wrong answer could be worth more than a "
                         "right one")  # fmt: skip

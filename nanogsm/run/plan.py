@@ -275,6 +275,9 @@ def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list)
          f"{size}{last}, in micro-batches of {args.micro_batch}; lr {args.lr:g}"
          f"{'' if args.group else f', critic {args.value_lr:g}'} ({args.recipe} recipe); "
          f"{args.optim}")  # fmt: skip
+    if args.advantage == "grpo" and args.kl_coef:
+        _say("note", "GRPO scales up the KL penalties of groups whose scores are equal: "
+             "--kl-coef 0 avoids that")  # fmt: skip
     if args.critic_warmup:
         whole = ": the policy will not change" * (args.critic_warmup >= args.steps)
         _say("warm-up", f"the first {args.critic_warmup} steps train the critic alone{whole}")
