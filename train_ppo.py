@@ -3,7 +3,7 @@
     python train_ppo.py --tiny                  # from runs/tiny/sft-full-main, minutes anywhere
     python train_ppo.py                         # from runs/sft-full-main -> runs/ppo-full-main
     python train_ppo.py --lora                  # adapters, from runs/sft-lora-main
-    python train_ppo.py --advantage rloo        # or grpo: the same loop without a critic
+    python train_ppo.py --advantage rloo        # or grpo: group_advantages in place of 4 and 5
     python train_ppo.py --init PATH --dry-run   # parameters, memory, steps; loads no weights
 
 One step (the loop in `train` has the same numbers):
@@ -13,7 +13,6 @@ One step (the loop in `train` has the same numbers):
     3 rewards: right or wrong at the end, minus a KL penalty everywhere    token_rewards
     4 where did things go better than the critic predicted?                gae
     5 put that on one scale                                                whiten
-      without a critic, for 4 and 5: which answers are best in a group?    group_advantages
     6 make those tokens more likely, and teach the critic                  update
 
 The alignment, drawn once. Tensors about actions have T - 1 columns. Column t is about the choice of
@@ -47,6 +46,7 @@ from nanogsm.run.flags import ppo_args as parse_args
 from nanogsm.run.health import health
 from nanogsm.run.loop import Run, check_finite
 from nanogsm.run.machine import autocast_of
+from nanogsm.run.reward import mean_reward
 from nanogsm.transformer import Transformer
 
 # ------------------------------------------------------------------------------------- the reward
@@ -148,8 +148,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float,
     """(loss, whether the clipped form is the loss) of each action:
 
         ratio = p / p_old        loss = -min(ratio A, clamp(ratio, 1 - clip, 1 + high) A)
-
-    high is clip unless given. A larger one lets rare tokens grow (DAPO, arXiv 2503.14476)."""
+        high = clip if not given; a larger one lets rare tokens grow (DAPO, arXiv 2503.14476)"""
     # Past the clip, in the direction that the advantage asks for, the gradient is 0: this action
     # asks for no more. (A large step, or other actions, can still move its probability further.)
     # In the other direction the gradient stays.
@@ -261,8 +260,7 @@ def set_up(args, found, prompt: data.Prompt, scored_by: Callable) -> Setup:
     models = build(base, args)
     bits = 8 if args.optim == "adamw8bit" else 32
     policy = AdamW(models.policy_weights().items(), args.lr, bits=bits)
-    of_critic = models.value_weights().items()
-    value = AdamW(of_critic, args.value_lr, bits=bits) if of_critic else None
+    value = args.value_lr and AdamW(models.value_weights().items(), args.value_lr, bits=bits)
     autocast = autocast_of(args.device, args.precision)
     return Setup(models, policy, value, tokenizer, prompt, args, autocast, scored_by)
 
@@ -376,7 +374,8 @@ def rollout_metrics(answers: list[dict], rollout: Rollout, rewards, returns, arg
     k1, k3 = kl_estimates(rollout.logp, rollout.ref_logp)
     metrics = {
         **figures(rollout.scores, answers, args),
-        "exact_match": sum(answer["correct"] for answer in answers) / n,  # truncated ones included
+        # Truncated ones included; NaN if there is nothing to compare with.
+        "exact_match": math.nan if args.unscored else sum(a["correct"] for a in answers) / n,
         "truncated": sum(answer["truncated"] for answer in answers) / n,
         # The share of the answers that show a calculation.
         "worked": sum("<<" in answer["completion"] for answer in answers) / n,
@@ -441,7 +440,6 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
     """All gradient steps on one rollout. Returns the means of their metrics."""
     args, models = setup.args, setup.models
     optimizers = [o for o in (setup.policy_optimizer, setup.value_optimizer) if o]
-    names = SHARES if models.value_head else SHARES[:3]
     warming = step < args.critic_warmup
     updates = micro_batches_of(len(rollout.indices), args.micro_batch, args.accumulation)
     # `moved` looks at one matrix only, the largest with at most 4 million entries.
@@ -449,7 +447,8 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
     probe = max(setup.policy_optimizer.params.values(), key=size)
     before = distributed.whole(probe.detach()).clone()
     device = rollout.mask.device
-    sums, norms, first_ratio_error = torch.zeros(len(names), device=device), [], None
+    sums = torch.zeros(len(SHARES) if models.value_head else 3, device=device)
+    norms, first_ratio_error = [], None
     for epoch in range(args.epochs):
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 1009 + epoch)
         for i in torch.randperm(len(updates), generator=generator).tolist():
@@ -470,15 +469,15 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
             norms.append(both.tolist())  # in an update the host waits for the GPU only here
             answered = rollout.indices[updates[i][0].start : updates[i][-1].stop]
             lower = "--lr or --value-lr" if models.value_head else "--lr"
-            both_norms = dict(zip(("gradient_norm", "value_gradient_norm"), norms[-1]))
-            check_finite(step, answered, lower, **both_norms)
+            named = dict(zip(("gradient_norm", "value_gradient_norm"), norms[-1]))
+            check_finite(step, answered, lower, **named)
             for optimizer, norm in [*zip(optimizers, both)][warming:]:
                 optimizer.step(norm, args.max_grad_norm)
             for optimizer in optimizers:
                 optimizer.zero_grad()
     n = len(norms)
     means = [sum(column) / n for column in zip(*norms)]  # before gradients were scaled down
-    return dict(zip(names, (sums / n).tolist())) | {
+    return dict(zip(SHARES, (sums / n).tolist())) | {
         **dict(zip(("grad_norm", "value_grad_norm"), means)),
         "updates": n,
         "first_ratio_error": first_ratio_error,
@@ -505,7 +504,10 @@ def train(args, folder, found, prompt, problems, held_out, scored_by) -> int:
                 sampler, tokenizer, held_out, prompt, args.max_new_tokens, args.rollout_batch,
                 progress=run.watch,
             )  # fmt: skip
-        run.record_validation(generate.validation_metrics(rows))
+        metrics = generate.validation_metrics(rows)
+        if args.reward:
+            metrics["val_reward"] = mean_reward(scored_by, held_out, rows)
+        run.record_validation(metrics)
 
     with run:  # continues from the last checkpoint; Ctrl-C saves the last whole step
         for step in range(run.first, args.steps):
@@ -546,7 +548,7 @@ def main(argv: list[str] | None = None) -> int:
     scored_by = start.own_reward(args) or reward
     prompt = start.prompt_of_init(args)
     found = start.find_start(args, "init")
-    problems, held_out = start.split_problems(args)
+    problems, held_out = start.split_problems(args, found)
     plan.settle_ppo(args, found, prompt, problems, held_out)
     if args.dry_run:
         return 0
@@ -555,7 +557,7 @@ def main(argv: list[str] | None = None) -> int:
             print(folder.already_finished())
         elif status := train(args, folder, found, prompt, problems, held_out, scored_by):
             return status
-    print(past.what_next(args, len(held_out)))
+    print(past.what_next(args))
     return 0
 
 

@@ -26,7 +26,7 @@ from nanogsm.model import (
     set_checkpointing,
 )
 from nanogsm.optim import AdamW, cosine_with_min_lr
-from nanogsm.run import console, past, plan, start
+from nanogsm.run import console, known, past, plan, start
 from nanogsm.run.flags import sft_args as parse_args
 from nanogsm.run.loop import Run, check_finite
 from nanogsm.run.machine import autocast_of
@@ -170,8 +170,8 @@ def main(argv: list[str] | None = None) -> int:
     prompt = data.Prompt(args.style, 0, args.instruction)
     found = start.find_start(args, "model")
     start.set_rank(args, found)
-    config, tokenizer = read_config(found.base), data.Tokenizer(found.base)
-    problems, held_out = start.split_problems(args)
+    config, tokenizer = read_config(found.base), known.tokenizer(found)
+    problems, held_out = start.split_problems(args, found)
     if args.keep == "best" and not held_out:
         raise UserError("--keep best has nothing to choose by: --val-examples is 0")
     if args.max_examples:
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
             return status
         if args.merge:
             start.merge_result(folder.path, found)
-    print(past.what_next(args, len(held_out)))
+    print(past.what_next(args))
     return 0
 
 

@@ -63,12 +63,17 @@ class Prompt(NamedTuple):
     """How a question is asked."""
 
     style: str = "plain"  # "plain" is Question: ... Answer:, "chat" is Gemma's turns
-    shots: int = 0  # worked examples before the question, 0 or 1
+    shots: int = 0  # how many worked examples come before the question
     instruction: bool = False  # whether INSTRUCTION comes first
+    examples: tuple[Problem, ...] = (ONE_SHOT,)  # the first `shots` of these
 
     def __str__(self) -> str:
-        shot = "one-shot" if self.shots else "zero-shot"
-        return f"{self.style}, {shot}{', instruction' if self.instruction else ''}"
+        shots = ("zero", "one")[self.shots] if self.shots < 2 else self.shots
+        return f"{self.style}, {shots}-shot{', instruction' if self.instruction else ''}"
+
+    def settings(self) -> dict:
+        """What files record: all but the examples."""
+        return {"style": self.style, "shots": self.shots, "instruction": self.instruction}
 
 
 def encode(
@@ -92,9 +97,9 @@ def encode(
     if prompt.style == "chat":
         # Turn tokens are added as ids: "<end_of_turn>" in a question would only be text.
         start, end, target = tokenizer.start_of_turn_id, tokenizer.end_of_turn_id, answer
-        for _ in range(prompt.shots):
-            add(start, f"user\n{lead}{ONE_SHOT.question}", end, "\n", start, "model\n")
-            add(ONE_SHOT.answer, end, "\n")
+        for shot in prompt.examples[: prompt.shots]:
+            add(start, f"user\n{lead}{shot.question}", end, "\n", start, "model\n")
+            add(shot.answer, end, "\n")
             lead = ""
         add(start, f"user\n{lead}{question}", end, "\n", start, "model\n")
     else:
@@ -102,9 +107,9 @@ def encode(
         # with the space before it. A prompt that ended in a space would end in a lone space token,
         # which the model never sees there in training.
         end, target = tokenizer.eos_id, f" {answer}"
-        for _ in range(prompt.shots):
-            add(f"{lead}Question: {ONE_SHOT.question}\nAnswer:")
-            add(f" {ONE_SHOT.answer}\n\n")
+        for shot in prompt.examples[: prompt.shots]:
+            add(f"{lead}Question: {shot.question}\nAnswer:")
+            add(f" {shot.answer}\n\n")
             lead = ""
         add(f"{lead}Question: {question}\nAnswer:")
     if answer is not None:
@@ -303,9 +308,12 @@ class Tokenizer:
 # ------------------------------------------------------------------------------- files of problems
 
 
-def load_problems(data: str, split: str, data_dir: str | None = None) -> list[Problem]:
+def load_problems(
+    data: str, split: str, data_dir: str | None = None, unscored: bool = False
+) -> list[Problem]:
     """Problems of "main", "socratic", a name in GENERATED or your own JSONL file. split is "train"
-    or "test"; your own file is used whole for both. UserError names the file and line at fault."""
+    or "test"; your own file is used whole for both. unscored: its answers need no number.
+    UserError names the file and line at fault."""
     if data in GENERATED:
         pairs = tiny_problems.problems(split, GENERATED[data], data == "tiny-worked")
         return [Problem(*pair, index) for index, pair in enumerate(pairs)]
@@ -315,14 +323,15 @@ def load_problems(data: str, split: str, data_dir: str | None = None) -> list[Pr
     if not data.lower().endswith((".jsonl", ".json")):
         hint = "; worked needs --tiny" * (data == "worked")
         raise UserError(f"--data {data}: give main, socratic or a file that ends in .jsonl{hint}")
-    return read_jsonl(Path(data))
+    return read_jsonl(Path(data), unscored)
 
 
-def read_jsonl(path: Path) -> list[Problem]:
-    """One object per line with the texts "question" and "answer"; the answer ends in "#### n"."""
+def read_jsonl(path: Path, unscored: bool = False) -> list[Problem]:
+    """One object per line with a question and an answer (files.read_pairs has the forms). Unless
+    `unscored`, each answer ends in "#### n"."""
     problems = []
     for number, question, answer in files.read_pairs(path):
-        if fault := _unscorable(answer):
+        if not unscored and (fault := _unscorable(answer)):
             raise UserError(f"{path} line {number}: {fault}")
         problems.append(Problem(question, answer, len(problems)))
     return problems
@@ -335,7 +344,7 @@ def _unscorable(answer: str) -> str | None:
     found = _AFTER_MARKER.match(rest)
     if not re.search(_DIGIT, rest):
         where = "" if kept == answer else f' before "{STOP_TEXT}", where completions are cut off'
-        return f'the answer has no "#### number"{where}'
+        return f'the answer has no "#### number"{where} (--unscored trains on such answers)'
     # In doubt a gold answer is refused: one that nobody can match would only lower the score.
     if extract_answer(kept) is None or rest[found.end() :].strip() not in ("", "."):
         shown = rest.strip()[:40]

@@ -293,25 +293,25 @@ def answer_and_mark(
         model, tokenizer, [problem.question for problem in asked], prompt, max_new_tokens,
         batch_size, temperature, seed, progress,
     )  # fmt: skip
+    golds = [data.extract_answer(problem.answer) for problem in asked]  # None if unscored
     return [
         {
             "index": problem.index,
             "question": problem.question,
-            "correct": data.is_correct(done.text, problem),
-            "flexible": data.is_correct_flexible(done.text, problem),
+            "correct": None if gold is None else data.is_correct(done.text, problem),
+            "flexible": None if gold is None else data.is_correct_flexible(done.text, problem),
             "answer": data.extract_answer(data.cut(done.text)),
-            "gold": data.extract_answer(problem.answer),
+            "gold": gold,
             "truncated": done.truncated,
             "tokens": len(done.ids),
             "completion": done.text,
         }
-        for problem, done in zip(asked, answers)
+        for problem, done, gold in zip(asked, answers, golds)
     ]
 
 
 def validation_metrics(rows: list[dict]) -> dict:
     """What a validation logs of its rows: the shares that are right and that were cut off."""
-    return {
-        "val_exact_match": sum(row["correct"] for row in rows) / len(rows),
-        "val_truncated": sum(row["truncated"] for row in rows) / len(rows),
-    }
+    scored = [row["correct"] for row in rows if row["correct"] is not None]
+    right = {"val_exact_match": sum(scored) / len(scored)} if scored else {}
+    return right | {"val_truncated": sum(row["truncated"] for row in rows) / len(rows)}

@@ -6,6 +6,7 @@ The last two tests read real files. They run if these variables name them:
     NANOGSM_DATA_DIR=gsm8k NANOGSM_GEMMA=folder-of-tokenizer.json pytest tests/test_data.py
 """
 
+import hashlib
 import json
 import os
 import random
@@ -601,12 +602,53 @@ def test_an_empty_question_is_named_by_line(tmp_path, question):
     path = write(tmp_path, f"{row()}\n\n{row(question)}\n")
     with pytest.raises(UserError, match="line 3: the question is empty"):
         read_jsonl(path)
+    path = write(tmp_path, f"{row()}\n\n{row(answer=question)}\n")
+    with pytest.raises(UserError, match="line 3: the answer is empty"):
+        read_jsonl(path, unscored=True)
 
 
-@pytest.mark.parametrize("answer", ["", "72", "#### ", "#### many", "### 72"])
+@pytest.mark.parametrize("answer", ["72", "#### ", "#### many", "### 72"])
 def test_an_answer_without_a_number_after_the_marker_is_named_by_line(tmp_path, answer):
     path = write(tmp_path, f"{row()}\n{row(answer=answer)}\n")
-    with pytest.raises(UserError, match='line 2: the answer has no "#### number"$'):
+    with pytest.raises(UserError, match='line 2: the answer has no "#### number" .--unscored'):
+        read_jsonl(path)
+
+
+ASKED, SAID = {"role": "user", "content": " 2 + 3? "}, {"role": "assistant", "content": "#### 5\n"}
+SYSTEM = {"role": "system", "content": "Be brief.\n"}
+
+
+@pytest.mark.parametrize(
+    "line, question",
+    [({"prompt": " 2 + 3? ", "completion": "#### 5\n", "id": 1}, "2 + 3?"),
+     ({"messages": [ASKED, SAID], "source": "x"}, "2 + 3?"),
+     ({"messages": [SYSTEM, ASKED, SAID]}, "Be brief.\n\n2 + 3?")],
+)  # fmt: skip
+def test_other_names_of_question_and_answer(tmp_path, line, question):
+    path = write(tmp_path, f"{row()}\n{json.dumps(line)}\n")
+    assert read_jsonl(path)[1] == (question, "#### 5", 1)
+
+
+@pytest.mark.parametrize(
+    "turns, says",
+    [([ASKED, SAID, ASKED, SAID], "not user, assistant, user, assistant"), ([ASKED], "not user"),
+     ([SAID, ASKED], "not assistant, user"), ([], "not none"), ([ASKED, SYSTEM, SAID], "turn"),
+     ([{"role": ["x"] * 99, "content": ""}], "not ['x', 'x'"), ("text", "not a JSON object"),
+     ([3, 4], "not a JSON object"), ([ASKED, {"role": "assistant"}], "'content' is missing"),
+     ([ASKED, {"role": "assistant", "content": [{"text": "5"}]}], "not a JSON object"),
+     ([{"role": "user", "content": ""}, SAID], "the question is empty")],
+)  # fmt: skip
+def test_other_chats_are_refused_with_their_line(tmp_path, turns, says):
+    path = write(tmp_path, f"{row()}\n{json.dumps({'messages': turns})}\n")
+    with pytest.raises(UserError, match=f"line 2: .*{re.escape(says)}") as caught:
+        read_jsonl(path)
+    assert len(str(caught.value)) < 400
+
+
+def test_unscored_answers_need_no_number(tmp_path):
+    path = write(tmp_path, row(answer="A cat."))
+    assert read_jsonl(path, unscored=True)[0].answer == "A cat."
+    with pytest.raises(UserError, match="--unscored"):
         read_jsonl(path)
 
 
@@ -808,6 +850,16 @@ def test_gsm8k_has_integer_answers_disjoint_splits_and_passes_its_own_check():
     assert not {p.question for p in train} & {p.question for p in test}
 
 
+@pytest.mark.skipif(not DATA_DIR, reason="NANOGSM_DATA_DIR is not set")
+def test_the_digests_of_gsm8ks_rows_are_those_of_its_files():
+    there = [name for name in data.hub.DATA_FILES if (Path(DATA_DIR) / name).exists()]
+    for name in there:
+        pairs = [[p.question, p.answer] for p in read_jsonl(Path(DATA_DIR) / name)]
+        found = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+        assert data.hub.DATA_FILES[name].rows_sha256 in (found, None), name
+    assert there
+
+
 @pytest.mark.skipif(not (DATA_DIR and REAL_GEMMA), reason="also needs NANOGSM_GEMMA")
 def test_gsm8k_by_a_real_tokenizer(tmp_path):
     shutil.copy(Path(REAL_GEMMA) / "tokenizer.json", tmp_path)
@@ -824,6 +876,21 @@ def test_gsm8k_by_a_real_tokenizer(tmp_path):
         assert ids == raw.encode(joint, add_special_tokens=False).ids
         longest = max(longest, len(ids))
     assert 400 < longest <= 768  # train_sft.py's --max-seq-length leaves nothing out
+
+
+def test_several_worked_examples_come_in_their_order(tmp_path):
+    tokenizer = Tokenizer(data.hub.EMBEDDED)
+    shots = tuple(Problem(f"{i} + 1?", f"#### {i + 1}", i) for i in range(3))
+    for style in ("plain", "chat"):
+        prompt = Prompt(style, 2, True, shots)
+        text = tokenizer.decode(encode(tokenizer, prompt, "8 + 1?")[0])
+        order = ["format '#### <number>'.", "0 + 1?", "#### 1", "1 + 1?", "#### 2", "8 + 1?"]
+        assert [text.count(part) for part in order] == [1] * 6 and "2 + 1?" not in text
+        assert sorted(order, key=text.index) == order
+        alone = encode(tokenizer, prompt._replace(shots=0), "8 + 1?")[0]
+        assert encode(tokenizer, prompt._replace(shots=0, examples=()), "8 + 1?")[0] == alone
+    assert str(Prompt("plain", 5)) == "plain, 5-shot"
+    assert Prompt("plain", 5).settings() == {"style": "plain", "shots": 5, "instruction": False}
 
 
 def test_a_permutation_follows_from_seed_and_epoch_alone():

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ import train_ppo
 import train_sft
 from nanogsm import UserError, data, distributed, generate, optim
 from nanogsm.model import load_model
-from nanogsm.run import console, loop
+from nanogsm.run import card, console, loop, machine
 from nanogsm.run.critic import find_critic
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks processes with PyTorch in them")
@@ -253,6 +254,14 @@ def test_a_critic_chooses_the_same_answers(alone, tmp_path):
     a, b = ([json.loads(x) for x in f.read_text().splitlines()] for f in (one, many))
     assert [r.pop("value") for r in a] == pytest.approx([r.pop("value") for r in b], abs=1e-6)
     assert a == b
+
+
+def test_the_gpu_with_the_least_memory_decides_for_all(monkeypatch):
+    """Or ranks would split a step differently, and wait for each other for ever."""
+    free = lambda device: (5 - distributed.RANK) * 2**30 if device == "cuda" else None  # noqa: E731
+    monkeypatch.setattr(machine, "free_memory", free)
+    ask = lambda device: card.memory(SimpleNamespace(gpu_memory=None, device=device))  # noqa: E731
+    assert on_ranks(3, lambda: [ask("cuda"), ask("cpu")]) == [[3 * 2**30, None]] * 3
 
 
 def test_fewer_prompts_than_ranks_are_completed():

@@ -35,7 +35,7 @@ def test_pairing_counts_what_was_fixed_and_broken():
 def made_run(folder, args, correct, steps=()):
     """A run folder with one evaluation on ten test problems, of which `correct` are right."""
     folder.mkdir(parents=True)
-    info = {"prompt": data.Prompt()._asdict(), "commit": "abc"}
+    info = {"prompt": data.Prompt().settings(), "commit": "abc"}
     record = {"args": {"val_examples": 2, "seed": 0} | args, "info": info}
     (folder / "run_args.json").write_text(json.dumps(record))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))

@@ -185,8 +185,9 @@ def test_a_file_of_the_heart_stays_short(file):
 
 def test_the_heart_stays_small_and_explained():
     lines, code, comments, docstrings = map(sum, zip(*map(measure, HEART)))
-    # 20: many devices; 15 and 20: groups in a critic's place.
-    assert lines <= 2200 + 15 and code <= 1300 + 20 + 20, (lines, code)
+    # 20 for many devices; 20 for rewards and data of one's own, and worked examples; 15 and 20 for
+    # groups in a critic's place.
+    assert lines <= 2200 + 30 + 15 and code <= 1300 + 20 + 20 + 20, (lines, code)
     assert 100 * comments >= 12 * lines, (comments, lines)
     assert 100 * (comments + docstrings) >= 28 * lines, (comments, docstrings, lines)
 
@@ -203,7 +204,10 @@ MOST_TOKENS = {
     "distributed.py: many devices, replicas and parts": 3700,
     "a rank that fails ends its process and is heard once": 60,
     "PPO runs can be made longer": 300,
-    "run/reward.py: a reward of one's own": 450,
+    "run/reward.py: a reward of one's own": 500,
+    "own data: chats, unscored answers, unknown words, few steps": 750,
+    "evaluate.py: several worked examples, --n all, questions from standard input": 700,
+    "run/card.py, run/known.py: a plan for a GPU that is not here": 2700,
     "RLOO, GRPO and the upper clip": 520,
     "rewards.py: terms of the reward": 880,
     "run/critic.py, report/rerank.py: a critic that chooses among answers": 1760,

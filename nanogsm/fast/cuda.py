@@ -54,7 +54,7 @@ def update_all(
     numbers = betas, eps, *map(torch.tensor, changing)
     groups = defaultdict(list)
     for i, (keep, first, tensors) in enumerate(pieces):
-        (blocks, entries), count = tensors[0].shape, tensors[0].numel()
+        entries, count = tensors[0].shape[1], tensors[0].numel()
         alone = i if count > chunk or first else None
         groups[count, entries, len(tensors), keep, first, alone].append(tensors)
     for (count, entries, parts, keep, first, alone), members in groups.items():

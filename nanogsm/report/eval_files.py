@@ -99,6 +99,8 @@ def read_rows(where: str) -> tuple[str, list[dict]]:
     types = {"index": int, "correct": bool, "gold": int | float, "question": str, "completion": str}
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        if all(row["gold"] is None and row["correct"] is None for row in rows):
+            raise UserError(f"{path}: its problems are unscored, so no answer is right or wrong")
         for row in rows:
             if wrong := [key for key, kind in types.items() if not isinstance(row[key], kind)]:
                 raise ValueError(f"a row's {wrong[0]} is {row[wrong[0]]!r}")

@@ -72,8 +72,14 @@ def majority(rows: list[dict], weights: list[float] | None = None) -> bool:
 def summarise(rows: list[dict], samples: int) -> dict:
     """The summary of an evaluation; `rows` holds the samples of a problem next to each other. The
     interval counts problems, because samples of one problem are not independent. With several
-    samples it is wider than it needs to be."""
+    samples it is wider than it needs to be. Unscored rows have lengths only."""
     groups = [rows[i : i + samples] for i in range(0, len(rows), samples)]
+    lengths = {
+        "truncated": fmean(row["truncated"] for row in rows),
+        "mean_tokens": fmean(row["tokens"] for row in rows),
+    }
+    if rows[0]["gold"] is None:
+        return {"n": len(groups), "completions": len(rows), "unscored": True} | lengths
     accuracy = fmean(row["correct"] for row in rows)
     low, high = wilson(accuracy * len(groups), len(groups))
     summary = {
@@ -84,10 +90,8 @@ def summarise(rows: list[dict], samples: int) -> dict:
         "ci_low": low,
         "ci_high": high,
         "flexible_accuracy": fmean(row["flexible"] for row in rows),
-        "truncated": fmean(row["truncated"] for row in rows),
         "formatted": fmean(row["answer"] is not None for row in rows),
-        "mean_tokens": fmean(row["tokens"] for row in rows),
-    }
+    } | lengths
     if samples > 1:
         summary["pass@1"] = accuracy
         summary[f"pass@{samples}"] = fmean(any(row["correct"] for row in g) for g in groups)

@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 
 from nanogsm import UserError, data, distributed, rewards
 from nanogsm.fast.checkpointing import CHECKPOINTING
-from nanogsm.run import machine, past
+from nanogsm.run import card, past
 
 # ---------------------------------------------------------------------------------------- recipes
 
@@ -76,6 +76,7 @@ PPO_TINY = {
 }  # fmt: skip
 
 
+ALL = 10**7  # what number_or_all makes of "all"
 # How a step is split. It changes time and memory, and the result only by rounding.
 SPLIT = ("micro_batch", "accumulation", "rollout_batch", "checkpointing")
 
@@ -146,6 +147,24 @@ def add_data_dir_flag(p: argparse.ArgumentParser) -> None:
     p.add_argument("--data-dir", default=os.environ.get("NANOGSM_DATA_DIR") or None, help=text)
 
 
+def add_unscored_flag(p: argparse.ArgumentParser) -> None:
+    text = "The answers of --data FILE need no number, so none is right or wrong."
+    p.add_argument("--unscored", action="store_true", help=text)
+
+
+def check_unscored(args: argparse.Namespace) -> None:
+    if args.unscored and args.data in data.NAMED:
+        raise UserError(f"--unscored is for a file of your own, and --data is {args.data}")
+
+
+def number_or_all(text: str) -> int:
+    """argparse's type of a number of problems. "all" is more than any data set has."""
+    try:
+        return ALL if text == "all" else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"give a number or all, not {text!r}") from error
+
+
 def add_base_flag(p: argparse.ArgumentParser) -> None:
     text = "Base model of an adapter, in place of the one that the adapter names."
     p.add_argument("--base", metavar="MODEL", help=text)
@@ -174,6 +193,7 @@ def training_parser(description: str, settings: tuple, changes: dict, argv: list
     add("--data", default="main",
         help="main, socratic, worked (--tiny only) or a .jsonl file of your own.")  # fmt: skip
     add_data_dir_flag(p)
+    add_unscored_flag(p)
     add("--max-new-tokens", type=int, help="Longest answer, in tokens. Default: 320 (socratic 512, "
         "tiny 128, tiny's socratic 160).")  # fmt: skip
     for setting in settings:
@@ -201,6 +221,8 @@ def training_parser(description: str, settings: tuple, changes: dict, argv: list
     add("--shard", type=int, default=1, metavar="N", help="Under torchrun: every N devices share "
         "one copy of weights, gradients and moments (full fine-tuning).")  # fmt: skip
     add("--dry-run", action="store_true", help="Print the plan. No weights are loaded.")
+    add("--gpu-memory", type=float, metavar="GIB", help="With --dry-run: plan for a GPU that has "
+        "this much memory free, and need not be here.")  # fmt: skip
     add_compute_flags(p)
     return p
 
@@ -214,7 +236,7 @@ def _shown(value: object) -> str:
 
 def fill_in(args: argparse.Namespace, script: str, settings: tuple, changes: dict) -> None:
     """Give a value to what the command line left open, from the recipe and the machine. args.open
-    names what the plan may still choose on a GPU (plan.fit_card)."""
+    names what the plan may still choose on a GPU (card.fit_card)."""
     args.open = [name for name in SPLIT if getattr(args, name, 1) is None]
     for name, value in recipe(settings, args.recipe, changes if args.tiny else None).items():
         if getattr(args, name) is None:
@@ -223,7 +245,8 @@ def fill_in(args: argparse.Namespace, script: str, settings: tuple, changes: dic
     folder, method = "runs/tiny" if args.tiny else "runs", "lora" if args.lora else "full"
     args.out = args.out or f"{folder}/{script}-{method}-{Path(args.data).stem}"
     args.data, args.precision = for_tiny(args)
-    args.device, args.precision = machine.pick_compute(args.device, args.precision)
+    check_unscored(args)
+    args.device, args.precision = card.pick_compute(args)
     size = args.micro_batch * args.accumulation
     if 0 < size < distributed.COUNT:
         raise UserError(f"a step of {args.micro_batch} x {args.accumulation} is too small for "
@@ -344,6 +367,8 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
         "grpo. Default: 8.")  # fmt: skip
     add("--clip-high", type=float, help="Upper clip of probability ratios, 1 + this. Default: as "
         "--clip.")  # fmt: skip
+    add("--style", choices=("plain", "chat"),
+        help="Style of the prompt. Default: as --init was trained, or plain.")  # fmt: skip
     add("--temperature", type=float, default=1.0, help="Sampling temperature.")
     add("--val-every", type=int, default=10, help="Steps between validations. 0: at the end only.")
     add("--out", help="Run folder. Default: runs/{ppo,rloo,grpo}-{full,lora}-{data} (tiny: "
@@ -368,6 +393,8 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
     check_numbers(args, {"group": 2})
     if args.group and args.rollouts % args.group:
         raise UserError(f"--rollouts {args.rollouts} is no multiple of --group {args.group}")
+    if args.unscored and not args.reward:
+        raise UserError("--unscored needs --reward FILE.py: exact match has nothing to compare")
     set_rank(args)
     if args.init is None:  # a run that has begun keeps its start
         folder, method = "runs/tiny" if args.tiny else "runs", "lora" if args.lora else "full"

@@ -201,9 +201,11 @@ def check_finite(step: int, indices: list[int], lower: str, **values: float) -> 
     )
 
 
-def _score(validated: dict) -> tuple[float, float]:
-    """How --keep best compares validations: by exact match, then by loss."""
-    return validated.get("val_exact_match", -1.0), -validated.get("val_loss", math.inf)
+def _score(validated: dict) -> tuple[float, float, float]:
+    """How --keep best compares validations: by exact match, then by the reward of one's own, then
+    by loss. Those that a run does not have are equal."""
+    exact, reward = validated.get("val_exact_match", -1.0), validated.get("val_reward", -math.inf)
+    return exact, reward, -validated.get("val_loss", math.inf)
 
 
 def preview(answer: dict) -> str:

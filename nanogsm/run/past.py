@@ -58,13 +58,11 @@ def recorded_init(folder: str) -> str | None:
     return run[1]["args"].get("init") if run else None
 
 
-def what_next(args, held_out: int) -> str:
-    """The last lines that a run prints. With a user's own file it evaluates held-out problems."""
+def what_next(args) -> str:
+    """The last lines that a run prints."""
     more = f" --data-dir {args.data_dir}" if args.data_dir and args.data in data.NAMED else ""
-    if args.data not in data.NAMED:
-        more = f"{' --split validation' * bool(held_out)} --data {args.data}"
     checkpoint = Path(args.out) / "checkpoint"
     size = sum(file.stat().st_size for file in checkpoint.rglob("*.*") if file.is_file())
     kept = f"{checkpoint} ({size / 2**20:,.0f} MiB) lets --steps grow later; you may delete it\n"
-    said = f"the result is in {args.out}; next: python evaluate.py --model {args.out}{more}"
+    said = f"the result is in {args.out}; next: python evaluate.py {args.out}{more}"
     return kept * checkpoint.is_dir() + said

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
-from nanogsm import data, distributed, lora
+from nanogsm import data, lora
 from nanogsm.fast.cpu import VOCABULARY_BLOCK
 from nanogsm.fast.head import KEPT_EXPONENTIALS, block_rows
 from nanogsm.model import load_adapter, read_config
 from nanogsm.optim import block_size
-from nanogsm.run import machine, past
+from nanogsm.run import card, known, past
+from nanogsm.run.card import fit_card
 from nanogsm.transformer import Config, Transformer
 
 # ------------------------------------------------------------------------------------- the memory
@@ -104,51 +105,9 @@ def print_budget(budget: dict[str, float]) -> None:
             print(f"  {name:<12} {size / scale:7.2f} {unit}{note}")
 
 
-# ------------------------------------------------------------------------------- a card's memory
-
-RESERVED = 1.3  # PyTorch holds more than it uses, because tensors of changing sizes leave gaps
-UPDATING = ("gradients", "activations", "vocabulary", "gathered")  # not there during sampling
-SAMPLING = ("cache", "sampling")  # not there while weights are updated
-MOST_AT_ONCE = 16  # rows of a micro-batch; more give a large GPU nothing
-
-
-def fit_card(args, budget: Callable[[], dict[str, float]], free: int | None) -> str:
-    """Choose what the command line left open for a GPU with `free` bytes: the fastest split of a
-    step that fits. Returns what the plan says about it; "" without a GPU.
-
-    Recomputing is slow, so it is the last resort: first micro-batches become smaller. The product
-    micro_batch x accumulation stays as it is. budget() is the memory with args as they are.
-    """
-    choices = vars(args).pop("open")
-    if free is None or args.tiny:
-        return ""
-
-    def fits(leave_out: tuple[str, ...]) -> bool:
-        need = sum(size for name, size in budget().items() if name not in leave_out)
-        return RESERVED * need <= free
-
-    size = args.micro_batch * args.accumulation
-    micro_batches = [args.micro_batch]
-    if {"micro_batch", "accumulation"} <= set(choices):
-        most = min(MOST_AT_ONCE, distributed.largest_share(size))
-        divisors = [n for n in range(most, 0, -1) if size % n == 0]
-        micro_batches = [n for n in divisors if n >= 4] or divisors
-    kinds = ["none", "light", "full"] if "checkpointing" in choices else [args.checkpointing]
-    splits = [(n, kind) for kind in kinds for n in micro_batches]
-    splits += [(n, kinds[-1]) for n in (2, 1) if len(micro_batches) > 1 and size % n == 0]
-    for args.micro_batch, args.checkpointing in splits:
-        args.accumulation = size // args.micro_batch
-        if fits(SAMPLING):
-            break
-    if "rollout_batch" in choices:
-        for args.rollout_batch in (512, 256, 128, 64, 32):
-            if fits(UPDATING):
-                break
-    tight = "" if fits(SAMPLING) and fits(UPDATING) else ", which may be too little"
-    return f", {free / 2**30:.0f} GiB free{tight}; checkpointing {args.checkpointing}"
-
-
 # -------------------------------------------------------------------------------------- the plans
+
+FEW_STEPS = 20  # of SFT, in which little is learnt
 
 
 def _shapes(config: Config, args, continued: Path | None = None) -> tuple[list, list]:
@@ -176,7 +135,7 @@ def _say(name: str, text: str) -> None:
 
 def _devices(args) -> str:
     shared = f", every {args.shard} share one copy" if args.shard > 1 else ""
-    count = max(distributed.COUNT, args.shard)
+    count = card.devices(args)
     return f"{count} x {args.device}{shared}" if count > 1 else args.device
 
 
@@ -187,12 +146,20 @@ def _held_out(problems: list) -> str:
 def settle_sft(args, found, config: Config, examples: list, held_out: list, steps: int) -> None:
     """Choose what is open on a GPU and print the plan of train_sft.py; with --dry-run also its
     memory."""
-    everything, adapters = _shapes(config, args, found.adapter)
-    shapes = adapters if args.lora else everything
-    total, trained = _size(everything) + _size(adapters), _size(shapes)
-    lengths = [len(example.ids) for example in examples]
-    budget = lambda: sft_budget(args, config, total, shapes, lengths)  # noqa: E731
-    fitted = fit_card(args, budget, machine.free_memory(args.device))
+    lengths, made = [len(example.ids) for example in examples], {}
+
+    def needs(args) -> tuple[list, list, Callable]:
+        """What the shapes are with these args, and a function that returns the memory."""
+        if args.lora not in made:
+            made[args.lora] = _shapes(config, args, found.adapter)
+        everything, adapters = made[args.lora]
+        shapes = adapters if args.lora else everything
+        total = _size(everything) + _size(adapters)
+        return everything, shapes, lambda: sft_budget(args, config, total, shapes, lengths)
+
+    left_open, (everything, shapes, budget) = args.open, needs(args)
+    fitted = fit_card(args, budget, card.memory(args))
+    total, trained = _size(everything) + _size(shapes) * args.lora, _size(shapes)
     supervised = data.supervised_tokens(examples)
     kind = config.model_type
     _say("model", f"{args.model} ({kind}), {total:,} parameters, {trained:,} trained")
@@ -204,9 +171,18 @@ def settle_sft(args, found, config: Config, examples: list, held_out: list, step
     _say("steps", f"{steps:,} of {args.micro_batch} x {args.accumulation} examples, "
          f"{args.epochs} epoch{'s' * (args.epochs > 1)}; lr {args.lr:g} to {args.min_lr:g}, "
          f"warm-up {args.warmup:g} ({args.recipe} recipe); {args.optim}")  # fmt: skip
+    if steps < FEW_STEPS:
+        _say("note", f"{len(examples)} examples make only {steps} step{'s' * (steps > 1)}: more "
+             "--epochs, or a smaller --micro-batch x --accumulation, make more")  # fmt: skip
     _say("compute", f"{_devices(args)}, {args.precision}{fitted}")
     if args.dry_run:
         print_budget(budget())
+    if args.gpu_memory:
+        for name, text in card.judge(args, left_open, lambda args: needs(args)[-1]):
+            _say(name, text)
+        weights = card.weights_of(config, everything, shapes if args.lora else [])
+        flops = card.update_flops(weights, sum(lengths), supervised, args.checkpointing)
+        _say("time", card.least_time(args, args.epochs * flops))
 
 
 def sft_budget(args, config: Config, total: int, shapes: list, lengths: list) -> dict[str, float]:
@@ -246,15 +222,24 @@ def in_parts(n: int, c: Config, total: int, budget: dict[str, float]) -> dict[st
 def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list) -> None:
     """Choose what is open on a GPU and print the plan of train_ppo.py; with --dry-run also its
     memory."""
-    config, tokenizer = read_config(found.base), data.Tokenizer(found.base)
-    everything, adapters = _shapes(config, args)
-    policy = adapters if args.lora else everything
-    head = [(1, config.hidden_size), (1,)] * (args.group is None)
-    critic = adapters * (args.critic == "separate") + head
-    prompts = [data.encode(tokenizer, prompt, p.question)[0] for p in problems]
-    longest = max(map(len, prompts)) + args.max_new_tokens
-    budget = lambda: ppo_budget(args, config, everything, policy, critic, longest)  # noqa: E731
-    fitted = fit_card(args, budget, machine.free_memory(args.device))
+    config, tokenizer = read_config(found.base), known.tokenizer(found)
+    prompts = [known.encode(tokenizer, prompt, p.question)[0] for p in problems]
+    longest, made = max(map(len, prompts)) + args.max_new_tokens, {}
+
+    def needs(args) -> tuple[list, list, list, Callable]:
+        """What the shapes are with these args, and a function that returns the memory."""
+        kind = args.lora, args.critic
+        if kind not in made:
+            made[kind] = _shapes(config, args)
+        everything, adapters = made[kind]
+        policy = adapters if args.lora else everything
+        head = [(1, config.hidden_size), (1,)] * (args.group is None)
+        critic = adapters * (args.critic == "separate") + head
+        budget = lambda: ppo_budget(args, config, everything, policy, critic, longest)  # noqa: E731
+        return everything, policy, critic, budget
+
+    left_open, (everything, policy, critic, budget) = args.open, needs(args)
+    fitted = fit_card(args, budget, card.memory(args))
     size = min(args.rollouts, args.micro_batch * args.accumulation)
     updates, rest = math.ceil(args.rollouts / size), args.rollouts % size
     last = f" (the last: {rest})" if rest else ""
@@ -284,6 +269,16 @@ def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list)
     _say("compute", f"{_devices(args)}, {args.precision}{fitted}")
     if args.dry_run:
         print_budget(budget())
+    if args.gpu_memory:
+        for name, text in card.judge(args, left_open, lambda args: needs(args)[-1]):
+            _say(name, text)
+        answers = [known.encode(tokenizer, prompt, "", p.answer)[1] for p in problems]
+        answer = min(sum(map(sum, answers)) / len(answers), args.max_new_tokens)
+        asked = sum(map(len, prompts)) / len(prompts)
+        weights = card.weights_of(config, everything, policy if args.lora else [])
+        slot = cache_bytes(config, 1, 1, args.precision == "bf16")
+        least = card.least_time(args, *card.ppo_work(args, weights, asked, answer, slot))
+        _say("time", f"{least}, if answers have {answer:.0f} tokens, as in the data")
 
 
 def ppo_budget(args, config: Config, everything, policy, critic, longest: int) -> dict[str, float]:

@@ -128,9 +128,14 @@ def read_json(path: Path) -> dict:
     return value
 
 
+PAIRS = (("question", "answer"), ("prompt", "completion"))  # what the two texts may be called
+
+
 def read_pairs(path: Path) -> list[tuple[int, str, str]]:
-    """(line number, question, answer) of a JSONL file with one object of these two texts per line.
-    UserError names the file and the line at fault."""
+    """(line number, question, answer) of a JSONL file, one JSON object per line. It has the two
+    texts of one of PAIRS, or "messages": one user turn and one assistant turn, each with "role" and
+    "content", perhaps after a system turn, whose text then begins the question. UserError names the
+    file and the line at fault."""
     try:  # utf-8-sig: Windows editors put a byte order mark first
         text = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
     except OSError as e:
@@ -142,19 +147,35 @@ def read_pairs(path: Path) -> list[tuple[int, str, str]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            question, answer = row["question"].strip(), row["answer"].strip()
+            question, answer = (text.strip() for text in _two_texts(json.loads(line)))
             (question + answer).encode()  # half a surrogate pair is valid JSON, but not text
+        except UserError as e:
+            raise UserError(f"{path} line {number}: {e}") from e
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             missing = f"; {e} is missing" if isinstance(e, KeyError) else ""
             wanted = 'a JSON object with "question" and "answer" texts, one object per line'
             raise UserError(f"{path} line {number}: not {wanted}{missing}") from e
         if not question:
             raise UserError(f"{path} line {number}: the question is empty")
+        if not answer:
+            raise UserError(f"{path} line {number}: the answer is empty")
         pairs.append((number, question, answer))
     if not pairs:
         raise UserError(f"{path} has no problems in it")
     return pairs
+
+
+def _two_texts(row: dict) -> list[str]:
+    """The question and the answer of a row, as they are."""
+    if "messages" in row:
+        roles = [turn["role"] for turn in row["messages"]]
+        if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+            shown = ", ".join(map(str, roles))[:80]
+            wanted = "one user and one assistant turn, after at most one system turn"
+            raise UserError(f"messages must be {wanted}, not {shown or 'none'}")
+        *asked, answer = [turn["content"] for turn in row["messages"]]
+        return ["\n\n".join(text.strip() for text in asked), answer]
+    return [row[name] for name in next((p for p in PAIRS if p[0] in row), PAIRS[0])]
 
 
 def write_json(path: Path | str, obj) -> None:

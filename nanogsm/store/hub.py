@@ -382,17 +382,21 @@ class DataFile(NamedTuple):
     bytes: int
     rows: int
     sha256: str
+    rows_sha256: str | None  # of the questions and answers in their order, however they are written
 
 
 DATA_FILES = {
     "train.jsonl": DataFile(
-        4_166_206, 7473, "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
+        4_166_206, 7473, "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+        "78212a281c5c91ee0a8a573ee3387c55d62493ea1853a46f94668e8382b45bf6"),
     "test.jsonl": DataFile(
-        749_738, 1319, "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
+        749_738, 1319, "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+        "9ba9db83465ec4c9450b62c0dc13a69505d69a27c6a0817d7dfa679b496276e9"),
     "train_socratic.jsonl": DataFile(
-        5_401_739, 7473, "153d86551187cfd64ef7afb59bfd0ef75cea3ae9388e7ad31e43920b6dd77872"),
+        5_401_739, 7473, "153d86551187cfd64ef7afb59bfd0ef75cea3ae9388e7ad31e43920b6dd77872", None),
     "test_socratic.jsonl": DataFile(
-        972_978, 1319, "c96673362fa7a699f4836a9b6474a067448f95fe58064727501ee63ba4c3fdb6"),
+        972_978, 1319, "c96673362fa7a699f4836a9b6474a067448f95fe58064727501ee63ba4c3fdb6",
+        "9e196628ee9adb7d9d2d06cd8d1f421295f718d0c7f7204d50ccb1176caa7cf6"),
 }  # fmt: skip
 # Sources of each file, in the order they are tried. openai/gsm8k on the Hub has only parquet files.
 # The last two are copies by other people, and the digests make them safe to use.
@@ -415,8 +419,8 @@ def cache_folder() -> Path:
 
 
 def data_file(name: str, data_dir: str | Path | None = None) -> Path:
-    """Path of a GSM8K file (a key of DATA_FILES) with the right SHA-256: in data_dir if given, else
-    from the cache, GitHub or a mirror.
+    """Path of a GSM8K file (a key of DATA_FILES): in data_dir if given, else from the cache, GitHub
+    or a mirror. It has the right SHA-256, or the same rows in the same order, written otherwise.
 
     UserError says what was tried and how to put the file there by hand. Trap: with a data_dir
     nothing is downloaded. A missing or changed file in it is an error.
@@ -429,7 +433,7 @@ def data_file(name: str, data_dir: str | Path | None = None) -> Path:
     if data_dir:
         raise UserError(
             f"{path}: {problem}; {by_hand} into that folder, or leave out --data-dir "
-            "(and NANOGSM_DATA_DIR) to have it downloaded"
+            "(and NANOGSM_DATA_DIR) to have it downloaded; other problems are --data FILE.jsonl"
         )
     tried = [f"{path}: {problem}"]  # a damaged copy in the cache is replaced
     data = _download(name, want, tried)
@@ -479,11 +483,22 @@ def _fetch(url: str, size: int) -> bytes:
 
 def _file_problem(path: Path, want: DataFile) -> str | None:
     try:
-        return _problem(path.read_bytes(), want)
+        problem = _problem(path.read_bytes(), want)
     except FileNotFoundError:
         return "no such file"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
+    return problem if problem and not _has_rows(path, want) else None
+
+
+def _has_rows(path: Path, want: DataFile) -> bool:
+    """Whether a file that differs in bytes has the same rows, perhaps with other fields, spaces or
+    line ends."""
+    try:
+        rows = [pair[1:] for pair in files.read_pairs(path)]
+    except UserError:
+        return False
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest() == want.rows_sha256
 
 
 def _problem(data: bytes, want: DataFile) -> str | None:
