@@ -27,6 +27,7 @@ import train_sft
 from nanogsm import UserError, data, distributed, generate, optim
 from nanogsm.model import load_model
 from nanogsm.run import card, console, loop, machine
+from nanogsm.run.critic import find_critic
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks processes with PyTorch in them")
 
@@ -208,9 +209,10 @@ def test_sft_is_the_same_on_many_devices(alone, tmp_path, count, more):
 
 
 PPO_LORA = ["--lora", "--critic", "separate", "--critic-warmup", "1"]
+GRPO = ["--advantage", "grpo", "--group", "2", "--shard", "3", "--penalty-no-answer", "0.3"]
 
 
-@pytest.mark.parametrize("more", [[], PPO_LORA, ["--shard", "3", "--critic-warmup", "1"]])
+@pytest.mark.parametrize("more", [[], PPO_LORA, ["--shard", "3", "--critic-warmup", "1"], GRPO])
 def test_ppo_is_the_same_on_many_devices(alone, tmp_path, more, monkeypatch):
     """14 answers in updates of 6, 6 and 2, on 3 ranks: unequal shares, and once none at all."""
     reward = lambda completion, *_: float(len(completion) % 2)  # noqa: E731
@@ -222,8 +224,13 @@ def test_ppo_is_the_same_on_many_devices(alone, tmp_path, more, monkeypatch):
     assert (one / "samples.jsonl").read_text() == (out / "samples.jsonl").read_text()
     first = next(row for row in rows(out) if "kl" in row)
     assert first["first_ratio_error"] == 0 and first["kl"] == 0 and first["kl_sequence"] == 0
+    if more is GRPO:
+        assert first["reward_no_answer"] < 0
+        assert not list(out.glob("value_head*"))
+        return
     a, b = (load_file(f / "value_head.safetensors") for f in (one, out))
     assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+    assert find_critic(str(out)).separate == ("separate" in more)
 
 
 @pytest.mark.parametrize("flags", [[], ["--samples", "2", "--temperature", "0.9"]])
@@ -235,6 +242,18 @@ def test_an_evaluation_is_the_same_to_the_byte(tmp_path, flags):
     assert one.read_bytes() == many.read_bytes() and one.read_bytes()
     figures = [json.loads(f.with_suffix(".json").read_text())["accuracy"] for f in (one, many)]
     assert figures[0] == figures[1]
+
+
+def test_a_critic_chooses_the_same_answers(alone, tmp_path):
+    run = str(alone(train_ppo, PPO))
+    argv = ["--tiny", "--device", "cpu", "--n", "5", "--max-new-tokens", "8", "--samples", "3",
+            "--temperature", "0.9", "--batch-size", "4", "--rerank", run]  # fmt: skip
+    assert evaluate.main([*argv, "--out", str(tmp_path / "one")]) == 0
+    assert on_ranks(3, evaluate.main, [*argv, "--out", str(tmp_path / "many")]) == [0] * 3
+    [one], [many] = ((tmp_path / f).glob("*.jsonl") for f in ("one", "many"))
+    a, b = ([json.loads(x) for x in f.read_text().splitlines()] for f in (one, many))
+    assert [r.pop("value") for r in a] == pytest.approx([r.pop("value") for r in b], abs=1e-6)
+    assert a == b
 
 
 def test_the_gpu_with_the_least_memory_decides_for_all(monkeypatch):

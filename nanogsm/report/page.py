@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from nanogsm import UserError
+from nanogsm import UserError, arithmetic
 from nanogsm.report import charts, eval_files, scores
 from nanogsm.run import console, flags
 from nanogsm.run.past import run_of
@@ -30,6 +30,7 @@ CURVES = {  # key in metrics.jsonl: title of its panel
     "entropy": "entropy, nats per token",
     "value_loss": "value loss",
     "explained_variance": "explained variance of the critic",
+    "groups_without_spread": "groups whose answers all earned the same",
     "clipped": "policy ratios that were clipped",
     "value_clipped": "values that were clipped",
     "grad_norm": "gradient norm",
@@ -39,7 +40,8 @@ CURVES = {  # key in metrics.jsonl: title of its panel
     "lr": "learning rate",
     "tokens_per_s": "tokens per second",
 }
-SHARES = ("reward", "val_exact_match", "clipped", "value_clipped", "worked")
+SHARES = ("reward", "val_exact_match", "groups_without_spread", "clipped", "value_clipped",
+          "worked")  # fmt: skip
 STYLE = (Path(__file__).parent / "page.css").read_text("utf-8")
 
 
@@ -148,14 +150,14 @@ def points(metrics: list[dict], key: str) -> list[tuple[float, float]]:
 
 
 def settings(args: dict) -> str:
-    shown = """recipe model init data lora lr value_lr epochs micro_batch accumulation kl_coef gamma
-               lam rollouts seed precision""".split()
-    return ", ".join(f"{key} {args[key]}" for key in shown if key in args)
+    shown = """recipe model init data lora advantage group lr value_lr epochs micro_batch
+               accumulation kl_coef gamma lam clip_high rollouts seed precision""".split()
+    return ", ".join(f"{key} {args[key]}" for key in shown if args.get(key) is not None)
 
 
 def verdict(row: dict) -> str:
     kind = scores.kind_of(row)
-    wrong = scores.false_annotations(row["completion"]) if kind == "arithmetic" else []
+    wrong = arithmetic.false_annotations(row["completion"]) if kind == "arithmetic" else []
     said = escape(f"{kind}: {wrong[0]}" if wrong else kind)
     return f'<span class="{"right" if row["correct"] else "wrong"}">{said}</span>'
 

@@ -152,9 +152,9 @@ class RunFolder:
         """Append one row to samples.jsonl."""
         _append(self._logs["samples.jsonl"], row)
 
-    def write(self, name: str, tensors: dict[str, Tensor]) -> None:
+    def write(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         """Write tensors to a safetensors file of the folder."""
-        files.replace_file(self.path / name, files.safetensors_bytes(tensors))
+        files.replace_file(self.path / name, files.safetensors_bytes(tensors, None, metadata))
 
     def start_wandb(self, project: str, config: dict) -> None:
         """Also send everything logged from now on to Weights & Biases. Its files go to wandb/ in
@@ -370,10 +370,8 @@ class Elsewhere(RunFolder):
 
     sample = log
 
-    def write(self, name: str, tensors: dict) -> None:
+    def start_wandb(self, project: str, config: dict) -> None:
         pass
-
-    start_wandb = write
 
     def save_checkpoint(self, step: int, tensors: dict, state: dict) -> None:
         if distributed.first(None):  # rank 0 has this step already

@@ -116,7 +116,7 @@ def _shapes(config: Config, args, continued: Path | None = None) -> tuple[list, 
     with torch.device("meta"):
         model = Transformer(config)
     everything = [p.shape for p in model.parameters()]
-    if not args.lora and getattr(args, "critic", "shared") == "shared":
+    if not args.lora and getattr(args, "critic", None) != "separate":
         return everything, []
     if continued and (continued / "adapter_model.safetensors").is_file():
         load_adapter(model, continued)
@@ -233,7 +233,8 @@ def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list)
             made[kind] = _shapes(config, args)
         everything, adapters = made[kind]
         policy = adapters if args.lora else everything
-        critic = adapters * (args.critic == "separate") + [(1, config.hidden_size), (1,)]
+        head = [(1, config.hidden_size), (1,)] * (args.group is None)
+        critic = adapters * (args.critic == "separate") + head
         budget = lambda: ppo_budget(args, config, everything, policy, critic, longest)  # noqa: E731
         return everything, policy, critic, budget
 
@@ -244,8 +245,9 @@ def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list)
     last = f" (the last: {rest})" if rest else ""
     total, earlier = _size(everything), past.held_out_by(args.init, args.data)
     _say("start", f"{args.init} ({config.model_type}), {total:,} parameters; {prompt}")
-    sizes = f"{_size(policy):,} of the policy, {_size(critic):,} of the critic"
-    _say("trained", f"{sizes} ({args.critic})")
+    instead = f"no critic: {args.advantage}, groups of {args.group} answers"
+    other = instead if args.group else f"{_size(critic):,} of the critic ({args.critic})"
+    _say("trained", f"{_size(policy):,} of the policy, {other}")
     _say("data", f"{len(problems):,} problems, {_held_out(held_out)}; prompt and answer up to "
          f"{longest} tokens")  # fmt: skip
     if earlier not in (None, len(held_out)):
@@ -255,8 +257,12 @@ def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list)
         _say("note", "base and adapter together are the start and the reference; the result is one "
              "adapter with both changes")  # fmt: skip
     _say("steps", f"{args.steps} of {args.rollouts} answers; {args.epochs} x {updates} updates of "
-         f"{size}{last}, in micro-batches of {args.micro_batch}; lr {args.lr:g}, "
-         f"critic {args.value_lr:g} ({args.recipe} recipe); {args.optim}")  # fmt: skip
+         f"{size}{last}, in micro-batches of {args.micro_batch}; lr {args.lr:g}"
+         f"{'' if args.group else f', critic {args.value_lr:g}'} ({args.recipe} recipe); "
+         f"{args.optim}")  # fmt: skip
+    if args.advantage == "grpo" and args.kl_coef:
+        _say("note", "GRPO scales up the KL penalties of groups whose scores are equal: "
+             "--kl-coef 0 avoids that")  # fmt: skip
     if args.critic_warmup:
         whole = ": the policy will not change" * (args.critic_warmup >= args.steps)
         _say("warm-up", f"the first {args.critic_warmup} steps train the critic alone{whole}")
