@@ -456,7 +456,7 @@ def tokenizer_folder(folder: Path, change=lambda t: None, **configs) -> Path:
 
 def test_special_ids_are_those_of_the_fixture(tokenizer):
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (PAD, BOS, EOS)
-    assert (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id) == (START, END)
+    assert tokenizer.turn("user", "Hi")[0] == START and tokenizer.end_of_turn_id == END
 
 
 @pytest.mark.parametrize(

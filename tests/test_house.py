@@ -33,7 +33,7 @@ FLOORS = [
 HEART = ["train_sft.py", "train_ppo.py"]
 HEART += [f"nanogsm/{name}.py" for name in "data transformer logprob lora generate optim".split()]
 MOST_LINES = {
-    "train_sft.py": 220, "train_ppo.py": 520, "evaluate.py": 230, "nanogsm/transformer.py": 340,
+    "train_sft.py": 220, "train_ppo.py": 520, "evaluate.py": 230, "nanogsm/transformer.py": 360,
 }  # fmt: skip
 
 
@@ -185,7 +185,8 @@ def test_a_file_of_the_heart_stays_short(file):
 
 def test_the_heart_stays_small_and_explained():
     lines, code, comments, docstrings = map(sum, zip(*map(measure, HEART)))
-    assert lines <= 2200 and code <= 1300 + 20, (lines, code)  # 20: many devices
+    # 20: many devices; 70 and 50: Llama
+    assert lines <= 2200 + 70 and code <= 1300 + 20 + 50, (lines, code)
     assert 100 * comments >= 12 * lines, (comments, lines)
     assert 100 * (comments + docstrings) >= 28 * lines, (comments, docstrings, lines)
 
@@ -200,6 +201,7 @@ MOST_TOKENS = {
     "a run's prompt and held-out problems go with it": 150,
     "fast/cuda.py: one launch for many, and what fits a card": 3200,
     "distributed.py: many devices, replicas and parts": 3700,
+    "Llama 3, an untied output head, the text part of multimodal Gemmas": 1500,
 }
 
 
