@@ -216,7 +216,7 @@ def test_starts_that_leave_the_base_alone_are_read(gemma, tmp_path, start):
         ("_orig_mod.{layer}.lora_A.weight", "compiled model"),
         ("model.embed_tokens.lora_embedding_A", "adapts the embedding"),
         ("model.embed_tokens.weight", "trained or resized ones are not supported"),
-        ("lm_head.lora_A.weight", "the output head, which is the embedding here"),
+        ("lm_head.lora_A.weight", "the output head, which is never adapted"),
         ("{layer}.lora_magnitude_vector.weight", "is DoRA's"),
         ("{layer}.lora_B.bias", "lora_bias"),
         ("model.layers.99.mlp.up_proj.lora_A.weight", "made for another one"),

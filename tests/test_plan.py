@@ -104,7 +104,7 @@ def test_moments(tiny, optim, bits):
     assert plan.moments_bytes([p.shape for p in model.parameters()], optim) == want
 
 
-@pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3", "llama32", "llama30"])
 @pytest.mark.parametrize("bf16", [True, False])
 def test_the_cache(name, bf16):
     config = load_model(FIXTURES / name)[0].config
