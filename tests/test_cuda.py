@@ -18,7 +18,7 @@ LENGTHS = [5, 1, 9, 4]
 # ---------------------------------------------------------------------------------- attention
 
 
-@pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3", "llama32"])
 @pytest.mark.parametrize("checkpointing", ["none", "light"])
 def test_rows_that_attend_together_give_the_same_model(name, checkpointing):
     """Hidden states and all gradients of a whole model: local windows, caps, shared keys."""

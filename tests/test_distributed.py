@@ -4,6 +4,7 @@ Processes are forked from this one, which has PyTorch loaded, so that they start
 has a limit of time: ranks that wait for each other would wait for an hour.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ import evaluate
 import train_ppo
 import train_sft
 from nanogsm import UserError, data, distributed, generate, optim
-from nanogsm.model import load_model
+from nanogsm.model import load_model, sampler_of, save_model
 from nanogsm.run import card, console, loop, machine
 from nanogsm.run.critic import find_critic
 
@@ -231,6 +232,30 @@ def test_ppo_is_the_same_on_many_devices(alone, tmp_path, more, monkeypatch):
     a, b = (load_file(f / "value_head.safetensors") for f in (one, out))
     assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
     assert find_critic(str(out)).separate == ("separate" in more)
+
+
+def test_an_untied_output_head_in_parts(tmp_path):
+    """Two micro-batches on three ranks: one rank is dealt nothing, and its part of the head, which
+    forward does not use, has to take part in the sum. Then sampling and saving."""
+    examples = [data.Example([2, 9, 40, 7, i], [0, 0, 1, 1, 1], i) for i in (30, 50)]
+
+    def work(shard: int):
+        model, tokenizer = load_model(FIXTURES / "llama30", torch.float32, shard=shard)
+        loss = train_sft.backward_step(model, examples, 1, 0, contextlib.nullcontext)
+        grads = {n: distributed.whole(p.grad).tolist() for n, p in model.named_parameters()}
+        with sampler_of(model, False) as sampler:
+            [found] = generate.generate(sampler, [[2, 9, 40]], frozenset(), 6)
+        save_model(model, tokenizer, tmp_path / str(shard))
+        return loss.item(), grads, found.ids
+
+    loss, grads, ids = work(1)
+    for other_loss, others, other_ids in on_ranks(3, work, 3):
+        assert other_loss == pytest.approx(loss, rel=1e-6) and other_ids == ids
+        for name, grad in grads.items():
+            a, b = torch.tensor(grad), torch.tensor(others[name])
+            assert a.any() and (a - b).abs().max() <= 1e-5 * a.abs().max(), name
+    one, parts = (load_file(tmp_path / f / "model.safetensors") for f in "13")
+    assert one.keys() == parts.keys() and all(torch.equal(one[k], parts[k]) for k in one)
 
 
 @pytest.mark.parametrize("flags", [[], ["--samples", "2", "--temperature", "0.9"]])

@@ -33,7 +33,7 @@ FLOORS = [
 HEART = ["train_sft.py", "train_ppo.py"]
 HEART += [f"nanogsm/{name}.py" for name in "data transformer logprob lora generate optim".split()]
 MOST_LINES = {
-    "train_sft.py": 220, "train_ppo.py": 565, "evaluate.py": 245, "nanogsm/transformer.py": 340,
+    "train_sft.py": 220, "train_ppo.py": 565, "evaluate.py": 245, "nanogsm/transformer.py": 360,
 }  # fmt: skip
 
 
@@ -185,9 +185,9 @@ def test_a_file_of_the_heart_stays_short(file):
 
 def test_the_heart_stays_small_and_explained():
     lines, code, comments, docstrings = map(sum, zip(*map(measure, HEART)))
-    # 20 for many devices; 20 for rewards and data of one's own, and worked examples; 15 and 20 for
-    # groups in a critic's place.
-    assert lines <= 2200 + 30 + 15 and code <= 1300 + 20 + 20 + 20, (lines, code)
+    # At first 2,200 and 1,300. Since then, lines and code: many devices 0 and 20; data, rewards and
+    # worked examples of one's own 30 and 20; groups in a critic's place 15 and 20; Llama 70 and 50.
+    assert lines <= 2200 + 30 + 15 + 70 and code <= 1300 + 20 + 20 + 20 + 50, (lines, code)
     assert 100 * comments >= 12 * lines, (comments, lines)
     assert 100 * (comments + docstrings) >= 28 * lines, (comments, docstrings, lines)
 
@@ -212,6 +212,7 @@ MOST_TOKENS = {
     "RLOO, GRPO and the upper clip": 520,
     "rewards.py: terms of the reward": 880,
     "run/critic.py, report/rerank.py: a critic that chooses among answers": 1760,
+    "Llama 3, an untied output head, the text part of multimodal Gemmas": 1500,
 }
 
 
