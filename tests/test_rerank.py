@@ -234,6 +234,15 @@ def test_a_trunk_that_has_changed_is_one_line(copied):
     refused(folder, "its model, has changed since the critic was trained on it")
 
 
+def test_the_base_that_a_start_was_given_does_not_disturb_a_whole_model(copied):
+    """--base belongs to --init. The result of full fine-tuning has no base."""
+    folder = copied("shared")
+    record = json.loads((folder / "run_args.json").read_text())
+    record["args"]["base"] = str(FIXTURES / "gemma3")
+    (folder / "run_args.json").write_text(json.dumps(record))
+    load_critic(find_critic(str(folder)), torch.float32, "cpu")
+
+
 def test_a_start_that_is_gone_is_one_line(copied):
     folder = copied()
     record = json.loads((folder / "run_args.json").read_text())

@@ -71,7 +71,8 @@ def find_critic(run: str) -> Critic:
         raise UserError(f"{file} is of kind {kind!r}: only a critic is supported")
     separate = names != {"head.weight", "head.bias"}
     try:
-        trunk = hub.find_model(args["init"] if separate else run, base=args.get("base"))
+        start = args["init"], True, args.get("base")
+        trunk = hub.find_model(*start) if separate else hub.find_model(run)
     except UserError as error:
         raise UserError(f"{run}: the rest of its critic is not there: {error}") from error
     if metadata.get("trunk_sha256") not in (None, hub.fingerprint(trunk)):
