@@ -153,7 +153,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scal
         # One new token per row. The H/K query heads that share a key head take the place of the
         # query axis, so that keys and values are read once and not copied H/K times.
         out = F.scaled_dot_product_attention(q.view(B, K, H // K, N), k, v, mask, scale=scale)
-        return out.view(B, H, T, N)
+        return out.reshape(B, H, T, N)  # a GPU's kernel may return its axes in another order
     if K != H:  # a view when K is 1 (Gemma 1 2B, Gemma 3 270M and 1B), otherwise a copy
         k = k[:, :, None].expand(-1, -1, H // K, -1, -1).reshape(B, H, -1, N)
         v = v[:, :, None].expand(-1, -1, H // K, -1, -1).reshape(B, H, -1, N)
