@@ -183,13 +183,13 @@ def test_the_weights_are_0_unless_given_and_0_point_9_is_allowed():
 @pytest.mark.parametrize("more", [[], ["--advantage", "rloo", "--group", "2"]])
 def test_a_run_is_rewarded_by_the_terms_and_says_so(tmp_path, monkeypatch, more):
     """The embedded model, untuned, gives no number. With 3 tokens some of its answers are cut."""
-    seen, real = [], train_ppo.update
+    seen, real = [], train_ppo.rollout_metrics
 
-    def update(setup, rollout, advantages, *rest):
-        seen.append((rollout, advantages))
-        return real(setup, rollout, advantages, *rest)
+    def rollout_metrics(answers, rollout, rewards, *rest):
+        seen.append((rollout.mask, rewards))
+        return real(answers, rollout, rewards, *rest)
 
-    monkeypatch.setattr(train_ppo, "update", update)
+    monkeypatch.setattr(train_ppo, "rollout_metrics", rollout_metrics)
     argv = ["--tiny", "--device", "cpu", "--init", "tiny", "--steps", "1", "--rollouts", "4",
             "--micro-batch", "2", "--accumulation", "1", "--val-examples", "0", "--kl-coef", "0",
             "--max-new-tokens", "3", "--penalty-no-answer", "0.25", "--penalty-overlong", "0.5",
@@ -197,8 +197,8 @@ def test_a_run_is_rewarded_by_the_terms_and_says_so(tmp_path, monkeypatch, more)
     assert train_ppo.main(argv) == 0
     row = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
     rows = [json.loads(x) for x in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
-    [(rollout, advantages)] = seen
-    tokens = rollout.mask.sum(1).tolist()
+    [(mask, per_token)] = seen
+    tokens = mask.sum(1).tolist()
     cut, whole = ["overlong", 2, -0.5], ["no_answer", 2, -0.25]
     assert 0 < tokens.count(3) and [x["score"] for x in rows] == [0] * 4
     for n, answer in zip(tokens, rows, strict=True):
@@ -207,10 +207,6 @@ def test_a_run_is_rewarded_by_the_terms_and_says_so(tmp_path, monkeypatch, more)
     assert row["reward_overlong"] == pytest.approx(-0.5 * tokens.count(3) / 4)
     assert row["reward"] == pytest.approx(row["reward_no_answer"] + row["reward_overlong"])
     assert "reward_false" not in row
-    earned = [-0.25 - 0.5 * (n == 3) for n in tokens]
-    last = [advantages[b][rollout.mask[b]][-1].item() for b in range(4)]
-    if more:
-        others = [earned[b ^ 1] for b in range(4)]
-        assert last == pytest.approx([a - b for a, b in zip(earned, others)])
-    else:
-        assert sorted(range(4), key=earned.__getitem__) == sorted(range(4), key=last.__getitem__)
+    for b, n in enumerate(tokens):  # at the last action, and nowhere else
+        want = [0.0] * (n - 1) + [-0.25 - 0.5 * (n == 3)]
+        assert per_token[b][mask[b]].tolist() == pytest.approx(want)
