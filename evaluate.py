@@ -20,13 +20,12 @@ from pathlib import Path
 
 import torch
 
-from nanogsm import UserError, data, distributed, generate
+from nanogsm import UserError, boxed, data, distributed, generate
 from nanogsm.model import load_model
 from nanogsm.report.compare import compare
 from nanogsm.report.eval_files import check_place, place_of
-from nanogsm.report.scores import summarise
-from nanogsm.run import console, flags, machine
-from nanogsm.run.past import answer_limit_of, held_out_by, is_tiny, prompt_of, run_of
+from nanogsm.report.scores import shown, summarise
+from nanogsm.run import console, flags, machine, past
 from nanogsm.store import files, hub
 
 
@@ -38,10 +37,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", help="Hub id, folder, run, or tiny (embedded). Default: google/gemma-2b-it.")
     flags.add_base_flag(p)
     add("--n", type=int, help="Number of problems, always the same sample. Default: 256 (tiny: "
-        "1319; validation: all that were held out).")
+        "1319; math500: 500; validation: all that were held out).")
     add("--split", choices=("test", "validation"), default="test",
         help="The validation split is the part of train that --val-examples held out.")
-    add("--data", help="main, socratic or a .jsonl file of your own. Default: main.")
+    add("--data", help="main, socratic, math, math500 or a .jsonl file of your own. Default: main.")
     flags.add_data_dir_flag(p)
     # The prompt
     add("--shots", type=int, choices=(0, 1),
@@ -54,7 +53,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--samples", type=int, default=1, help="Completions per problem.")
     add("--temperature", type=float, default=0.0, help="Sampling temperature. 0 is greedy.")
     add("--max-new-tokens", type=int, help="Longest answer, in tokens. Default: 320 (socratic 512, "
-        "tiny 128, tiny's socratic 160), or the limit of the run's own validation if larger.")
+        "math 1024, tiny 128, tiny's socratic 160), or the limit of the run's own validation if "
+        "larger.")
     add("--batch-size", type=int,
         help="Answers sampled per batch. More take more memory. Default: 64 (tiny: 256).")
     add("--seed", type=int, default=0, help="Seed of the sampling. The problems stay the same.")
@@ -71,15 +71,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.model is None:  # "" stays and is refused later: a shell variable that was never set
         args.model = "tiny" if args.tiny else "google/gemma-2b-it"
     args.model = os.path.expanduser(args.model)
-    args.tiny = args.tiny or is_tiny(args.model)
-    run = run_of(args.model)
+    args.tiny = args.tiny or past.is_tiny(args.model)
+    run = past.run_of(args.model)
     if run and args.data is None and args.split == "validation":
         args.data = run[1]["args"].get("data")
     at_least = {"n": 1, "samples": 1, "batch_size": 1, "max_new_tokens": 1, "seed": 0}
     flags.check_numbers(args, at_least)
     args.given_n = args.n
     if args.split == "test":
-        args.n = args.n or (1319 if args.tiny else 256)
+        usual = 500 if args.data == "math500" else 1319 if args.tiny else 256
+        args.n = args.n or usual
     args.batch_size = args.batch_size or (256 if args.tiny else 64)
     args.data, args.precision = flags.for_tiny(args)
     if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
@@ -95,14 +96,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Answer every problem, count the right answers, print the summary, write it and the rows."""
-    # A misspelt name fails before data is downloaded.
+    # A misspelt name, or a missing grader, fails before anything is downloaded.
+    boxed.check_data(args.data, "test" if args.split == "test" else "train")
     hub.find_model(args.model, weights=False, base=args.base)
     problems = choose_problems(args)
     args.model_sha256 = hub.fingerprint(hub.find_model(args.model, base=args.base))
     args.n, args.data_sha256 = len(problems), data.digest(problems)
-    prompt, folder, name = resolve(args)
+    prompt, folder, name = resolve(args, problems)
     check_place(args, folder, name)
-    limit = args.max_new_tokens or answer_limit_of(args.model, args.data)
+    limit = args.max_new_tokens or past.answer_limit_of(args.model, args.data)
     model, tokenizer = load_for_inference(args)
     decoding = f"{args.samples} samples at {args.temperature:g}" if args.temperature else "greedy"
     whole = args.data not in data.NAMED and args.split == "test"  # own files have no test split
@@ -128,7 +130,7 @@ def evaluate(args: argparse.Namespace) -> int:
         "tokens_per_s": sum(row["tokens"] for row in rows) / seconds,
         "peak_memory": machine.peak_memory(args.device),
         "indices": [problem.index for problem in problems],
-        "prompt": prompt._asdict(),
+        "prompt": past.record_of(prompt),
         "max_new_tokens": limit,
         "environment": machine.environment(),
     }
@@ -142,10 +144,11 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def resolve(args: argparse.Namespace) -> tuple[data.Prompt, Path, str]:
+def resolve(args: argparse.Namespace, problems: list = ()) -> tuple[data.Prompt, Path, str]:
     """(prompt, folder, file name without ending). A run is asked with the prompt it was trained
     with, an untuned model with one worked example and the instruction."""
-    usual = prompt_of(args.model) or data.Prompt("plain", 1, True)
+    usual = past.prompt_of(args.model) or data.Prompt("plain", 1, True, args.data in boxed.NAMES)
+    usual = past.prompt_about(usual, problems) if problems else usual
     given = {key: getattr(args, key) for key in ("style", "shots", "instruction")}
     prompt = usual._replace(**{key: value for key, value in given.items() if value is not None})
     return prompt, *place_of(args, prompt, usual)
@@ -153,7 +156,7 @@ def resolve(args: argparse.Namespace) -> tuple[data.Prompt, Path, str]:
 
 def choose_problems(args: argparse.Namespace) -> list[data.Problem]:
     """A fixed sample of the test split, or the training problems that were held out."""
-    held_out = held_out_by(args.model, args.data)
+    held_out = past.held_out_by(args.model, args.data)
     if args.split == "validation":
         if held_out == 0:
             raise UserError(f"{args.model} held out no problems to ask")
@@ -187,7 +190,12 @@ def print_summary(s: dict) -> None:
     for key, value in s.items():
         if key.startswith(("pass@", "maj@")):
             print(f"{key:<13} {value:6.1%}")
-    print(f"flexible      {s['flexible_accuracy']:6.1%}  (last number right, in format or not)")
+    if "flexible_accuracy" in s:
+        print(f"flexible      {s['flexible_accuracy']:6.1%}  (last number right, in format or not)")
+    else:
+        timeouts = f", {s['grader_timeouts']} timeouts" * bool(s["grader_timeouts"])
+        graded = f"exact match is by {s['grader']}{timeouts}"
+        print(f"equal text    {s['text_accuracy']:6.1%}  ({graded})")
     length = f"mean length {s['mean_tokens']:.0f} tokens"
     print(f"in format     {s['formatted']:6.1%}  truncated {s['truncated']:.1%}, {length}")
     speed = f"{s['tokens_per_s']:,.0f} tokens/s, {s['seconds']:.0f} s"
@@ -195,7 +203,7 @@ def print_summary(s: dict) -> None:
 
 
 def ask(args: argparse.Namespace) -> int:
-    """Print the answers to one question, each with the number that would be graded."""
+    """Print the answers to one question, each with what would be graded."""
     prompt, _, _ = resolve(args)
     model, tokenizer = load_for_inference(args)
     if args.tiny and args.data in data.GENERATED:
@@ -203,7 +211,7 @@ def ask(args: argparse.Namespace) -> int:
         known = {w for p in data.load_problems("tiny", "train") for w in words(p.question)}
         if unknown := dict.fromkeys(w for w in words(args.ask) if w not in known):
             print(f"note: words this model has never seen: {console.printable(', '.join(unknown))}")
-    limit = args.max_new_tokens or answer_limit_of(args.model, args.data)
+    limit = args.max_new_tokens or past.answer_limit_of(args.model, args.data)
     answers = generate.answer(
         model, tokenizer, [args.ask.strip()] * args.samples, prompt, limit, args.batch_size,
         args.temperature, args.seed,
@@ -213,8 +221,10 @@ def ask(args: argparse.Namespace) -> int:
             print(f"--- answer {i + 1} of {args.samples}")
         text = data.cut(answer.text)
         print(console.printable(text))
-        number = data.extract_answer(text)
-        print(f"-> {number:.15g}" if number is not None else "-> no '#### number' in it")
+        found = data.extract_answer(text, prompt.boxed)
+        missing = r"\boxed{answer}" if prompt.boxed else "#### number"
+        print(f"-> {console.printable(shown(found))}" if found is not None else
+              f"-> no '{missing}' in it")  # fmt: skip
     return 0
 
 

@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nanogsm import data, distributed, generate, lora
+from nanogsm import boxed, data, distributed, generate, lora
 from nanogsm.logprob import next_token_logprobs
 from nanogsm.model import frozen_copy, load_model, sampler_of, save_trained, set_checkpointing, twin
 from nanogsm.optim import AdamW
@@ -49,9 +49,11 @@ from nanogsm.transformer import Transformer
 
 
 def reward(completion: str, problem: data.Problem) -> float:
-    """1 for the right number after "####", 0 otherwise. Replace it with any function of the two.
+    """1 for the right number after "####" (MATH: for the right answer in the box, unless it only
+    says the problem again), 0 otherwise. Replace it with any function of the two.
     It is not called for an answer that was cut off at --max-new-tokens: `sample` gives that 0."""
-    return float(data.is_correct(completion, problem))
+    restated = boxed.restates(completion, problem.answer)
+    return float(data.is_correct(completion, problem) and not restated)
 
 
 # --------------------------------------------------------------------------------------- the math
@@ -272,6 +274,7 @@ def sample(setup: Setup, problems: list[data.Problem], step: int, watch) -> list
             "example": data.Example(done.prompt + done.ids, mask, problem.index),
             "score": score,
             "correct": data.is_correct(done.text, problem),
+            **(data.beside(done.text, problem) if problem.boxed else {}),
             "truncated": done.truncated,
             "question": problem.question,
             "completion": done.text,
@@ -356,7 +359,7 @@ def rollout_metrics(answers: list[dict], rollout: Rollout, rewards, returns, arg
         "explained_variance": explained_variance(values, outcomes, mask),
         "value": masked_mean(values, mask).item(),
         "return": masked_mean(returns, mask).item(),
-    }
+    } | boxed.shares(answers)  # of MATH's grader
 
 
 # ------------------------------------------------------------------------------------- the update
@@ -501,6 +504,7 @@ def main(argv: list[str] | None = None) -> int:
     prompt = start.prompt_of_init(args)
     found = start.find_start(args, "init")
     problems, held_out = start.split_problems(args)
+    prompt = past.prompt_about(prompt, problems)
     plan.settle_ppo(args, found, prompt, problems, held_out)
     if args.dry_run:
         return 0

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanogsm import data, distributed
+from nanogsm import boxed, data, distributed
 from nanogsm.data import Problem, Prompt, Tokenizer
 from nanogsm.fast import cpu, cuda
 from nanogsm.transformer import Config, Transformer, attend_causally, causal_mask, softmax_attention
@@ -298,9 +298,9 @@ def answer_and_mark(
             "index": problem.index,
             "question": problem.question,
             "correct": data.is_correct(done.text, problem),
-            "flexible": data.is_correct_flexible(done.text, problem),
-            "answer": data.extract_answer(data.cut(done.text)),
-            "gold": data.extract_answer(problem.answer),
+            **data.beside(done.text, problem),
+            "answer": data.extract_answer(data.cut(done.text), problem.boxed),
+            "gold": data.extract_answer(problem.answer, problem.boxed),
             "truncated": done.truncated,
             "tokens": len(done.ids),
             "completion": done.text,
@@ -314,4 +314,4 @@ def validation_metrics(rows: list[dict]) -> dict:
     return {
         "val_exact_match": sum(row["correct"] for row in rows) / len(rows),
         "val_truncated": sum(row["truncated"] for row in rows) / len(rows),
-    }
+    } | boxed.shares(rows, "val_")

@@ -708,7 +708,7 @@ def test_data_names_a_gsm8k_file_or_ones_own(tmp_path, monkeypatch):
     for split in ("train", "test"):
         assert load_problems(str(own), split) == [Problem("How many?", "#### 3", 0)]
     assert len(asked) == 4
-    with pytest.raises(UserError, match="--data mian: give main, socratic or a file"):
+    with pytest.raises(UserError, match="--data mian: give main, socratic, math or a file"):
         load_problems("mian", "train")
 
 

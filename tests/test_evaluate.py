@@ -17,7 +17,7 @@ from nanogsm import UserError, data, generate
 from nanogsm.data import Problem, Prompt
 from nanogsm.generate import Completion
 from nanogsm.report.eval_files import read_rows
-from nanogsm.run.past import run_of
+from nanogsm.run.past import record_of, run_of
 
 GEMMA = Path(__file__).parent / "fixtures" / "gemma3"
 FLOAT64_ROUNDING = 1e-12
@@ -414,7 +414,7 @@ def test_run_folder_is_evaluated_with_its_own_prompt_into_itself(mine, tmp_path,
         "eval-mine-4-chat-one-shot-max6.json",
         "eval-mine-4-max6.json",
     ]
-    assert read(run, "eval-mine-4-max6")[0]["prompt"] == Prompt("chat", 0, False)._asdict()
+    assert read(run, "eval-mine-4-max6")[0]["prompt"] == record_of(Prompt("chat", 0, False))
 
 
 @pytest.mark.parametrize(

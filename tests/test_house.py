@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["nanogsm/__init__.py"],
     ["nanogsm/distributed.py"],
-    ["nanogsm/store", "nanogsm/fast", "nanogsm/tiny/problems.py", "nanogsm/tiny/__init__.py"],
+    ["nanogsm/store", "nanogsm/fast", "nanogsm/tiny/problems.py", "nanogsm/tiny/__init__.py"]
+    + ["nanogsm/boxed.py"],
     ["nanogsm/transformer.py"],
     ["nanogsm/logprob.py", "nanogsm/lora.py", "nanogsm/optim.py"],
     ["nanogsm/data.py"],
@@ -33,7 +34,7 @@ FLOORS = [
 HEART = ["train_sft.py", "train_ppo.py"]
 HEART += [f"nanogsm/{name}.py" for name in "data transformer logprob lora generate optim".split()]
 MOST_LINES = {
-    "train_sft.py": 220, "train_ppo.py": 520, "evaluate.py": 230, "nanogsm/transformer.py": 340,
+    "train_sft.py": 220, "train_ppo.py": 520, "evaluate.py": 240, "nanogsm/transformer.py": 340,
 }  # fmt: skip
 
 
@@ -127,6 +128,7 @@ def test_the_network_and_its_faster_forms_know_torch_only():
 
 def test_run_time_packages_are_the_five_on_the_list():
     allowed = {"torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "nanogsm", "wandb"}
+    allowed |= {"math_verify"}  # optional, as wandb is
     for file in sources():
         if floor(file) <= floor("train_sft.py"):
             scripts = {"train_sft", "train_ppo", "evaluate"}
@@ -185,7 +187,8 @@ def test_a_file_of_the_heart_stays_short(file):
 
 def test_the_heart_stays_small_and_explained():
     lines, code, comments, docstrings = map(sum, zip(*map(measure, HEART)))
-    assert lines <= 2200 and code <= 1300 + 20, (lines, code)  # 20: many devices
+    # 20 lines of code for many devices; 45 lines, of which 35 are code, for MATH
+    assert lines <= 2200 + 45 and code <= 1300 + 20 + 35, (lines, code)
     assert 100 * comments >= 12 * lines, (comments, lines)
     assert 100 * (comments + docstrings) >= 28 * lines, (comments, docstrings, lines)
 
@@ -200,6 +203,7 @@ MOST_TOKENS = {
     "a run's prompt and held-out problems go with it": 150,
     "fast/cuda.py: one launch for many, and what fits a card": 3200,
     "distributed.py: many devices, replicas and parts": 3700,
+    "boxed.py: MATH as data, and its grading": 3000,
 }
 
 

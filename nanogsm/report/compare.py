@@ -2,7 +2,7 @@
 
 from nanogsm import UserError
 from nanogsm.report.eval_files import read_rows
-from nanogsm.report.scores import by_problem, in_common, paired
+from nanogsm.report.scores import by_problem, in_common, paired, shown
 from nanogsm.run.console import printable
 
 
@@ -27,7 +27,7 @@ def compare(where_a: str, where_b: str) -> int:
     for change, meaning in (("fixed", "A wrong, B right"), ("broken", "A right, B wrong")):
         print(f"\n=== {change} ({meaning}): {len(pair[change])} ===")
         for i in pair[change]:
-            print(f"\n--- problem {i}, answer {a[i]['gold']:.15g}")
+            print(f"\n--- problem {i}, answer {printable(shown(a[i]['gold']))}")
             print(printable(a[i]["question"]))
             print(f"[A] {printable(a[i]['completion'].strip())}")
             print(f"[B] {printable(b[i]['completion'].strip())}")

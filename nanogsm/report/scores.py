@@ -8,10 +8,11 @@ import ast
 import collections
 import math
 import re
+from collections.abc import Iterable
 from operator import add, mul, sub, truediv
 from statistics import NormalDist, fmean
 
-from nanogsm import UserError, data
+from nanogsm import UserError, boxed, data
 from nanogsm.report.eval_files import read_rows  # noqa: F401
 
 Z95 = NormalDist().inv_cdf(0.975)
@@ -64,6 +65,10 @@ def paired(a: dict[int, dict], b: dict[int, dict]) -> dict:
 
 def majority(rows: list[dict]) -> bool:
     """Whether the most frequent answer to one problem is right. The earliest wins a tie."""
+    if isinstance(rows[0]["gold"], str):
+        groups = boxed.joined([row["answer"] for row in rows])
+        votes = collections.Counter(place for place in groups if place >= 0)
+        return bool(votes) and rows[votes.most_common(1)[0][0]]["correct"]
     answers = collections.Counter(row["answer"] for row in rows if row["answer"] is not None)
     return bool(answers) and data.same_number(answers.most_common(1)[0][0], rows[0]["gold"])
 
@@ -82,7 +87,7 @@ def summarise(rows: list[dict], samples: int) -> dict:
         "accuracy": accuracy,
         "ci_low": low,
         "ci_high": high,
-        "flexible_accuracy": fmean(row["flexible"] for row in rows),
+        **_beside(rows),
         "truncated": fmean(row["truncated"] for row in rows),
         "formatted": fmean(row["answer"] is not None for row in rows),
         "mean_tokens": fmean(row["tokens"] for row in rows),
@@ -92,6 +97,23 @@ def summarise(rows: list[dict], samples: int) -> dict:
         summary[f"pass@{samples}"] = fmean(any(row["correct"] for row in g) for g in groups)
         summary[f"maj@{samples}"] = fmean(majority(g) for g in groups)
     return summary
+
+
+def _beside(rows: list[dict]) -> dict:
+    """What stands next to exact match: for GSM8K the last number, for MATH the comparison of texts
+    and the grader. In a mixed file GSM8K's problems are compared as numbers in both."""
+    if not any("timed_out" in row for row in rows):
+        return {"flexible_accuracy": fmean(row["flexible"] for row in rows)}
+    return {
+        "text_accuracy": fmean(row.get("correct_by_text", row["correct"]) for row in rows),
+        "grader": boxed.grader_name(),
+        "grader_timeouts": sum(row.get("timed_out", False) for row in rows),
+    }
+
+
+def shown(answer: float | str | None) -> str:
+    """An answer for the console or the page."""
+    return answer if isinstance(answer, str) else f"{answer:.15g}"
 
 
 # ---- kinds of mistakes: a completion is of the first kind, in this order, that applies
@@ -104,6 +126,13 @@ KINDS = {
     "arithmetic": "a calculator annotation is wrong, as in <<3*4=15>>",
     "guessed": "shows no calculation at all",
     "set-up": "every calculation is right, but the answer is not",
+}
+KINDS_OF_MATH = {
+    "right": "the right answer in the last box",
+    "looping": KINDS["looping"],
+    "cut off": KINDS["cut off"],
+    "no answer": "ended without an answer in a box",
+    "wrong": "the answer in the last box is another one",
 }
 ANNOTATION = re.compile(r"<<([^<>]{1,100})=([^<>=]{1,30})>>")
 OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}
@@ -149,7 +178,7 @@ def is_looping(completion: str) -> bool:
 
 
 def kind_of(row: dict) -> str:
-    """The key of KINDS for one completion."""
+    """The key of KINDS for one completion, of KINDS_OF_MATH for one with a box."""
     text = data.cut(row["completion"])
     if row["correct"]:
         return "right"
@@ -157,6 +186,14 @@ def kind_of(row: dict) -> str:
         return "looping" if is_looping(row["completion"]) else "cut off"
     if row["answer"] is None:
         return "no answer"
+    if isinstance(row.get("gold"), str):  # MATH has no annotations
+        return "wrong"
     if false_annotations(text):
         return "arithmetic"
     return "set-up" if "<<" in text else "guessed"
+
+
+def kinds_in(rows: Iterable[dict]) -> dict[str, str]:
+    """{kind: meaning} of all that these completions could be: GSM8K's kinds, MATH's, or both."""
+    in_box = {isinstance(row["gold"], str) for row in rows}
+    return (KINDS_OF_MATH if True in in_box else {}) | (KINDS if False in in_box else {})

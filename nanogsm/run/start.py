@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from nanogsm import UserError, data, distributed
+from nanogsm import UserError, boxed, data, distributed
 from nanogsm.model import load_model, read_adapter_config, save_model
 from nanogsm.run import flags, machine, past
 from nanogsm.run.folder import RunFolder, open_run_folder
@@ -91,10 +91,12 @@ def open_folder(args, flag: str, found: hub.ModelFiles, prompt: data.Prompt, pro
     settings |= {
         f"{flag}_sha256": hub.fingerprint(found),
         "data_sha256": data.digest(problems),
-        "prompt": prompt._asdict(),
+        "prompt": past.record_of(prompt),
         "batch": args.micro_batch * args.accumulation,
     }
-    info = machine.environment() | {"prompt": prompt._asdict(), "base": str(found.base)}
+    info = machine.environment() | {"prompt": settings["prompt"], "base": str(found.base)}
+    if any(problem.boxed for problem in problems):
+        info["grader"] = boxed.grader_name()
     if distributed.COUNT > 1:
         info["devices"] = distributed.COUNT
     return open_run_folder(args.out, settings, info, args.overwrite, MAY_DIFFER)
@@ -103,9 +105,9 @@ def open_folder(args, flag: str, found: hub.ModelFiles, prompt: data.Prompt, pro
 def prompt_of_init(args) -> data.Prompt:
     """The prompt that the run --init was trained with. UserError if PPO's default start is
     missing."""
-    default = f"{'runs/tiny' if args.tiny else 'runs'}/sft-{'lora' if args.lora else 'full'}-main"
-    if not os.path.isdir(args.init) and args.init == default:
+    if not os.path.isdir(args.init) and args.init == past.usual_init(args):
         sft = "python train_sft.py" + " --tiny" * args.tiny + " --lora" * args.lora
+        sft += " --data math" * (args.data == "math")
         raise UserError(
             f"there is no {args.init} yet: PPO starts from a fine-tuned model; make the default "
             f"one with {sft}, or name another with --init (for --dry-run any model will do)"

@@ -129,8 +129,8 @@ def read_json(path: Path) -> dict:
 
 
 def read_pairs(path: Path) -> list[tuple[int, str, str]]:
-    """(line number, question, answer) of a JSONL file with one object of these two texts per line.
-    UserError names the file and the line at fault."""
+    """(line number, question, answer) of a JSONL file with one object of these two texts per line,
+    or of MATH's fields, problem and solution. UserError names the file and the line at fault."""
     try:  # utf-8-sig: Windows editors put a byte order mark first
         text = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
     except OSError as e:
@@ -143,7 +143,9 @@ def read_pairs(path: Path) -> list[tuple[int, str, str]]:
             continue
         try:
             row = json.loads(line)
-            question, answer = row["question"].strip(), row["answer"].strip()
+            ours = "problem" not in row or "question" in row
+            fields = ("question", "answer") if ours else ("problem", "solution")
+            question, answer = (row[field].strip() for field in fields)
             (question + answer).encode()  # half a surrogate pair is valid JSON, but not text
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             missing = f"; {e} is missing" if isinstance(e, KeyError) else ""
