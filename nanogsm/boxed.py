@@ -73,20 +73,22 @@ _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 
 def last_box(text: str) -> str | None:
     r"""What stands in the last \boxed{...} or \fbox{...}; None if there is none, or if it is empty
-    or has no end. Without braces, as in `$\boxed 5$`, it is the rest up to the dollar."""
+    or its braces do not match. A box without braces, as in `$\boxed 5$`, goes up to the dollar."""
     found = None
     for found in _BOX.finditer(text):
         pass
     if found is None:
         return None
     rest = text[found.end() :]
-    if not rest.startswith("{"):
-        return re.split(r"[$\n]", rest, maxsplit=1)[0].strip(" .") or None
+    bare = not rest.startswith("{")
+    if bare:
+        rest = "{" + re.split(r"[$\n]", rest, maxsplit=1)[0].strip(" .") + "}"
     depth = 0
     for brace in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # \{ and \} are text
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0 and brace[0] == "}":
-            return rest[1 : brace.start()].strip() or None
+            inside = rest[1 : brace.start()].strip()
+            return inside if inside and not (bare and brace.end() < len(rest)) else None
     return None
 
 

@@ -606,7 +606,7 @@ def test_an_empty_question_is_named_by_line(tmp_path, question):
 @pytest.mark.parametrize("answer", ["", "72", "#### ", "#### many", "### 72"])
 def test_an_answer_without_a_number_after_the_marker_is_named_by_line(tmp_path, answer):
     path = write(tmp_path, f"{row()}\n{row(answer=answer)}\n")
-    with pytest.raises(UserError, match='line 2: the answer has no "#### number"$'):
+    with pytest.raises(UserError, match='line 2: the answer has no "#### number" and no .boxed{}$'):
         read_jsonl(path)
 
 

@@ -137,19 +137,20 @@ def read_pairs(path: Path) -> list[tuple[int, str, str]]:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start})") from e
-    pairs = []
+    pairs, fields = [], ("question", "answer")
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines would split at U+2028
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            ours = "problem" not in row or "question" in row
-            fields = ("question", "answer") if ours else ("problem", "solution")
+            math = "problem" in row and "question" not in row
+            fields = ("problem", "solution") if math else ("question", "answer")
             question, answer = (row[field].strip() for field in fields)
             (question + answer).encode()  # half a surrogate pair is valid JSON, but not text
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             missing = f"; {e} is missing" if isinstance(e, KeyError) else ""
-            wanted = 'a JSON object with "question" and "answer" texts, one object per line'
+            names = f'"{fields[0]}" and "{fields[1]}"'
+            wanted = f"a JSON object with {names} texts, one object per line"
             raise UserError(f"{path} line {number}: not {wanted}{missing}") from e
         if not question:
             raise UserError(f"{path} line {number}: the question is empty")
