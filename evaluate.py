@@ -97,7 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def evaluate(args: argparse.Namespace) -> int:
     """Answer every problem, count the right answers, print the summary, write it and the rows."""
     # A misspelt name, or a missing grader, fails before anything is downloaded.
-    boxed.check_data(args.data, "test" if args.split == "test" else "train")
+    boxed.check_data(args.data, args.split)
     hub.find_model(args.model, weights=False, base=args.base)
     problems = choose_problems(args)
     args.model_sha256 = hub.fingerprint(hub.find_model(args.model, base=args.base))

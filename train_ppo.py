@@ -49,10 +49,9 @@ from nanogsm.transformer import Transformer
 
 
 def reward(completion: str, problem: data.Problem) -> float:
-    """1 for the right number after "####" (MATH: for the right answer in the box, unless it only
-    says the problem again), 0 otherwise. Replace it with any function of the two.
+    """1 for the right number after "####", 0 otherwise. Replace it with any function of the two.
     It is not called for an answer that was cut off at --max-new-tokens: `sample` gives that 0."""
-    restated = boxed.restates(completion, problem.answer)
+    restated = boxed.restates(completion, problem.answer)  # only ever true of MATH
     return float(data.is_correct(completion, problem) and not restated)
 
 

@@ -46,7 +46,7 @@ DEEPEST = 20  # brackets in brackets
 
 
 def check_data(data: str, split: str) -> None:
-    """Raise UserError if --data is MATH and there is no grader, or nothing to train on. Called
+    """Raise UserError if --data is MATH and there is no grader, or if it has no such split. Called
     before anything is downloaded."""
     if data == "math500" and split != "test":
         raise UserError("--data math500 is for evaluation only: train and validate on math")

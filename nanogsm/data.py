@@ -366,7 +366,8 @@ def _unscorable(answer: str) -> str | None:
     rest = kept.partition("####")[2]
     found = _AFTER_MARKER.match(rest)
     if not re.search(_DIGIT, rest):
-        where = r" and no \boxed{}" if kept == answer else f' before "{STOP_TEXT}", where completions are cut off'
+        where = f' before "{STOP_TEXT}", where completions are cut off'
+        where = r" and no \boxed{}" if kept == answer else where
         return f'the answer has no "#### number"{where}'
     # In doubt a gold answer is refused: one that nobody can match would only lower the score.
     if extract_answer(kept) is None or rest[found.end() :].strip() not in ("", "."):

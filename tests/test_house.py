@@ -187,8 +187,8 @@ def test_a_file_of_the_heart_stays_short(file):
 
 def test_the_heart_stays_small_and_explained():
     lines, code, comments, docstrings = map(sum, zip(*map(measure, HEART)))
-    # 20 lines of code for many devices; 45 lines, of which 35 are code, for MATH
-    assert lines <= 2200 + 45 and code <= 1300 + 20 + 35, (lines, code)
+    # Many devices have 20 lines of code more, and MATH 20, with 10 lines in all.
+    assert lines <= 2200 + 10 and code <= 1300 + 20 + 20, (lines, code)
     assert 100 * comments >= 12 * lines, (comments, lines)
     assert 100 * (comments + docstrings) >= 28 * lines, (comments, docstrings, lines)
 
@@ -203,7 +203,7 @@ MOST_TOKENS = {
     "a run's prompt and held-out problems go with it": 150,
     "fast/cuda.py: one launch for many, and what fits a card": 3200,
     "distributed.py: many devices, replicas and parts": 3700,
-    "boxed.py: MATH as data, and its grading": 3000,
+    "boxed.py: MATH as data, and its grading": 3200,
 }
 
 
