@@ -40,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "1319; math500: 500; validation: all that were held out).")
     add("--split", choices=("test", "validation"), default="test",
         help="The validation split is the part of train that --val-examples held out.")
-    add("--data", help="main, socratic, math, math500 or a .jsonl file of your own. Default: main.")
+    add("--data", help="main, socratic, math, math500 or your own .jsonl file. Default: main.")
     flags.add_data_dir_flag(p)
     # The prompt
     add("--shots", type=int, choices=(0, 1),
@@ -73,14 +73,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.model = os.path.expanduser(args.model)
     args.tiny = args.tiny or past.is_tiny(args.model)
     run = past.run_of(args.model)
-    if run and args.data is None and args.split == "validation":
-        args.data = run[1]["args"].get("data")
+    trained_on = run and run[1]["args"].get("data")
+    if args.data is None and (args.split == "validation" or trained_on == "math"):
+        args.data = trained_on
     at_least = {"n": 1, "samples": 1, "batch_size": 1, "max_new_tokens": 1, "seed": 0}
     flags.check_numbers(args, at_least)
     args.given_n = args.n
     if args.split == "test":
-        usual = 500 if args.data == "math500" else 1319 if args.tiny else 256
-        args.n = args.n or usual
+        args.n = args.n or (500 if args.data == "math500" else 1319 if args.tiny else 256)
     args.batch_size = args.batch_size or (256 if args.tiny else 64)
     args.data, args.precision = flags.for_tiny(args)
     if args.temperature != 0 and not 0.01 <= args.temperature <= 100:

@@ -506,6 +506,19 @@ def test_limits_and_names_follow_the_data(asked):
     assert evaluate.parse_args(["--data", "math"]).n == 256
 
 
+@pytest.mark.parametrize("trained_on, asked_for", [("math", "math"), ("socratic", "main")])
+def test_a_run_on_math_is_evaluated_on_math(tmp_path, trained_on, asked_for):
+    record = {"args": {"val_examples": 8, "data": trained_on}, "info": {"prompt": {"boxed": True}}}
+    (tmp_path / "run_args.json").write_text(json.dumps(record))
+    args = evaluate.parse_args(["--model", str(tmp_path)])
+    assert (args.data, args.n) == (asked_for, 256)
+    assert evaluate.parse_args(["--model", str(tmp_path), "--data", "main"]).data == "main"
+    problems = [Problem("?", r"\boxed{5}" if asked_for == "math" else "#### 5", 0)]
+    prompt, _, name = evaluate.resolve(args, problems)
+    assert prompt.boxed == (asked_for == "math")
+    assert name == "eval-test-256" + "-math" * prompt.boxed
+
+
 def test_a_run_on_gsm8k_held_out_nothing_of_math(tmp_path, asked):
     def run(trained_on):
         record = {"args": {"val_examples": 8, "data": trained_on}, "info": {"prompt": {}}}
@@ -600,7 +613,8 @@ def test_the_page_and_the_comparison_show_formulas(asked, tmp_path, capsys):
     assert "--- problem 0, answer 0.5\n" in out and "\x1b" not in out
     page.main([str(tmp_path / "a"), str(tmp_path / "b")])
     text = (tmp_path / "report.html").read_text()
-    assert "<th>equal text</th>" in text and "math-verify 0.0.1" in text and "last number" not in text
+    assert "<th>equal text</th>" in text and "math-verify 0.0.1" in text
+    assert "last number" not in text
     assert "<td>wrong</td>" in text and "guessed" not in text and "<b>\x1b" not in text
 
 
@@ -625,8 +639,8 @@ def test_sft_ppo_and_evaluation_with_the_embedded_model(tmp_path, asked, monkeyp
                            "--val-examples", "4"]) == 0  # fmt: skip
     assert train_ppo.main([*common, "--init", "sft", "--out", "ppo", "--steps", "1",
                            "--rollouts", "8", "--max-new-tokens", "24"]) == 0  # fmt: skip
-    assert evaluate.main(["--model", "ppo", "--data", path, "--split", "validation",
-                          "--samples", "2", "--temperature", "1", "--device", "cpu"]) == 0  # fmt: skip
+    asking = ["--data", path, "--split", "validation", "--samples", "2", "--temperature", "1"]
+    assert evaluate.main(["--model", "ppo", *asking, "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "equal text" in out and "exact match is by math-verify 0.0.1" in out
     metrics = [json.loads(line) for line in Path("ppo/metrics.jsonl").read_text().splitlines()]
