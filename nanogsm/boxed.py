@@ -23,6 +23,7 @@ import logging
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable
 from statistics import fmean
 from typing import NamedTuple
@@ -40,7 +41,7 @@ ONE_SHOT_ANSWER = (  # to the question of data.ONE_SHOT, in MATH's form
 )
 NO_ANSWER = "nothing stands in the last box of the answer"
 MOST_CHARACTERS = 300  # of an answer that is read as a formula
-MOST_SECONDS = 3.0  # for reading and comparing two formulas
+MOST_SECONDS = 3.0  # of computing, for reading and comparing two formulas
 LARGEST = 10_000  # exponent or factorial that is computed
 DEEPEST = 20  # brackets in brackets
 
@@ -102,7 +103,7 @@ def ends_in_box(answer: str) -> bool:
 
 # What changes the look of a formula and not its meaning, and signs that are no part of a number.
 _LOOKS = re.compile(
-    r"\\(?:left|right|displaystyle|q?quad)(?![A-Za-z])|\\[!,;: \n$%]|[$%~]"
+    r"\\(?:left|right|displaystyle|q?quad)(?![A-Za-z])|(?<!\\)\\[!,;: \n$%]|[$%~]"
     r"|\^\{?\\(?:circ|degree)\}?"
 )
 _UNIT = re.compile(r"(?<=[\d}])\\(?:text|mbox|mathrm)\{[^{}]*\}(?:\^\d)?$")  # 5\text{cm}^2
@@ -134,7 +135,7 @@ def plain(answer: str) -> str:
 
 # ---------------------------------------------------------------------------- what is not computed
 
-# An exponent or subscript: {...} (found by braces), a command, or one character.
+# Commands that may stand in an exponent: they make no number larger than its digits say.
 _HARMLESS = re.compile(
     r"\\(?:[dt]?frac|cdot|times|pi|infty|circ|prime|text|mathrm|left|right|[!,;: ])"
 )
@@ -168,7 +169,8 @@ def too_large(answer: str) -> bool:
         if re.search(r"[\^!]|\\", _HARMLESS.sub("", exponent)):
             return True  # a power of a power, or a function whose value is not known
         # Joined, the digits are at least as large as any sum, product or quotient of the numbers.
-        size = int("".join(re.findall(r"[0-9]", exponent))[:9] or 1)
+        size = int("".join(re.findall(r"\d", exponent))[:9] or 1)
+        size *= 1 + len(re.search(r"\d*$", before)[0]) // 5  # of a number with many digits
         if _BIG.search(text) or re.search(r"(?:[)}\]|]|\^\w)$", before):
             cost *= max(size, 1)  # of something that may hold powers itself
         else:
@@ -224,9 +226,10 @@ def _grade(answer: str | None, gold: str, asked: Callable) -> Verdict:
 def _ask(answer: str, gold: str) -> Verdict:
     """The verdict of math-verify. UserError if it is missing, or outside the main thread."""
     grader_name()
-    if threading.current_thread() is not threading.main_thread():
-        raise UserError("answers in boxes can be graded in the main thread only: Python allows "
-                        "time limits nowhere else")  # fmt: skip
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or not hasattr(signal, "setitimer"):  # Windows has none
+        raise UserError("answers in boxes can be graded in the main thread only, and on Unix: "
+                        "Python has time limits nowhere else")  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         logging.getLogger("math_verify").setLevel(logging.CRITICAL + 1)
         logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL + 1)
@@ -240,6 +243,7 @@ def _ask(answer: str, gold: str) -> Verdict:
             return math_verify.parse(box, [latex], "no_fallback", "first_match", None, True)
 
         try:
+            read("1")  # the first call compiles what the package needs, outside the limit
             with _time_limit(MOST_SECONDS):
                 a, b = read(gold), read(answer)
                 right = math_verify.verify(a, b, timeout_seconds=None, raise_on_error=True)
@@ -252,15 +256,19 @@ def _ask(answer: str, gold: str) -> Verdict:
 
 @contextlib.contextmanager
 def _time_limit(seconds: float):
-    """Raise _OutOfTime in the body once it has taken that long, and again every 0.1 s: a bare
-    `except:` somewhere in the body may swallow the first. What SIGALRM did before is put back."""
-    # The package's own limit raises once, has whole seconds, and logs.
+    """Raise _OutOfTime in the body once this thread has computed for that long, and again every
+    0.1 s: a bare `except:` somewhere in the body may swallow the first. What SIGALRM did before is
+    put back."""
+    # The package's own limit raises once, and logs. It goes by the wall clock, and so a busy
+    # machine would turn right answers into wrong ones.
+    end = time.thread_time() + seconds
 
     def ring(number, frame):
-        raise _OutOfTime
+        if time.thread_time() > end:
+            raise _OutOfTime
 
     handler = signal.signal(signal.SIGALRM, ring)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
+    timer = signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
     try:
         try:
             yield

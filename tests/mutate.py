@@ -40,7 +40,7 @@ MUTATIONS = [
     ("boxed: a timeout is right", BOXED, 'Verdict(False, timed_out=True)', 'Verdict(True, timed_out=True)'),
     ("boxed: each rank grades for itself", BOXED, 'return _grade(answer, gold, distributed.first)', 'return _grade(answer, gold, lambda ask: ask())'),
     ("boxed: SIGALRM is not put back", BOXED, '        signal.signal(signal.SIGALRM, handler)\n', ''),
-    ("boxed: the alarm rings once", BOXED, 'signal.ITIMER_REAL, seconds, 0.1', 'signal.ITIMER_REAL, seconds'),
+    ("boxed: the alarm rings once", BOXED, 'signal.ITIMER_REAL, 0.1, 0.1', 'signal.ITIMER_REAL, seconds'),
     ("boxed: the package prints", BOXED, 'contextlib.redirect_stderr(io.StringIO())', 'contextlib.nullcontext()'),
     ("boxed: a sum earns a reward", BOXED, '    if _BIG.search(given) and not _BIG.search(gold):\n        return True\n', ''),
     ("boxed: a quotient earns a reward", BOXED, 'or quotient)', ')'),
