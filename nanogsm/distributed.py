@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from nanogsm import UserError
 
 RANK, COUNT = 0, 1  # this process's number, and how many there are
+ALONE = False  # whether this is rank 0 inside `first`, while the others wait for it
 # How long a rank waits for the others: while one of them writes a checkpoint, or samples the
 # longest answers.
 PATIENCE = datetime.timedelta(hours=1)
@@ -188,13 +189,19 @@ def gathered(mine: Any) -> list:
 def first(do: Callable[[], Any]) -> Any:
     """What `do` returns on rank 0, which alone calls it: a JSON value, told to all. A UserError of
     rank 0 is raised on all."""
+    global ALONE
+    if COUNT == 1 or ALONE:
+        return do()
     told, error = [None, None], None
     if RANK == 0:
         try:
+            ALONE = True
             told[0] = do()
         except UserError as e:
             told[1], error = str(e), e
-    told = gathered(told)[0] if COUNT > 1 else told
+        finally:
+            ALONE = False
+    told = gathered(told)[0]
     if told[1] is not None:
         raise error or UserError(told[1])
     return told[0]

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 import evaluate
 import train_ppo
 import train_sft
-from nanogsm import UserError, data, distributed, generate, optim
+from nanogsm import UserError, boxed, data, distributed, generate, optim
 from nanogsm.model import load_model, sampler_of, save_model
 from nanogsm.run import card, console, loop, machine
 from nanogsm.run.critic import find_critic
@@ -496,3 +496,10 @@ def test_one_process_knows_nothing_of_others():
     assert [len(x) for x in data.micro_batches(batch, 2)] == [2, 2, 1]
     assert data.micro_batches([], 2) == []
     assert console._fail("x") == 2
+
+
+def test_rank_0_grades_boxes_and_the_others_hear_of_it(monkeypatch):
+    monkeypatch.setattr(boxed, "_ask", lambda *_: boxed.Verdict(distributed.RANK == 0))
+    boxed._grade_once.cache_clear()
+    found = on_ranks(2, lambda: [boxed.grade("6", gold).right for gold in ("7", "6", "8")])
+    assert found == [[True, True, True]] * 2  # rank 1 itself would say that 6 is not 7

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from nanogsm import UserError, arithmetic
+from nanogsm import UserError, arithmetic, boxed
 from nanogsm.report import charts, eval_files, scores
 from nanogsm.run import console, flags
 from nanogsm.run.past import run_of
@@ -37,11 +37,12 @@ CURVES = {  # key in metrics.jsonl: title of its panel
     "value_grad_norm": "gradient norm of the critic's own weights",
     "response_tokens": "length of an answer, tokens",
     "worked": "answers that show a calculation",
+    "right_by_value_only": "answers right by value, not by text (MATH)",
     "lr": "learning rate",
     "tokens_per_s": "tokens per second",
 }
 SHARES = ("reward", "val_exact_match", "groups_without_spread", "clipped", "value_clipped",
-          "worked")  # fmt: skip
+          "worked", "right_by_value_only")  # fmt: skip
 STYLE = (Path(__file__).parent / "page.css").read_text("utf-8")
 
 
@@ -55,8 +56,16 @@ class Stage(NamedTuple):
     args: dict  # the run's arguments; {} for an untuned model
 
 
-NEEDED = """accuracy ci_low ci_high flexible_accuracy formatted truncated mean_tokens n
-            correct""".split()
+NEEDED = "accuracy ci_low ci_high formatted truncated mean_tokens n correct".split()
+# A column that only GSM8K has, and one that only MATH has: key in the summary, heading, meaning.
+BESIDE = [
+    ("flexible_accuracy", "last number",
+     "Last number: the last number of the answer is right, in the\nformat or not. "
+     "In format: a number follows ####."),
+    ("text_accuracy", "equal text",
+     "Equal text: the answer in the box is written as the\nright one is; exact match compares by "
+     "value ({grader}). In format: an answer stands in a box."),
+]  # fmt: skip
 
 
 def read_stage(folder: str) -> Stage:
@@ -68,7 +77,9 @@ def read_stage(folder: str) -> Stage:
         summary = json.loads(Path(path).with_suffix(".json").read_text("utf-8"))
         lines = (parent / "metrics.jsonl").read_text("utf-8").splitlines() if run else []
         metrics = [json.loads(line) for line in lines]
-        [float(summary[key]) for key in NEEDED], rows[0], [scores.kind_of(row) for row in rows]
+        beside = BESIDE["text_accuracy" in summary][0]
+        [float(summary[key]) for key in (*NEEDED, beside)], rows[0]
+        [scores.kind_of(row) for row in rows]
         [row["step"] for row in metrics]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"cannot show {folder} ({error!r}): evaluate it again") from error
@@ -93,6 +104,8 @@ def table(head: list[str], body: list[list]) -> str:
 
 def scores_section(stages: list[Stage]) -> str:
     body = []
+    beside = [c for c in BESIDE if any(c[0] in stage.summary for stage in stages)]
+    share = lambda s, key: f"{s[key]:.1%}" if key in s else ""  # noqa: E731
     for previous, stage in zip([None, *stages], stages):
         s, change, p = stage.summary, "", ""
         if previous and previous.rows.keys() & stage.rows.keys():
@@ -101,27 +114,35 @@ def scores_section(stages: list[Stage]) -> str:
         elif previous:
             change = "other problems"
         interval = f"{100 * s['ci_low']:.1f} to {100 * s['ci_high']:.1f}"
-        shares = [f"{s[key]:.1%}" for key in ("flexible_accuracy", "formatted", "truncated")]
+        keys = [*(key for key, _, _ in beside), "formatted", "truncated"]
+        shares = [share(s, key) for key in keys]
         body.append([stage.name, f"{s['accuracy']:.1%}", interval, f"{s['correct']} of {s['n']}",
                      change, p, *shares, f"{s['mean_tokens']:.0f}"])  # fmt: skip
-    head = "|exact match|95%|correct|points|p|last number|in format|truncated|tokens".split("|")
+    head = "|exact match|95%|correct|points|p".split("|")
+    head += [*(heading for _, heading, _ in beside), "in format", "truncated", "tokens"]
+    graders = {s.summary["grader"] for s in stages if "grader" in s.summary}
+    meanings = " ".join(meaning for _, _, meaning in beside)
+    meanings = escape(meanings.format(grader=", ".join(sorted(graders))))
     asked = {(stage.summary["n"], stage.summary.get("precision")) for stage in stages}
     differ = "The rows differ in the number of problems or in precision. " if len(asked) > 1 else ""
     return f"""<h2>Scores</h2>{table(head, body)}
 <p class="dim">{differ}Source: {escape(", ".join(stage.path for stage in stages))}.</p>
 <p class="dim">95%: Wilson's interval. Points and p compare a row with the row above on the problems
-that both have (exact McNemar test). Last number: the last number of the answer is right, in the
-format or not. In format: a number follows ####. Truncated: the answer reached the token limit.
+that both have (exact McNemar test). {meanings} Truncated: the answer reached the token limit.
 Tokens: mean length of an answer.</p>"""
 
 
 def mistakes_section(stages: list[Stage]) -> str:
     counts = [Counter(map(scores.kind_of, stage.rows.values())) for stage in stages]
-    body = [[kind, *[count[kind] for count in counts], what] for kind, what in scores.KINDS.items()]
+    kinds = scores.kinds_in(row for stage in stages for row in stage.rows.values())
+    body = [[kind, *[count[kind] for count in counts], what] for kind, what in kinds.items()]
+    note = "An answer is counted once, as the first kind that applies."
+    if "guessed" in kinds:
+        note += """ A model that starts to
+calculate guesses less often, so it has more arithmetic and set-up mistakes."""
     head = ["", *[stage.name for stage in stages], "meaning"]
     return f"""<h2>Mistakes</h2><div class="mistakes">{table(head, body)}</div>
-<p class="dim">An answer is counted once, as the first kind that applies. A model that starts to
-calculate guesses less often, so it has more arithmetic and set-up mistakes.</p>"""
+<p class="dim">{note}</p>"""
 
 
 def curves_section(stages: list[Stage]) -> str:
@@ -133,7 +154,8 @@ def curves_section(stages: list[Stage]) -> str:
         panels = []
         for key, title in CURVES.items():
             lines = [(stage.name, points(stage.metrics, key)) for stage in runs]
-            if any(len(line) > 1 for _, line in lines):
+            shown = key != "worked" or any(y for _, line in lines for _, y in line)  # MATH has none
+            if shown and any(len(line) > 1 for _, line in lines):
                 panels.append(charts.page([charts.Panel(title, lines, key in SHARES)], names))
         if panels:
             items = [f"<li>{escape(s.name)}: {escape(settings(s.args))}</li>" for s in runs]
@@ -170,7 +192,8 @@ def problem(rows: list[tuple[str, dict]]) -> str:
         f"<h4>{escape(name)}: {verdict(row)}</h4><pre>{escape(row['completion'].strip())}</pre>"
         for name, row in rows
     ]
-    return f"""<details><summary>{escape(first["question"][:90])} … <b>{first["gold"]:.15g}</b>
+    gold = escape(boxed.shown(first["gold"]))
+    return f"""<details><summary>{escape(first["question"][:90])} … <b>{gold}</b>
 <span class="dim">{marks}</span></summary><p>{escape(first["question"])}</p>
 <div class="answers"><div>{"</div><div>".join(answers)}</div></div></details>"""
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from nanogsm import UserError, data, distributed
+from nanogsm import UserError, boxed, data, distributed
 from nanogsm.model import load_model, read_adapter_config, read_config, save_model
 from nanogsm.run import console, flags, known, machine, past
 from nanogsm.run.folder import RunFolder, open_run_folder
@@ -121,7 +121,9 @@ def open_folder(args, flag: str, found: hub.ModelFiles, prompt: data.Prompt, pro
         "prompt": prompt.settings(),
         "batch": args.micro_batch * args.accumulation,
     }
-    info = machine.environment() | {"prompt": prompt.settings(), "base": str(found.base)}
+    info = machine.environment() | {"prompt": settings["prompt"], "base": str(found.base)}
+    if any(problem.boxed for problem in problems):
+        info["grader"] = boxed.grader_name()
     if distributed.COUNT > 1:
         info["devices"] = distributed.COUNT
     # PPO's learning rate is constant, so a run of 10 steps is the beginning of one of 20.
@@ -141,9 +143,9 @@ def own_reward(args) -> Callable | None:
 def prompt_of_init(args) -> data.Prompt:
     """The prompt that the run --init was trained with, in another --style if that is given.
     UserError if PPO's default start is missing."""
-    default = f"{'runs/tiny' if args.tiny else 'runs'}/sft-{'lora' if args.lora else 'full'}-main"
-    if not os.path.isdir(args.init) and args.init == default:
+    if not os.path.isdir(args.init) and args.init == past.usual_init(args):
         sft = "python train_sft.py" + " --tiny" * args.tiny + " --lora" * args.lora
+        sft += " --data math" * (args.data == "math")
         raise UserError(
             f"there is no {args.init} yet: PPO starts from a fine-tuned model; make the default "
             f"one with {sft}, or name another with --init (for --dry-run any model will do)"
