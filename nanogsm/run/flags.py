@@ -385,6 +385,7 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("lora_r", "lora_alpha"):
         if getattr(args, name) is not None and not (args.lora or args.critic == "separate"):
             raise UserError(f"--{name.replace('_', '-')} needs --lora or --critic separate")
+    check_numbers(args, {"group": 2})
     if args.advantage == "gae":
         args.advantage = None  # unset, as in the records of runs that are older than the flag
     if args.advantage:
@@ -394,7 +395,6 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
     fill_in(args, args.advantage or "ppo", PPO, PPO_TINY)
     if args.advantage:
         vars(args).update(OF_CRITIC)
-    check_numbers(args, {"group": 2})
     if args.group and args.rollouts % args.group:
         raise UserError(f"--rollouts {args.rollouts} is no multiple of --group {args.group}")
     if args.unscored and not args.reward:
