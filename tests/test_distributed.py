@@ -207,9 +207,10 @@ def test_sft_is_the_same_on_many_devices(alone, tmp_path, count, more):
 
 
 PPO_LORA = ["--lora", "--critic", "separate", "--critic-warmup", "1"]
+UNTIED = ["--init", str(FIXTURES / "llama30"), "--shard", "3"]  # its output head is no embedding
 
 
-@pytest.mark.parametrize("more", [[], PPO_LORA, ["--shard", "3", "--critic-warmup", "1"]])
+@pytest.mark.parametrize("more", [[], PPO_LORA, ["--shard", "3", "--critic-warmup", "1"], UNTIED])
 def test_ppo_is_the_same_on_many_devices(alone, tmp_path, more, monkeypatch):
     """14 answers in updates of 6, 6 and 2, on 3 ranks: unequal shares, and once none at all."""
     reward = lambda completion, problem: float(len(completion) % 2)  # noqa: E731
