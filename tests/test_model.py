@@ -18,8 +18,8 @@ from nanogsm.fast import checkpointing as checkpointing_file
 from nanogsm.fast import cpu, head
 from nanogsm.fast.checkpointing import CHECKPOINTING
 from nanogsm.generate import KVCache, choose
-from nanogsm.lora import add_lora
 from nanogsm.logprob import next_token_logprobs
+from nanogsm.lora import add_lora
 from nanogsm.model import (
     compute_in_float32,
     frozen_copy,
