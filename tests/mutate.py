@@ -22,9 +22,9 @@ CPU, CHECKPOINTING = "nanogsm/fast/cpu.py", "nanogsm/fast/checkpointing.py"
 CUDA, MANY = "nanogsm/fast/cuda.py", "nanogsm/distributed.py"
 LOOP, FILES, SCORES = "nanogsm/run/loop.py", "nanogsm/store/files.py", "nanogsm/report/scores.py"
 TESTS = {
-    PPO: "test_ppo test_distributed", SFT: "test_sft test_distributed", DATA: "test_data test_model", MODEL: "test_model", NET: "test_model",
+    PPO: "test_ppo test_distributed", SFT: "test_sft test_distributed", DATA: "test_data test_model", MODEL: "test_model test_lora", NET: "test_model",
     LORA: "test_lora", LOGPROB: "test_logprob", HEAD: "test_logprob test_model", GENERATE: "test_generate",
-    OPTIM: "test_optim", CPU: "test_generate test_model test_optim test_cuda", CHECKPOINTING: "test_model", LOOP: "test_loop",
+    OPTIM: "test_optim", CPU: "test_generate test_model test_optim test_cuda test_plan", CHECKPOINTING: "test_model", LOOP: "test_loop",
     CUDA: "test_cuda", MANY: "test_distributed", FILES: "test_files", SCORES: "test_scores",
 }  # fmt: skip
 
@@ -151,6 +151,22 @@ MUTATIONS = [
     ("model: Gemma 3's base of global layers guessed", MODEL, 'defaults["full_attention"] = 1e6', 'defaults["full_attention"] = 1e4'),
     ("model: an output head of its own is ignored", MODEL, "not torch.equal(loaded.setdefault(EMBEDDING, lm_head), lm_head)", "loaded.setdefault(EMBEDDING, lm_head) is None"),
     ("model: NaN in the weights is loaded", MODEL, "if not loaded[key].sum(dtype=torch.float32).isfinite():", "if False:"),
+    ("Llama: embeddings are scaled", NET, 'if c.is_gemma:', 'if True:'),
+    ("Llama: the norm rounds last", NET, 'gain, self.eps).to(x.dtype)', 'gain, self.eps).to(x.dtype if self.is_gemma else torch.float32)'),
+    ("Llama: the norm's weight is Gemma's", NET, 'return normed if self.is_gemma else normed * self.weight', 'return normed if self.is_gemma else normed * (1 + self.weight)'),
+    ("Llama: gated by GELU", NET, 'if self.is_gemma else F.silu(gate)', 'if True else F.silu(gate)'),
+    ("Llama: no bands", NET, '    if bands:', '    if False:'),
+    ("Llama: bands exempt the slow channels", NET, '1 + exempt * (factor - 1)', '1 + (1 - exempt) * (factor - 1)'),
+    ("Llama: the embedding is the output head", NET, 'weight if self.config.tied else self', 'weight if True else self'),
+    ("Llama: the head is cast at every use", MODEL, 'id(model.vocabulary.weight)}', '0}'),
+    ("Llama: an adapter on the head is loaded", MODEL, ' if name != "lm_head" else None', ''),
+    ("Llama: untied where the config says nothing", MODEL, 'tied = is_gemma if tied is None else tied', 'tied = True if tied is None else tied'),
+    ("Llama: no dated system turn", DATA, 'if family.system:', 'if False:'),
+    ("Llama: runs on after <|eom_id|>", DATA, 'stops=("<|eom_id|>",)', 'stops=()'),
+    ("Llama: the head is packed twice", CPU, ' and n != "lm_head"', ''),
+    ("Llama: an idle rank leaves the head out", MANY, 'hidden if model.config.tied else model.logits(hidden)', 'hidden'),
+    ("multimodal: PEFT would adapt the vision part", MODEL, ' or model.config.multimodal:\n        targets', ':\n        targets'),
+    ("multimodal: names of the text model alone", MODEL, 'if config.multimodal else name\n\n\ndef _no', 'if False else name\n\n\ndef _no'),
     ("data: tokens beyond the embedding are loaded", DATA, "if max(ids) >= size else None", "if False else None"),
 ]  # fmt: skip
 

@@ -36,6 +36,16 @@ def trainer_examples():
     ]
 
 
+@pytest.mark.parametrize("flags", [[], ["--lora", "--merge"]])
+def test_of_a_multimodal_model_only_adapters_are_trained(tmp_path, capsys, flags):
+    argv = ["--model", str(FIXTURES / "gemma3_vision"), "--data", "tiny", "--device", "cpu"]
+    with pytest.raises(UserError, match="is multimodal.*train adapters with --lora, without"):
+        train_sft.main([*argv, *flags, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+    assert train_sft.main([*argv, "--lora", "--dry-run", "--out", str(tmp_path / "run")]) == 0
+    assert "(gemma3_text)" in capsys.readouterr().out
+
+
 TRAINED = [("gemma3", "trainer"), ("llama32", "trainer_llama32"), ("llama30", "trainer_llama30")]
 
 
