@@ -51,9 +51,10 @@ def _config_from(raw: dict) -> Config:
         raise ValueError(f"model_type {kind!r} is not gemma, gemma2, gemma3, gemma3_text or llama")
     is_gemma = kind != "llama"
     if not is_gemma and raw.get("head_dim") is None:
-        if raw["hidden_size"] % raw["num_attention_heads"]:
+        width, heads = raw["hidden_size"], raw["num_attention_heads"]
+        if not (type(heads) is int and heads > 0 and width % heads == 0):
             raise ValueError("there is no head_dim, and hidden_size is no multiple of the heads")
-        raw = raw | {"head_dim": raw["hidden_size"] // raw["num_attention_heads"]}
+        raw = raw | {"head_dim": width // heads}
     sizes = {
         "vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**22, "head_dim": 2**12,
         "num_hidden_layers": 1000, "num_attention_heads": 2**12, "num_key_value_heads": 2**12,

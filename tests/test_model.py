@@ -230,6 +230,7 @@ BANDS = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fre
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
         ({"hidden_size": 25, "head_dim": None}, "hidden_size is no multiple"),
+        ({"num_attention_heads": 0, "head_dim": None}, "hidden_size is no multiple"),
         ({"layer_types": ["sliding_attention"] * 3}, "sliding_attention in a Llama"),
         ({"original_max_position_embeddings": 64}, "original_max_position_embeddings is set"),
         ({"rope_parameters": BANDS | {"rope_type": "yarn"}}, "rope type 'yarn'"),
