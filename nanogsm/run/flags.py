@@ -262,7 +262,7 @@ def for_tiny(args: argparse.Namespace) -> tuple[str, str]:
 def sft_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments of train_sft.py, checked and complete, but for r and alpha: see set_rank."""
     argv = sys.argv[1:] if argv is None else argv
-    description = "SFT of Gemma on GSM8K, full or LoRA. With --tiny this page shows tiny's values."
+    description = "SFT on GSM8K, full or LoRA. With --tiny this page shows tiny's values."
     p = training_parser(description, SFT, SFT_TINY, argv)
     add = p.add_argument
     add("--model", help="Hub id, folder or run to start from. Default: google/gemma-2b-it. "
