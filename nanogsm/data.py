@@ -273,9 +273,9 @@ class Tokenizer:
     """The tokenizer.json of a checkpoint. `encode` adds no special tokens and finds none in the
     text: a problem that mentions "<eos>" is only text.
 
-    stop_ids are all ids that end an answer: those of the family's EOS and end-of-turn tokens and
-    the eos_token_id of both config.json and generation_config.json. Trap: checkpoints differ in
-    these. A model that stops at only one of the ids may run on after its answer.
+    stop_ids are all ids that end an answer: the family's EOS and end of turn, and the eos_token_id
+    of both config.json and generation_config.json. Trap: checkpoints differ in these. A model that
+    stops at only one of the ids may run on after its answer.
     """
 
     def __init__(self, folder: Path):
@@ -306,7 +306,8 @@ class Tokenizer:
         return found
 
     def turn(self, role: str, text: str = "") -> list[int | str]:
-        """The pieces that open a turn of a conversation, and its text: `encode` takes them."""
+        """A turn of a conversation up to its end token, in pieces: ids of special tokens, and text.
+        The text is joined to the last piece of the header, as in the whole conversation."""
         *pieces, last = (p if type(p) is int else p.format(role) for p in self._header)
         return [*pieces, last + text]
 

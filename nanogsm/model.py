@@ -112,6 +112,7 @@ def _config_from(raw: dict) -> Config:
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype {dtype!r} is not supported")
 
+    has_scalar = kind in ("gemma2", "gemma3_text")
     config = Config(
         model_type=kind,
         vocab_size=raw["vocab_size"],
@@ -122,9 +123,7 @@ def _config_from(raw: dict) -> Config:
         num_key_value_heads=raw["num_key_value_heads"],
         head_dim=raw["head_dim"],
         rms_norm_eps=raw["rms_norm_eps"],
-        query_pre_attn_scalar=raw[
-            "head_dim" if kind in ("gemma", "llama") else "query_pre_attn_scalar"
-        ],
+        query_pre_attn_scalar=raw["query_pre_attn_scalar" if has_scalar else "head_dim"],
         layer_types=tuple(layer_types),
         sliding_window=raw.get("sliding_window") if "sliding_attention" in layer_types else None,
         rope=_rope_from(raw),
@@ -327,8 +326,8 @@ def _load_weights(model: Transformer, folder: Path, dtype: torch.dtype, device: 
 
 
 def _name_here(name: str, config: Config) -> str | None:
-    """What we call a tensor or a layer of a checkpoint. Only in a multimodal one the names differ,
-    of which there are two layouts; None: it belongs to the vision part."""
+    """What we call a tensor or a layer of a checkpoint; None for the vision part of a multimodal
+    one. Only multimodal checkpoints have other names than we, in two layouts."""
     if not config.multimodal:
         return name
     if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", name):
@@ -381,8 +380,8 @@ def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path | str) -> 
 
 def _say_what_the_licence_asks(config: Config) -> None:
     if not config.is_gemma:
-        _say_once('note: to share this model, Llama\'s licence asks for a name that begins with '
-                  '"Llama" and for the words "Built with Llama"')  # fmt: skip
+        _say_once("note: if you share this model, Llama's licence asks for a name that begins with "
+                  '"Llama", and for the words "Built with Llama"')  # fmt: skip
 
 
 _say_once = functools.cache(print)
