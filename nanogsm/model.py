@@ -346,7 +346,7 @@ def _no_place(key: str) -> str:
     for part, reason in {
         "_orig_mod.": "was saved from a compiled model: save its _orig_mod, the model itself",
         "module.": "was saved from a wrapped model: save its module, the model itself",
-        "language_model.": "is of a multimodal model's text part, and has no place in this model",
+        "language_model.": "is in the text part of a multimodal model, and has no place here",
         "v_head": "is a value head, as TRL's PPO saves it: save the model without it",
         "score.": "is a classifier's, and not a language model's",
         "qweight": "is quantised, which is not supported",

@@ -442,7 +442,8 @@ def test_llamas_plain_examples_end_with_end_of_text(name):
     ids, mask = encode(tokenizer, Prompt(shots=1, instruction=True), "How many?", "It is 5.")
     raw = tokenizers.Tokenizer.from_file(str(LLAMAS[name] / "tokenizer.json"))
     text = (f"<|begin_of_text|>{data.INSTRUCTION}\n\nQuestion: {data.ONE_SHOT.question}\nAnswer: "
-            f"{data.ONE_SHOT.answer}\n\nQuestion: How many?\nAnswer: It is 5.<|end_of_text|>")  # fmt: skip
+            f"{data.ONE_SHOT.answer}\n\nQuestion: How many?\nAnswer: It is 5."
+            "<|end_of_text|>")  # fmt: skip
     assert ids == raw.encode(text, add_special_tokens=False).ids
     supervised = [i for i, bit in zip(ids, mask) if bit]
     assert tokenizer.decode(supervised) == " It is 5." and supervised[-1] == tokenizer.eos_id
@@ -906,7 +907,7 @@ def longest_of(folder, pairs, styles=("plain", "chat")) -> int:
             assert ids[: len(asked)] == asked
             assert mask == [0] * len(asked) + [1] * (len(ids) - len(asked))
             assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 1
-            assert ids[-1] in tokenizer.stop_ids and not set(ids[len(asked) : -1]) & tokenizer.stop_ids
+            assert [i in tokenizer.stop_ids for i in ids[len(asked) :]].index(True) == sum(mask) - 1
             assert ids == raw.encode(family.bos + whole[style], add_special_tokens=False).ids
             longest = max(longest, len(ids)) if style == "plain" else longest
     return longest

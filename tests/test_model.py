@@ -763,7 +763,7 @@ def test_the_newer_layout_of_names_is_read_as_well(tmp_path):
 
 def test_a_multimodal_checkpoint_is_read_strictly(tmp_path):
     spoil = lambda name: name.replace("layers.1.mlp.up_proj", "layers.7.mlp.up_proj")  # noqa: E731
-    with pytest.raises(UserError, match="layers.7.mlp.up_proj.weight .* no place in this model"):
+    with pytest.raises(UserError, match="layers.7.mlp.up_proj.weight .* no place here"):
         load_model(renamed(tmp_path / "m", spoil))
     weights = load_file(VISION / "model.safetensors")
     weights["model.norm.weight"] = weights["language_model.model.norm.weight"].clone()

@@ -46,12 +46,16 @@ def test_of_a_multimodal_model_only_adapters_are_trained(tmp_path, capsys, flags
     assert "(gemma3_text)" in capsys.readouterr().out
 
 
-TRAINED = [("gemma3", "trainer"), ("llama32", "trainer_llama32"), ("llama30", "trainer_llama30")]
+TRAINED = [
+    ("gemma3", "trainer", "none"),
+    ("gemma3", "trainer", "light"),
+    ("llama32", "trainer_llama32", "light"),
+    ("llama30", "trainer_llama30", "none"),
+]
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("checkpointing", ["none", "light"])
-@pytest.mark.parametrize("name, place", TRAINED)
+@pytest.mark.parametrize("name, place, checkpointing", TRAINED)
 def test_twenty_steps_equal_those_of_trainer_and_peft(
     gemma, name, place, method, checkpointing, tmp_path
 ):
