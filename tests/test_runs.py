@@ -561,6 +561,7 @@ def test_nan_in_metrics_is_null(tmp_path):
 def test_metrics_go_to_wandb_too_and_its_absence_is_said(tmp_path, monkeypatch):
     said = []
     logger = SimpleNamespace(
+        id="abc",
         log=lambda row, step: said.append((step, row)),
         finish=lambda exit_code: said.append(exit_code),
     )
@@ -570,13 +571,19 @@ def test_metrics_go_to_wandb_too_and_its_absence_is_said(tmp_path, monkeypatch):
         run.log({"step": 1, "loss": 3.0})
         run.start_wandb("mine", {"lr": 1.0})
         run.log({"step": 2, "loss": 2.0})
-    where = {"project": "mine", "name": "run", "dir": str(tmp_path), "config": {"lr": 1.0}}
-    assert said == [where, (2, {"step": 2, "loss": 2.0}), 1]  # stopped before its end
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
-    with RunFolder(tmp_path / "run", {"a": 1}, {}) as run:
+    folder = tmp_path / "run"
+    where = {"project": "mine", "name": "run", "dir": str(folder), "config": {"lr": 1.0}}
+    first = where | {"id": None, "resume": None}
+    assert said == [first, (2, {"step": 2, "loss": 2.0}), 1]  # stopped before its end
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    with RunFolder(folder, {"a": 1}, {}) as run:
         run.start_wandb("mine", {"lr": 1.0})
         run.finish({})
-    assert said[-1] == 0
+    assert said[3:] == [where | {"id": "abc", "resume": "allow"}, 0]
+    with RunFolder(folder, {"a": 1}, {}, overwrite=True) as run:  # another run than the deleted one
+        run.start_wandb("mine", {"lr": 1.0})
+        run.log({"step": 1})
+    assert said[5] == first
 
     def refuse(**given):
         raise RuntimeError("not logged in\nrun wandb login")
@@ -588,3 +595,26 @@ def test_metrics_go_to_wandb_too_and_its_absence_is_said(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "wandb", None)
         with pytest.raises(UserError, match="pip install wandb"):
             run.start_wandb("mine", {})
+
+
+def test_the_real_wandb_writes_into_the_run_folder_under_one_id(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="needs the optional package wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = tmp_path / "run"
+
+    def log(step: int, **more) -> str:
+        with RunFolder(folder, {"a": 1}, {}, **more) as run:
+            run.start_wandb("mine", {"lr": step})  # a setting that may differ
+            run.log({"step": step, "loss": 1 / step})
+        return (folder / "wandb" / "id").read_text()
+
+    ids = [log(1), log(2)]
+    assert ids[0] == ids[1] and [path.name for path in tmp_path.iterdir()] == ["run"]
+    kept = [*(folder / "wandb").glob("offline-run-*/*.wandb")]
+    assert {path.name for path in kept} == {f"run-{ids[0]}.wandb"}
+    assert log(3, overwrite=True) != ids[0]
+    with pytest.raises(UserError), RunFolder(tmp_path / "failed", {"a": 1}, {}) as run:
+        run.start_wandb("mine", {})
+        raise UserError("the weights are damaged")
+    assert not (tmp_path / "failed").exists()

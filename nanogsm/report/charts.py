@@ -72,7 +72,8 @@ def panel_svg(panel: Panel, names: list[str], x0: float, y0: float) -> str:
         colour, path = f"c{names.index(name) % len(LIGHT)}", " ".join(map(",".join, places))
         parts.append(f'<polyline class="{colour}" points="{path}"/>')
         if len(places) <= FEW:
-            parts += [f'<circle class="{colour}" cx="{x}" cy="{y}" r="2.5"/>' for x, y in places]
+            dot = '<circle class="{}" cx="{}" cy="{}" r="2.5"/>'
+            parts += [dot.format(colour, x, y) for x, y in places]
     return "\n".join(parts)
 
 
@@ -86,7 +87,8 @@ def page(panels: list[Panel], names: list[str]) -> str:
     )
     style = f"""
       text {{font: 12px system-ui, sans-serif; fill: #444}} .title {{font-weight: 600; fill: #111}}
-      .y {{text-anchor: end}} .x, .axis {{text-anchor: middle}} .grid {{stroke: #ddd}} rect {{fill: #fff}}
+      .y {{text-anchor: end}} .x, .axis {{text-anchor: middle}} .grid {{stroke: #ddd}}
+      rect {{fill: #fff}}
       polyline {{fill: none; stroke-width: 1.6; stroke-linejoin: round}} {colours(LIGHT)}
       text[class^=c] {{stroke: none; font-weight: 600}}
       @media (prefers-color-scheme: dark) {{ rect {{fill: #0d1117}} text {{fill: #b4bcc6}}

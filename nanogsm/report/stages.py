@@ -44,7 +44,7 @@ def read_stage(where: str) -> Stage:
         probes = eval_files.read_rows(str(found[-1]))[1] if found else []
     metrics = read_metrics(folder / "metrics.jsonl") if run else []
     if not rows and not metrics:
-        raise UserError(f"{where} has neither a step nor an evaluation yet: wait for its first step")
+        raise UserError(f"{where} has neither a step nor an evaluation yet: wait for a step")
     args, finished = run[1]["args"] if run else {}, (folder / "summary.json").exists()
     return Stage(folder.name, folder, path, summary, rows, probes, metrics, args, finished)
 

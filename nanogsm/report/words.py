@@ -89,16 +89,18 @@ def how_it_went(stage: Stage) -> str:
                 f"{when}."]  # fmt: skip
     # A reward of one's own may be any number; the usual one is the share of right answers.
     reward = "{:.3g}" if stage.args.get("reward") else "{:.1%}"
+    went = []
     for key, what, form in (
-        ("reward", "The mean reward of sampled answers", reward),
-        ("loss", "The training loss", "{:.3g} nats per token"),
-        ("response_tokens", "The length of an answer", "{:.0f} tokens"),
+        ("reward", "the mean reward of sampled answers", reward),
+        ("loss", "the training loss", "{:.3g} nats per token"),
+        ("response_tokens", "the length of an answer", "{:.0f} tokens"),
     ):
         values = [y for _, y in points(stage.metrics, key)]
-        last = fmean(values[-max(1, len(values) // 10) :]) if values else 0
         if len(values) > 1:
-            said.append(f"{what} went from {form.format(values[0])} in the first step to "
-                        f"{form.format(last)}, the mean of the last tenth of the steps.")  # fmt: skip
+            last = fmean(values[-max(1, len(values) // 10) :])
+            went.append(f"{what} went from {form.format(values[0])} to {form.format(last)}")
+    if went:
+        said.append(f"From the first step to the last tenth of the steps {' and '.join(went)}.")
     validated = points(stage.metrics, "val_loss"), points(stage.metrics, "val_exact_match")
     forms = "their loss is {:.3g}", "{:.1%} of them are right"
     held_out = [form.format(line[-1][1]) for line, form in zip(validated, forms) if line]

@@ -10,6 +10,7 @@
         summary.json      written last: a run that has it is finished
         model/ adapter/   the result; the script writes it before `finish`
         value_head.safetensors  the critic's own weights (PPO)
+        wandb/            with --wandb: what Weights & Biases keeps of the run, and its id there
         .lock             held by the running process; the file stays, the lock does not
 
 The same command again continues the run. On a CPU the result equals that of an uninterrupted run,
@@ -48,7 +49,7 @@ CHECKPOINT_FILES = ("tensors.safetensors", "state.json")
 # What --overwrite deletes, in this order. After a kill half-way the folder must neither look
 # finished nor continue with deleted logs, and run_args.json must still show that it is a run
 # folder.
-OWNED = ("summary.json", "checkpoint", "model", "adapter", "value_head.safetensors",
+OWNED = ("summary.json", "checkpoint", "model", "adapter", "value_head.safetensors", "wandb",
          "eval-*.json", "eval-*.jsonl", "step-*-eval-*.json", "step-*-eval-*.jsonl", *LOGS,
          "run_args.json")  # fmt: skip
 
@@ -117,14 +118,15 @@ class RunFolder:
         weights. Otherwise the same command with repaired weights would be refused, because their
         digest has changed. A folder that holds anything else, such as a checkpoint or notes,
         remains a run folder."""
-        begin = {"run_args.json", *LOGS, ".lock"}
+        begin = {"run_args.json", *LOGS, "wandb", ".lock"}
         if {path.name for path in self.path.iterdir()} - begin:
             return
         for file in self._logs.values():
             file.close()
         self._logs = {}
+        self._end_wandb()
         with contextlib.suppress(OSError):  # Windows deletes no locked file
-            for name in ("run_args.json", *LOGS, ".lock"):
+            for name in ("run_args.json", *LOGS, "wandb", ".lock"):
                 files.remove(self.path / name)
             if self._made_folder:
                 self.path.rmdir()
@@ -133,11 +135,15 @@ class RunFolder:
         """Close the logs and release the lock. The end of the process does the same."""
         for file in self._logs.values():
             file.close()
-        if self.wandb:
-            self.wandb.finish(exit_code=0 if self.finished else 1)
+        self._end_wandb()
         if self._lock is not None:
             os.close(self._lock)
-        self._logs, self._lock, self.wandb = {}, None, None
+        self._logs, self._lock = {}, None
+
+    def _end_wandb(self) -> None:
+        if self.wandb:
+            self.wandb.finish(exit_code=0 if self.finished else 1)
+        self.wandb = None
 
     # ---- logs
 
@@ -156,16 +162,22 @@ class RunFolder:
         files.replace_file(self.path / name, files.safetensors_bytes(tensors))
 
     def start_wandb(self, project: str, config: dict) -> None:
-        """Also send everything logged from now on to Weights & Biases. With WANDB_MODE=offline it
-        goes to the folder wandb next to the run's. A continued run is a new one there."""
+        """Also send everything logged from now on to Weights & Biases, which has its files in the
+        folder wandb of the run's. Its id is kept there, so a continued run goes on under it."""
         try:
             import wandb
         except ImportError as error:
             raise UserError("--wandb needs a package: pip install wandb") from error
+        kept = self.path / "wandb" / "id"
         try:
+            known = kept.read_text("utf-8").strip() if kept.exists() else None
+            # Steps that it has already are not taken twice: the first row of a step stays.
             self.wandb = wandb.init(
-                project=project, name=self.path.name, dir=str(self.path.parent), config=config
-            )
+                project=project, name=self.path.name, dir=str(self.path), config=config, id=known,
+                resume="allow" if known else None,
+            )  # fmt: skip
+            kept.parent.mkdir(exist_ok=True)
+            kept.write_text(self.wandb.id, "utf-8")
         except Exception as error:  # wandb's own kinds: not logged in, not reached, no such project
             raise UserError(f"--wandb: {files.one_line(error)}") from error
 
