@@ -12,6 +12,7 @@ import train_ppo
 import train_sft
 from experiments import study
 from nanogsm import UserError
+from nanogsm.run import flags
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +97,13 @@ def faked(monkeypatch):
             if "ppo" not in command[0]:
                 rows.append({"step": 2, "val_loss": 0.25})
             (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            parse = flags.ppo_args if "ppo" in command[0] else flags.sft_args
+            args = parse(command[1:])
+            flags.set_rank(args)
+            settled = {"val_examples": 64, "init_sha256": "a start",
+                       "batch": args.micro_batch * args.accumulation}  # fmt: skip
+            record = {"args": vars(args) | settled, "info": {"prompt": {}}}
+            (folder / "run_args.json").write_text(json.dumps(record))
             (folder / "summary.json").write_text("{}")
         return 0, ""
 
@@ -120,13 +128,45 @@ def test_a_whole_study_has_its_table_and_is_not_done_twice(faked, capsys):
     table = Path("s/study.md").read_text()
     scores = "| full SFT, main | 31.0% | 75.0% | 30.1 to 95.4 |"
     assert f"{scores} untuned, one-shot + instruction | +50." in table
-    assert table.startswith("| | original study | exact match |")
-    assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert table.startswith("| | original study: gemma-2b-it, 256 problems | exact match of the "
+                            "embedded model, 4 problems |")  # fmt: skip
+    assert len({line.count("|") for line in table.splitlines() if "|" in line}) == 1
+    assert "The first column has the original study's own figures." in table
     assert Path("s/report.html").exists() and table in capsys.readouterr().out
     ran.clear()
     assert study.main(["--tiny", "--n", "4", "--out", "s"]) == 0
-    # Nothing is evaluated again. A training script says itself that its run is finished.
-    assert not [command for command in ran if command.startswith("evaluate")]
+    assert not ran and "row ppo is trained already: s/ppo" in capsys.readouterr().out
+    assert Path("s/study.md").read_text() == table and "other flags" not in table
+
+
+def test_a_row_that_was_trained_with_other_flags_is_used_and_marked(faked, capsys, monkeypatch):
+    ran, _ = faked
+    argv = ["--tiny", "--n", "4", "--out", "s", "--rows", "full-main", "ppo"]
+    study.main([*argv, "--sft=--lr 0.5"])
+    ran.clear()
+    capsys.readouterr()
+    monkeypatch.setattr(study.hub, "find_model", lambda name: name)
+    monkeypatch.setattr(study.hub, "fingerprint", lambda found: f"weights of {found}")
+    study.main([*argv, "--sft=--micro-batch 8", "--ppo=--micro-batch 8 --accumulation 2"])
+    said = capsys.readouterr().out
+    assert not ran and "| full SFT, main (other flags: see below) | 31.0% | 75.0%" in said
+    differ = "lr 0.5 instead of 0.001; min_lr 0.05 instead of 0.0001; micro-batch x accumulation"
+    assert f"other flags than this command would use ({differ} 16 instead of 8)" in said
+    assert "would use (it started from other weights than those in full-main). To train it " in said
+    assert "delete s/ppo or give another --out" in said
+    assert rows_of("s")["full-main"]["other_flags"][0] == "lr 0.5 instead of 0.001"
+    Path("s/ppo/run_args.json").write_text("{}")
+    study.main(argv)
+    assert "would use (settings that cannot be read)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", [{"WORLD_SIZE": "2", "RANK": "0"}, {"WORLD_SIZE": "1"}])
+def test_torchrun_is_refused(faked, monkeypatch, given):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="run it without torchrun"):
+        study.main(["--tiny", "--out", "s"])
+    assert not faked[0] and not Path("s").exists()
 
 
 def test_the_reason_of_a_row_that_cannot_run_is_shown_and_the_others_go_on(faked, capsys):
@@ -220,7 +260,8 @@ def test_a_real_row_end_to_end(capfd):
     trained = Path("s/full-main/metrics.jsonl").stat().st_mtime_ns
     assert study.main([*argv, "--device", "cpu"]) == 0
     out = capfd.readouterr().out
-    assert "already finished" in out and not re.search(r"\$ python evaluate", out)
+    assert "full-main is trained already" in out and not re.search(r"\$ python", out)
+    assert "other flags" not in out
     assert Path("s/full-main/metrics.jsonl").stat().st_mtime_ns == trained
     assert "Probes" in Path("s/report.html").read_text()
 

@@ -20,7 +20,7 @@ class Curve(NamedTuple):
 CURVES = {  # key in metrics.jsonl: its panel
     "reward": Curve(
         "mean reward of sampled answers",
-        "Rises over tens of steps. While it is flat, the policy learns nothing.", True),
+        "Rises over tens of steps. If it stays flat, the policy does not learn.", True),
     "val_exact_match": Curve(
         "exact match on held-out problems",
         "Rises. Judge the run by this one: greedy answers to problems it does not train on.", True),

@@ -46,7 +46,7 @@ def scores_section(stages: list[Stage]) -> str:
     for previous, stage in zip(stages, stages[1:]):
         if previous.rows.keys() & stage.rows.keys():
             pair = scores.paired(previous.rows, stage.rows)
-            changes.append((f"{pair['points']:+.1f}", p_value(pair["p"]).removeprefix("p = ")))
+            changes.append((f"{pair['points']:+.1f}", p_value(pair["p"]).removeprefix("p ")))
         else:
             changes.append(("other problems", ""))
     s = [stage.summary for stage in stages]
@@ -140,13 +140,15 @@ def verdict(row: dict) -> str:
 def problem(rows: list[tuple[str, dict]]) -> str:
     """One problem with every stage's answer, folded until it is clicked. rows: (stage, row)."""
     first = rows[0][1]
+    question = first["question"]
+    short = question if len(question) <= 90 else question[:88] + " …"
     marks = " ".join(f"{escape(name)}: {verdict(row)}" for name, row in rows)
     answers = [
         f"<h4>{escape(name)}: {verdict(row)}</h4><pre>{escape(row['completion'].strip())}</pre>"
         for name, row in rows
     ]
-    return f"""<details><summary>{escape(first["question"][:90])} … <b>{first["gold"]:.15g}</b>
-<span class="dim">{marks}</span></summary><p>{escape(first["question"])}</p>
+    return f"""<details><summary>{escape(short)} <b>{first["gold"]:.15g}</b>
+<span class="dim">{marks}</span></summary><p>{escape(question)}</p>
 <div class="answers"><div>{"</div><div>".join(answers)}</div></div></details>"""
 
 
@@ -154,7 +156,8 @@ def answers_section(stages: list[Stage]) -> str:
     parts = []
     probed = [stage for stage in stages if stage.probes]
     if probed:
-        parts.append("<h2>Probes</h2>")
+        parts.append('<h2>Probes</h2><p class="dim">A few problems to read in full, each with its '
+                     "right number. A click opens the answers.</p>")  # fmt: skip
         for rows in zip(*(stage.probes for stage in probed)):
             parts.append(problem([(stage.name, row) for stage, row in zip(probed, rows)]))
     for previous, stage in zip(stages, stages[1:]):
@@ -172,7 +175,8 @@ def answers_section(stages: list[Stage]) -> str:
                 parts.append(problem([(s.name, s.rows[i]) for s in (previous, stage)]))
     common = sorted(set.intersection(*(set(stage.rows) for stage in stages)))[:SHOWN]
     if common:
-        parts.append(f"<h2>The first {len(common)} problems</h2>")
+        parts.append(f'<h2>The first {len(common)} problems</h2><p class="dim">Each with its right '
+                     "number. A click opens the answers.</p>")  # fmt: skip
         parts += [problem([(stage.name, stage.rows[i]) for stage in stages]) for i in common]
     return "\n".join(parts)
 

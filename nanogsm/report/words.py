@@ -92,8 +92,8 @@ def how_it_went(stage: Stage) -> str:
     went = []
     for key, what, form in (
         ("reward", "the mean reward of sampled answers", reward),
-        ("loss", "the training loss", "{:.3g} nats per token"),
-        ("response_tokens", "the length of an answer", "{:.0f} tokens"),
+        ("loss", "the training loss in nats per token", "{:.3g}"),
+        ("response_tokens", "the length of an answer in tokens", "{:.0f}"),
     ):
         values = [y for _, y in points(stage.metrics, key)]
         if len(values) > 1:
