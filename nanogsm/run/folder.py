@@ -33,7 +33,7 @@ import safetensors.torch
 from torch import Tensor
 
 from nanogsm import UserError, distributed
-from nanogsm.run.console import disk_full
+from nanogsm.run.console import disk_full, listed
 from nanogsm.store import files
 
 try:
@@ -350,9 +350,9 @@ class RunFolder:
 
     def already_finished(self) -> str:
         """What to print instead of training again."""
-        shown = [f"{k} {v:.4g}" for k, v in self.summary.items() if isinstance(v, float)]
+        shown = listed({k: v for k, v in self.summary.items() if isinstance(v, float)})
         advice = "to train again give --overwrite or another --out"
-        return f"{self.path} is already finished ({', '.join(shown)}); {advice}"
+        return f"{self.path} is already finished ({shown}); {advice}"
 
     def finish(self, summary: dict) -> None:
         """Mark the run as finished, then drop the checkpoint if the run cannot grow. Call it when
