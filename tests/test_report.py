@@ -117,7 +117,7 @@ def test_scores_changes_and_mistakes_are_counted(two):
         + "".join(f"<td>{re.escape(html.escape(cell))}</td>" for cell in cells), page
     )  # fmt: skip
     assert row("exact match", "25.0%", "50.0%") and row("right", "1 of 4", "2 of 4")
-    assert row("points", "", "+25.0") and row("p", "", "= 1")  # two fixed, one broken: p = 1
+    assert row("points", "", "+25.0") and row("p", "", "1")  # two fixed, one broken: p = 1
     assert "eval-test-4.jsonl" in page and "The runs differ" not in page
     assert "Fixed from sft to ppo: 2" in page and "Broken from sft to ppo: 1" in page
     assert "Mistakes of sft: arithmetic 1, no answer 1." in page
@@ -189,7 +189,7 @@ def test_the_opening_says_which_model_which_problems_and_what_happened(two):
         "the last tenth of the steps the training loss in nats per token went from 1 to 0.333.",
         "the mean reward of sampled answers went from 100.0% to 33.3%.",
         "It solves 2 of 4 problems: 50.0%. That is 25.0 points more than sft (p = 1, which may be "
-        "chance): 2 problems became right and 1 became wrong.",
+        "chance). Of the problems that both answered, 2 became right and 1 became wrong.",
     ):
         assert sentence in said
     assert "recipe tuned; learning rate 0.001, falling to 0.0001 after a warm-up over 3% of the " \

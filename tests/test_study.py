@@ -12,7 +12,7 @@ import train_ppo
 import train_sft
 from experiments import study
 from nanogsm import UserError
-from nanogsm.run import flags
+from nanogsm.run.flags import ppo_args, set_rank, sft_args
 
 
 @pytest.fixture(autouse=True)
@@ -97,9 +97,9 @@ def faked(monkeypatch):
             if "ppo" not in command[0]:
                 rows.append({"step": 2, "val_loss": 0.25})
             (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            parse = flags.ppo_args if "ppo" in command[0] else flags.sft_args
+            parse = ppo_args if "ppo" in command[0] else sft_args
             args = parse(command[1:])
-            flags.set_rank(args)
+            set_rank(args)
             settled = {"val_examples": 64, "init_sha256": "a start",
                        "batch": args.micro_batch * args.accumulation}  # fmt: skip
             record = {"args": vars(args) | settled, "info": {"prompt": {}}}

@@ -65,7 +65,7 @@ def what_it_is(stage: Stage) -> str:
         model = model_name(str(stage.summary.get("model", stage.name)))
         asked = stage.summary.get("prompt")
         prompt = f", asked with the prompt {escape(data.Prompt(**asked))}" if asked else ""
-        return f"{model} as it is, without training{prompt}."
+        return f"No training: this is {model} as it is{prompt}."
     begin = str(args.get("init") or args.get("model"))
     method = "PPO" if is_ppo(args) else "Supervised fine-tuning"
     kind = "with LoRA adapters" if args.get("lora") else "of all weights"
@@ -111,7 +111,7 @@ def how_it_went(stage: Stage) -> str:
 
 
 def what_it_scores(stage: Stage, previous: Stage | None) -> str:
-    """Its evaluation, and the comparison with the run before it."""
+    """Its evaluation, and the comparison with a run before it."""
     s = stage.summary
     if not s:
         return "It has not been evaluated."
@@ -126,16 +126,20 @@ def what_it_scores(stage: Stage, previous: Stage | None) -> str:
             f"{abs(points):.1f} points {'more' if points > 0 else 'less'} than"
         )  # fmt: skip
         chance = "hardly by chance" if pair["p"] < 0.05 else "which may be chance"
-        said += (f" That is {amount} {name} ({p_value(pair['p'])}, {chance}): "
-                 f"{len(pair['fixed']):,} problems became right and {len(pair['broken']):,} became "
-                 "wrong.")  # fmt: skip
+        said += (f" That is {amount} {name} ({p_value(pair['p'])}, {chance}). Of the problems that "
+                 f"both answered, {len(pair['fixed']):,} became right and {len(pair['broken']):,} "
+                 "became wrong.")  # fmt: skip
     return said
 
 
 def opening(stages: list[Stage]) -> str:
+    """One item per run. It is compared with the run it started from, if that is on the page, else
+    with the one before it."""
     items, previous = [], None
     for stage in stages:
-        parts = (what_it_is(stage), how_it_went(stage), what_it_scores(stage, previous))
+        run = run_of(str(stage.args.get("init") or stage.args.get("model")))
+        start = next((s for s in stages if run and s.rows and s.folder == run[0]), None)
+        parts = (what_it_is(stage), how_it_went(stage), what_it_scores(stage, start or previous))
         items.append(f"<li><b>{escape(stage.name)}</b>: {' '.join(filter(None, parts))}</li>")
         previous = stage if stage.rows else previous
     return f'<ul class="story">{"".join(items)}</ul>'

@@ -305,8 +305,8 @@ def sft_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--val-every", type=int, default=0, help="Steps between validations. 0: at the end only.")
     add("--keep", choices=("last", "best"), default="last",
         help="Weights to save: the last, or those of the best validation.")  # fmt: skip
-    add("--out", help="Run folder. Default: runs/sft-{full,lora}-{data} (tiny: runs/tiny/...), with "
-        "-from-RUN after it if --model is a run.")  # fmt: skip
+    add("--out", help="Run folder. Default: runs/sft-{full,lora}-{data} (tiny: runs/tiny/...), "
+        "with -from-RUN after it if --model is a run.")  # fmt: skip
     p.set_defaults(save_every=100)
     args = p.parse_args(argv)
     for name in ("lora_r", "lora_alpha"):
