@@ -46,7 +46,7 @@ def scores_section(stages: list[Stage]) -> str:
     for previous, stage in zip(stages, stages[1:]):
         if previous.rows.keys() & stage.rows.keys():
             pair = scores.paired(previous.rows, stage.rows)
-            changes.append((f"{pair['points']:+.1f}", p_value(pair["p"]).removeprefix("p ").removeprefix("= ")))
+            changes.append((f"{pair['points']:+.1f}", p_value(pair["p"])))
         else:
             changes.append(("other problems", ""))
     s = [stage.summary for stage in stages]

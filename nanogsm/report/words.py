@@ -41,7 +41,7 @@ def points(metrics: list[dict], key: str) -> list[tuple[float, float]]:
 
 
 def p_value(p: float) -> str:
-    return f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
+    return f"{p:.2g}" if p >= 1e-4 else "< 0.0001"
 
 
 def model_name(name: str) -> str:
@@ -125,8 +125,9 @@ def what_it_scores(stage: Stage, previous: Stage | None) -> str:
         amount = "as many as" if not points else (
             f"{abs(points):.1f} points {'more' if points > 0 else 'less'} than"
         )  # fmt: skip
+        p = f"p = {p_value(pair['p'])}".replace("= <", "<")
         chance = "hardly by chance" if pair["p"] < 0.05 else "which may be chance"
-        said += (f" That is {amount} {name} ({p_value(pair['p'])}, {chance}). Of the problems that "
+        said += (f" That is {amount} {name} ({p}, {chance}). Of the problems that "
                  f"both answered, {len(pair['fixed']):,} became right and {len(pair['broken']):,} "
                  "became wrong.")  # fmt: skip
     return said
