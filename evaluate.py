@@ -21,6 +21,7 @@ import torch
 
 from nanogsm import UserError, data, distributed, generate
 from nanogsm.model import load_model
+from nanogsm.report import rerank
 from nanogsm.report.compare import compare
 from nanogsm.report.eval_files import check_place, place_of
 from nanogsm.report.scores import summarise
@@ -62,6 +63,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int,
         help="Answers sampled per batch. More take more memory. Default: 64 (tiny: 256).")
     add("--seed", type=int, default=0, help="Seed of the sampling. The problems stay the same.")
+    add("--rerank", metavar="RUN", help="Choose among --samples by the critic of this PPO run.")
+    add("--rerank-by", choices=("last", "least"), default="last", help="An answer's value: the "
+        "critic's prediction at its end, or the least at the end of any line.")
     # Output, and the two other uses of this script
     add("--out", help="Folder for the result. Default: the run's (untuned: runs/eval-...).")
     add("--ask", nargs="?", const=True, metavar="QUESTION", help="Answer one question, or without "
@@ -93,6 +97,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--ask needs a question")
     if args.samples > 1 and args.temperature == 0:
         raise UserError("--samples above 1 needs --temperature above 0: greedy answers are equal")
+    if args.rerank and (args.samples == 1 or args.ask is not None):
+        raise UserError("--rerank needs --samples above 1, and problems with known answers")
     return args
 
 
@@ -101,6 +107,7 @@ def evaluate(args: argparse.Namespace) -> int:
     # A misspelt name fails before data is downloaded.
     hub.find_model(args.model, weights=False, base=args.base)
     problems = asked.choose_problems(args)
+    critic = rerank.critic_for(args.rerank, problems) if args.rerank else None
     args.model_sha256 = hub.fingerprint(hub.find_model(args.model, base=args.base))
     args.n, args.data_sha256 = len(problems), data.digest(problems)
     prompt, folder, name = resolve(args)
@@ -120,12 +127,16 @@ def evaluate(args: argparse.Namespace) -> int:
             args.samples, args.seed,
             progress=lambda done, tokens: line.update(done, tokens_per_s=rate(tokens)),
         )  # fmt: skip
+    seconds = time.perf_counter() - began
+    if critic:
+        del model  # its memory is the critic's now
+        rerank.rate(critic, rows, args)
     if distributed.RANK:
         return 0  # rank 0 has all answers, too
-    seconds = time.perf_counter() - began
     settings = "model model_sha256 data data_sha256 split samples temperature batch_size".split()
     settings += ["seed", "precision"]
     summary = summarise(rows, args.samples) | {key: getattr(args, key) for key in settings}
+    summary |= rerank.summarise(rows, args) if critic else {}
     summary |= {
         "seconds": seconds,
         "tokens_per_s": sum(row["tokens"] for row in rows) / seconds,
@@ -175,8 +186,9 @@ def print_summary(s: dict) -> None:
         right = f"{s['correct']} of {s['completions']}"
         print(f"exact match   {s['accuracy']:6.1%}  {interval}  ({right})")
         for key, value in s.items():
-            if key.startswith(("pass@", "maj@")):
+            if "@" in key:  # pass@k, maj@k, best@k
                 print(f"{key:<13} {value:6.1%}")
+        rerank.print_tests(s.get("rerank", {}).get("tests", ()))
         print(f"flexible      {s['flexible_accuracy']:6.1%}  (last number right, in format or not)")
         print(f"in format     {s['formatted']:6.1%}  {length}")
     speed = f"{s['tokens_per_s']:,.0f} tokens/s, {s['seconds']:.0f} s"

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of Gemma on GSM8K: full weights, or LoRA adapters with --lora.
+"""Supervised fine-tuning on GSM8K: full weights, or LoRA adapters with --lora.
 
     python train_sft.py --tiny --lora                # the embedded model, a minute or two anywhere
     python train_sft.py --lora                       # google/gemma-2b-it -> runs/sft-lora-main

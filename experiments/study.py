@@ -10,8 +10,10 @@ train_ppo.py and its evaluation, in a folder of its own. Commands are printed as
 --dry-run prints them all.
 
 The same command continues a study that was stopped. What is finished is not done again, and a row
-that has been trained with other flags than the study would use is marked. A row that cannot be run
-(gated weights, no data file) gets the reason in the table, and the others go on.
+that has been trained with other flags than the study would use is marked. A row that was trained
+before by itself, in the default folder of its script and with the row's settings, is used from
+there. A row that cannot be run (gated weights, no data file) gets the reason in the table, and the
+others go on.
 
 The study's folder gets study.md (the table), study.json (all numbers) and report.html (curves and
 answers). No row is chosen by its score on the test split: the settings of `tuned` were found on
@@ -107,6 +109,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--eval: a study compares single answers: leave out --samples")
     args.n = args.n or (1319 if args.tiny else 256)
     args.out = Path(args.out or f"runs/{'tiny/' * args.tiny}study-{args.seed}")
+    args.folders = {row.name: args.out / row.name for row in ROWS}
     return args
 
 
@@ -115,7 +118,7 @@ def commands(row: Row, args: argparse.Namespace) -> list[list[str]]:
     given = {"--device": args.device, "--precision": args.precision, "--data-dir": args.data_dir}
     compute = [word for pair in given.items() if pair[1] not in ("auto", None) for word in pair]
     tiny, model = ["--tiny"] * args.tiny, [] if args.tiny else ["--model", args.model]
-    folder, row_flags = str(args.out / row.name), row.flags.split()
+    folder, row_flags = str(args.folders[row.name]), row.flags.split()
     probes = ROOT / "nanogsm" / ("tiny" if args.tiny else "") / "probes.jsonl"
     questions = [["--n", str(args.n)]]
     if row.name in PROBED:
@@ -126,7 +129,7 @@ def commands(row: Row, args: argparse.Namespace) -> list[list[str]]:
     if row.script == SFT:
         start, more = model, args.sft + args.sft_lora * ("--lora" in row_flags)
     else:
-        start, more = ["--init", str(args.out / START)], args.ppo
+        start, more = ["--init", str(args.folders[START])], args.ppo
     train = [row.script, *tiny, *start, *row_flags, "--seed", str(args.seed), *compute, *more]
     ask = ["evaluate.py", *tiny, "--model", folder]
     return [
@@ -135,23 +138,12 @@ def commands(row: Row, args: argparse.Namespace) -> list[list[str]]:
     ]
 
 
-def is_trained(row: Row, args: argparse.Namespace) -> bool:
-    """Whether the row's run has finished."""
-    return row.script is not None and (args.out / row.name / "summary.json").exists()
-
-
-def other_flags(row: Row, args: argparse.Namespace) -> list[str]:
-    """How a trained row's settings differ from those that the study would train it with, such as
+def differences(recorded: dict, wanted: argparse.Namespace) -> list[str]:
+    """How the settings of a run differ from those it would be trained with now, such as
     "lr 0.001 instead of 2e-05"."""
-    run = run_of(str(args.out / row.name))
-    if run is None:
-        return ["settings that cannot be read"]
-    recorded, command = run[1]["args"], commands(row, args)[0]
-    wanted = (flags.sft_args if row.script == SFT else flags.ppo_args)(command[1:])
     flags.set_rank(wanted)
-    compared = vars(wanted).keys() - {*MAY_DIFFER, *NO_SETTINGS, "open"}
     found = []
-    for name in sorted(compared):
+    for name in sorted(vars(wanted).keys() - {*MAY_DIFFER, *NO_SETTINGS, "open"}):
         was, now = recorded.get(name), getattr(wanted, name)
         settled_later = name == "val_examples" and now is None
         if was != now and not settled_later and (name in recorded or now):
@@ -159,13 +151,40 @@ def other_flags(row: Row, args: argparse.Namespace) -> list[str]:
     batch = wanted.micro_batch * wanted.accumulation
     if recorded.get("batch", batch) != batch:
         found.append(f"micro-batch x accumulation {recorded['batch']} instead of {batch}")
-    for name in ("data", "model"):  # of a moved file the path may differ
-        if name in vars(wanted) and not files.same_place(recorded[name], getattr(wanted, name)):
-            found.append(f"{name} {recorded[name]} instead of {getattr(wanted, name)}")
+    for name in ("data", "model"):
+        was, now = recorded.get(name), getattr(wanted, name, None)
+        if not files.same_place(was, now):
+            found.append(f"{name} {was} instead of {now}")
+    return found
+
+
+def is_trained(row: Row, args: argparse.Namespace) -> bool:
+    """Whether the row's run has finished."""
+    return row.script is not None and (args.folders[row.name] / "summary.json").exists()
+
+
+def trained_before(row: Row, args: argparse.Namespace) -> Path | None:
+    """The default folder of a row's script, if it has a finished run with the row's settings."""
+    if row.script != SFT or (args.out / row.name).exists():
+        return None
+    wanted = flags.sft_args(commands(row, args)[0][1:-2])  # without --out
+    run = run_of(wanted.out)
+    finished = run and (run[0] / "summary.json").exists()
+    return Path(wanted.out) if finished and not differences(run[1]["args"], wanted) else None
+
+
+def other_flags(row: Row, args: argparse.Namespace) -> list[str]:
+    """How a trained row differs from what the study would train."""
+    run = run_of(str(args.folders[row.name]))
+    if run is None:
+        return ["settings that cannot be read"]
+    recorded, parse = run[1]["args"], flags.sft_args if row.script == SFT else flags.ppo_args
+    found = differences(recorded, parse(commands(row, args)[0][1:]))
     if row.script == PPO:
         with contextlib.suppress(UserError):  # its start has been deleted, for example
-            if recorded["init_sha256"] != hub.fingerprint(hub.find_model(str(args.out / START))):
-                found.append(f"it started from other weights than those in {START}")
+            start = hub.fingerprint(hub.find_model(str(args.folders[START])))
+            if recorded.get("init_sha256") != start:
+                found.append(f"it started from other weights than those in {args.folders[START]}")
     return found
 
 
@@ -173,7 +192,7 @@ def evaluation(row: Row, args: argparse.Namespace, kind: str = "test") -> Path |
     """The .json of a row's newest evaluation on args.n test problems, or on the probes. None if
     there is none."""
     name = f"eval-test-{args.n}" if kind == "test" else "eval-probes"
-    existing = (args.out / row.name).glob("eval-*.json")
+    existing = args.folders[row.name].glob("eval-*.json")
     # With the dash, eval-test-1319 is not taken for eval-test-131.
     found = [file for file in existing if f"{file.stem}-".startswith(f"{name}-")]
     return max(found, key=lambda file: file.stat().st_mtime, default=None)
@@ -249,7 +268,7 @@ def results(args: argparse.Namespace, failed: dict[str, str]) -> list[dict]:
         kinds = [kind_of(answer) for answer in rows.values()]
         entry["kinds"] = {kind: kinds.count(kind) for kind in KINDS}
         if row.script:
-            entry["training"] = training_metrics(args.out / row.name)
+            entry["training"] = training_metrics(args.folders[row.name])
             entry["other_flags"] = other_flags(row, args) if is_trained(row, args) else []
         other = BY_NAME[row.against] if row.against else None
         if other and other.name not in failed and (other_path := evaluation(other, args)):
@@ -289,17 +308,16 @@ def table(entries: list[dict], theirs="original study", ours="exact match") -> s
 
 
 def table_of(entries: list[dict], args: argparse.Namespace) -> str:
-    """The table, with whose figures these are, and what rows were trained with other flags."""
-    model = "the embedded model" if args.tiny else args.model.replace("|", "\\|")
-    head = f"exact match of {model}, {args.n:,} problems"
+    """The table, with whose figures these are, and which rows were trained with other flags."""
+    model = "the embedded model" if args.tiny else args.model
     lines = [
-        table(entries, "original study: gemma-2b-it, 256 problems", head),
-        "The first column has the original study's own figures. All others are of the runs in this "
-        "folder.",
+        table(entries, "original study, gemma-2b-it", "exact match here"),
+        "The first column has the original study's own figures: gemma-2b-it, 256 problems. All "
+        f"others are of the runs here: {model}, {args.n:,} problems.",
     ]
     for e in entries:
         if e.get("other_flags"):
-            folder, differ = args.out / e["row"], "; ".join(e["other_flags"])
+            folder, differ = args.folders[e["row"]], "; ".join(e["other_flags"])
             lines.append(
                 f"\n{e['title']}: this run was trained with other flags than this command would "
                 f"use ({differ}). To train it anew, delete {folder} or give another --out."
@@ -321,6 +339,9 @@ def main(argv: list[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{args.out} cannot be the study's folder: {error.strerror}") from error
+    for row in ROWS:
+        if before := trained_before(row, args):
+            args.folders[row.name] = before
     failed: dict[str, str] = {}
     for row in chosen:
         trained = is_trained(row, args)
@@ -328,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
             failed[row.name] = f"needs {START}"
             continue
         if trained:
-            print(f"row {row.name} is trained already: {args.out / row.name}")
+            print(f"row {row.name} is trained already: {args.folders[row.name]}")
         for command in commands(row, args)[trained:]:
             kind = "probes" if "--data" in command else "test"
             if command[0] == "evaluate.py" and evaluation(row, args, kind):
@@ -350,7 +371,7 @@ def main(argv: list[str] | None = None) -> int:
     shown = [entry for entry in entries if entry["row"] in names]
     print(f"\n{table_of(shown, args)}")
     print(f"written to {args.out / 'study.md'}, study.json")
-    probed = [args.out / e["row"] for e in there if "not_run" not in e and e["row"] in PROBED]
+    probed = [args.folders[e["row"]] for e in there if "not_run" not in e and e["row"] in PROBED]
     if probed:
         page.main([*map(str, probed), "--out", str(args.out / "report.html")])
     for name, why in failed.items():

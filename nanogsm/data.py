@@ -62,7 +62,7 @@ ONE_SHOT = Problem(  # the first training problem
 class Prompt(NamedTuple):
     """How a question is asked."""
 
-    style: str = "plain"  # "plain" is Question: ... Answer:, "chat" is Gemma's turns
+    style: str = "plain"  # "plain" is Question: ... Answer:, "chat" has the turns of a conversation
     shots: int = 0  # how many worked examples come before the question
     instruction: bool = False  # whether INSTRUCTION comes first
     examples: tuple[Problem, ...] = (ONE_SHOT,)  # the first `shots` of these
@@ -90,22 +90,25 @@ def encode(
             ids.extend(new)
             mask.extend([supervised] * len(new))
 
-    # Exactly one BOS, because all texts in Gemma's pretraining start with one. Without it Gemma's
+    # Exactly one BOS, because all texts in pretraining start with one. Without it Gemma's
     # perplexity is absurd. Two are a common bug: many tokenizers add one unasked.
     add(tokenizer.bos_id)  # the only one, because `Tokenizer.encode` adds none
     lead = INSTRUCTION + "\n\n" if prompt.instruction else ""
     if prompt.style == "chat":
         # Turn tokens are added as ids: "<end_of_turn>" in a question would only be text.
-        start, end, target = tokenizer.start_of_turn_id, tokenizer.end_of_turn_id, answer
+        family, end, target = tokenizer.family, tokenizer.end_of_turn_id, answer
+        turn, after = tokenizer.turn, family.after
+        if family.system:
+            add(*turn("system", family.system), end, after)
         for shot in prompt.examples[: prompt.shots]:
-            add(start, f"user\n{lead}{shot.question}", end, "\n", start, "model\n")
-            add(shot.answer, end, "\n")
+            add(*turn("user", f"{lead}{shot.question}"), end, after, *turn(family.model))
+            add(shot.answer, end, after)
             lead = ""
-        add(start, f"user\n{lead}{question}", end, "\n", start, "model\n")
+        add(*turn("user", f"{lead}{question}"), end, after, *turn(family.model))
     else:
-        # The space after "Answer:" belongs to the target, because Gemma's tokenizer joins a word
-        # with the space before it. A prompt that ended in a space would end in a lone space token,
-        # which the model never sees there in training.
+        # The space after "Answer:" belongs to the target, because these tokenizers join a word with
+        # the space before it. A prompt that ended in a space would end in a lone space token, which
+        # the model never sees there in training.
         end, target = tokenizer.eos_id, f" {answer}"
         for shot in prompt.examples[: prompt.shots]:
             add(f"{lead}Question: {shot.question}\nAnswer:")
@@ -238,13 +241,46 @@ def is_correct_flexible(completion: str, problem: Problem) -> bool:
 # ------------------------------------------------------------------------------------ tokenizer
 
 
+class Family(NamedTuple):
+    """The special tokens of a family of models, and how it writes the turns of a conversation."""
+
+    name: str
+    bos: str
+    eos: str
+    end_of_turn: str
+    header: tuple[str, ...]  # what opens a turn: special tokens and text; {} is the role
+    after: str  # text between the end of a turn and the next
+    model: str  # the model's role
+    pad: tuple[str, ...]  # the first that the tokenizer has; `collate` hides padding from the loss
+    system: str = ""  # what the first turn, the system's, always says
+    stops: tuple[str, ...] = ()  # more tokens that end an answer
+
+
+GEMMA = Family(
+    "Gemma", "<bos>", "<eos>", "<end_of_turn>",
+    ("<start_of_turn>", "{}\n"), "\n", "model", ("<pad>",),
+)  # fmt: skip
+# Trap: Llama has no padding token. Where EOS is used for it and all of its places are hidden from
+# the loss, the model never learns to stop.
+LLAMA = Family(
+    "Llama 3", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>",
+    ("<|start_header_id|>", "{}", "<|end_header_id|>", "\n\n"), "", "assistant",
+    ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>"),
+)  # fmt: skip
+# The dates are those that Llama 3.1's own template writes if it is told no other.
+LLAMA_31 = LLAMA._replace(
+    system="Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n",
+    stops=("<|eom_id|>",),
+)
+
+
 class Tokenizer:
     """The tokenizer.json of a checkpoint. `encode` adds no special tokens and finds none in the
     text: a problem that mentions "<eos>" is only text.
 
-    stop_ids are all ids that end an answer: <eos>, <end_of_turn> and the eos_token_id of both
-    config.json and generation_config.json. Trap: checkpoints differ in these. A model that stops
-    at only one of the ids may run on after its answer.
+    stop_ids are all ids that end an answer: the family's EOS and end of turn, and the eos_token_id
+    of both config.json and generation_config.json. Trap: checkpoints differ in these. A model that
+    stops at only one of the ids may run on after its answer.
     """
 
     def __init__(self, folder: Path):
@@ -256,17 +292,29 @@ class Tokenizer:
         self._tokenizer.no_padding()  # whatever the file says; `collate` pads
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True  # "<eos>" in a text is only text
-        self.pad_id, self.bos_id = self._id("<pad>"), self._id("<bos>")
-        self.eos_id, self.end_of_turn_id = self._id("<eos>"), self._id("<end_of_turn>")
-        self.start_of_turn_id = self._id("<start_of_turn>")
-        self.stop_ids = frozenset({self.eos_id, self.end_of_turn_id} | self._configured_stops())
+        has = lambda token: self._tokenizer.token_to_id(token) is not None  # noqa: E731
+        llama = LLAMA_31 if has("<|eom_id|>") else LLAMA
+        family = self.family = llama if has(LLAMA.bos) else GEMMA
+        pad = next(filter(has, family.pad), family.pad[-1])
+        self.pad_id, self.bos_id = self._id(pad), self._id(family.bos)
+        self.eos_id, self.end_of_turn_id = self._id(family.eos), self._id(family.end_of_turn)
+        self._header = [self._id(p) if p[0] == "<" else p for p in family.header]
+        more = {self._id(token) for token in family.stops} | self._configured_stops()
+        self.stop_ids = frozenset({self.eos_id, self.end_of_turn_id} | more)
         if self.pad_id in self.stop_ids:
-            raise UserError(f"{folder}: <pad> is also a stop token, which it is not in Gemma")
+            raise UserError(f"{folder}: {pad} is also a stop token, which it is not in this family")
 
     def _id(self, token: str) -> int:
         if (found := self._tokenizer.token_to_id(token)) is None:
-            raise UserError(f"{self.folder}: tokenizer.json has no {token}, so it is not Gemma's")
+            raise UserError(f"{self.folder}: tokenizer.json has no {token}, so it is neither "
+                            "Gemma's nor Llama 3's")  # fmt: skip
         return found
+
+    def turn(self, role: str, text: str = "") -> list[int | str]:
+        """A turn of a conversation up to its end token, in pieces: ids of special tokens, and text.
+        The text is joined to the last piece of the header, as in the whole conversation."""
+        *pieces, last = (p if type(p) is int else p.format(role) for p in self._header)
+        return [*pieces, last + text]
 
     def _configured_stops(self) -> set[int]:
         stops: set[int] = set()

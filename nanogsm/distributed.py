@@ -119,7 +119,9 @@ def deal(cards: list, *models: nn.Module, backward: bool = False) -> Iterator:
             with torch.set_grad_enabled(backward):
                 hidden = model(nothing, [2])
             if backward:
-                (hidden.sum() * 0.0).backward()
+                # An untied output head, which forward does not use, needs a gradient everywhere.
+                out = hidden if model.config.tied else model.logits(hidden)
+                (out.sum() * 0.0).backward()
 
 
 def largest_share(n: int) -> int:

@@ -4,6 +4,7 @@ Processes are forked from this one, which has PyTorch loaded, so that they start
 has a limit of time: ranks that wait for each other would wait for an hour.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -25,8 +26,9 @@ import evaluate
 import train_ppo
 import train_sft
 from nanogsm import UserError, data, distributed, generate, optim
-from nanogsm.model import load_model
+from nanogsm.model import load_model, sampler_of, save_model
 from nanogsm.run import card, console, loop, machine
+from nanogsm.run.critic import find_critic
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks processes with PyTorch in them")
 
@@ -208,9 +210,10 @@ def test_sft_is_the_same_on_many_devices(alone, tmp_path, count, more):
 
 
 PPO_LORA = ["--lora", "--critic", "separate", "--critic-warmup", "1"]
+GRPO = ["--advantage", "grpo", "--group", "2", "--shard", "3", "--penalty-no-answer", "0.3"]
 
 
-@pytest.mark.parametrize("more", [[], PPO_LORA, ["--shard", "3", "--critic-warmup", "1"]])
+@pytest.mark.parametrize("more", [[], PPO_LORA, ["--shard", "3", "--critic-warmup", "1"], GRPO])
 def test_ppo_is_the_same_on_many_devices(alone, tmp_path, more, monkeypatch):
     """14 answers in updates of 6, 6 and 2, on 3 ranks: unequal shares, and once none at all."""
     reward = lambda completion, *_: float(len(completion) % 2)  # noqa: E731
@@ -222,8 +225,37 @@ def test_ppo_is_the_same_on_many_devices(alone, tmp_path, more, monkeypatch):
     assert (one / "samples.jsonl").read_text() == (out / "samples.jsonl").read_text()
     first = next(row for row in rows(out) if "kl" in row)
     assert first["first_ratio_error"] == 0 and first["kl"] == 0 and first["kl_sequence"] == 0
+    if more is GRPO:
+        assert first["reward_no_answer"] < 0
+        assert not list(out.glob("value_head*"))
+        return
     a, b = (load_file(f / "value_head.safetensors") for f in (one, out))
     assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+    assert find_critic(str(out)).separate == ("separate" in more)
+
+
+def test_an_untied_output_head_in_parts(tmp_path):
+    """Two micro-batches on three ranks: one rank is dealt nothing, and its part of the head, which
+    forward does not use, has to take part in the sum. Then sampling and saving."""
+    examples = [data.Example([2, 9, 40, 7, i], [0, 0, 1, 1, 1], i) for i in (30, 50)]
+
+    def work(shard: int):
+        model, tokenizer = load_model(FIXTURES / "llama30", torch.float32, shard=shard)
+        loss = train_sft.backward_step(model, examples, 1, 0, contextlib.nullcontext)
+        grads = {n: distributed.whole(p.grad).tolist() for n, p in model.named_parameters()}
+        with sampler_of(model, False) as sampler:
+            [found] = generate.generate(sampler, [[2, 9, 40]], frozenset(), 6)
+        save_model(model, tokenizer, tmp_path / str(shard))
+        return loss.item(), grads, found.ids
+
+    loss, grads, ids = work(1)
+    for other_loss, others, other_ids in on_ranks(3, work, 3):
+        assert other_loss == pytest.approx(loss, rel=1e-6) and other_ids == ids
+        for name, grad in grads.items():
+            a, b = torch.tensor(grad), torch.tensor(others[name])
+            assert a.any() and (a - b).abs().max() <= 1e-5 * a.abs().max(), name
+    one, parts = (load_file(tmp_path / f / "model.safetensors") for f in "13")
+    assert one.keys() == parts.keys() and all(torch.equal(one[k], parts[k]) for k in one)
 
 
 @pytest.mark.parametrize("flags", [[], ["--samples", "2", "--temperature", "0.9"]])
@@ -235,6 +267,18 @@ def test_an_evaluation_is_the_same_to_the_byte(tmp_path, flags):
     assert one.read_bytes() == many.read_bytes() and one.read_bytes()
     figures = [json.loads(f.with_suffix(".json").read_text())["accuracy"] for f in (one, many)]
     assert figures[0] == figures[1]
+
+
+def test_a_critic_chooses_the_same_answers(alone, tmp_path):
+    run = str(alone(train_ppo, PPO))
+    argv = ["--tiny", "--device", "cpu", "--n", "5", "--max-new-tokens", "8", "--samples", "3",
+            "--temperature", "0.9", "--batch-size", "4", "--rerank", run]  # fmt: skip
+    assert evaluate.main([*argv, "--out", str(tmp_path / "one")]) == 0
+    assert on_ranks(3, evaluate.main, [*argv, "--out", str(tmp_path / "many")]) == [0] * 3
+    [one], [many] = ((tmp_path / f).glob("*.jsonl") for f in ("one", "many"))
+    a, b = ([json.loads(x) for x in f.read_text().splitlines()] for f in (one, many))
+    assert [r.pop("value") for r in a] == pytest.approx([r.pop("value") for r in b], abs=1e-6)
+    assert a == b
 
 
 def test_the_gpu_with_the_least_memory_decides_for_all(monkeypatch):

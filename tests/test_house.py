@@ -21,8 +21,8 @@ FLOORS = [
     ["nanogsm/store", "nanogsm/fast", "nanogsm/tiny/problems.py", "nanogsm/tiny/__init__.py"],
     ["nanogsm/transformer.py"],
     ["nanogsm/logprob.py", "nanogsm/lora.py", "nanogsm/optim.py"],
-    ["nanogsm/data.py"],
-    ["nanogsm/generate.py"],
+    ["nanogsm/data.py", "nanogsm/arithmetic.py"],
+    ["nanogsm/generate.py", "nanogsm/rewards.py"],
     ["nanogsm/model.py"],
     ["nanogsm/run"],
     ["nanogsm/report"],
@@ -33,7 +33,7 @@ FLOORS = [
 HEART = ["train_sft.py", "train_ppo.py"]
 HEART += [f"nanogsm/{name}.py" for name in "data transformer logprob lora generate optim".split()]
 MOST_LINES = {
-    "train_sft.py": 220, "train_ppo.py": 530, "evaluate.py": 230, "nanogsm/transformer.py": 340,
+    "train_sft.py": 220, "train_ppo.py": 565, "evaluate.py": 245, "nanogsm/transformer.py": 360,
 }  # fmt: skip
 
 
@@ -185,8 +185,9 @@ def test_a_file_of_the_heart_stays_short(file):
 
 def test_the_heart_stays_small_and_explained():
     lines, code, comments, docstrings = map(sum, zip(*map(measure, HEART)))
-    # 20 for many devices; 20 for rewards and data of one's own, and worked examples.
-    assert lines <= 2200 + 30 and code <= 1300 + 20 + 20, (lines, code)
+    # At first 2,200 and 1,300. Since then, lines and code: many devices 0 and 20; data, rewards and
+    # worked examples of one's own 30 and 20; groups in a critic's place 15 and 20; Llama 70 and 50.
+    assert lines <= 2200 + 30 + 15 + 70 and code <= 1300 + 20 + 20 + 20 + 50, (lines, code)
     assert 100 * comments >= 12 * lines, (comments, lines)
     assert 100 * (comments + docstrings) >= 28 * lines, (comments, docstrings, lines)
 
@@ -206,7 +207,15 @@ MOST_TOKENS = {
     "run/reward.py: a reward of one's own": 500,
     "own data: chats, unscored answers, unknown words, few steps": 750,
     "evaluate.py: several worked examples, --n all, questions from standard input": 700,
+    "a run continues in its own wandb run; the study uses runs that are there": 400,
     "run/card.py, run/known.py: a plan for a GPU that is not here": 2700,
+    "RLOO, GRPO and the upper clip": 520,
+    "rewards.py: terms of the reward": 880,
+    "run/critic.py, report/rerank.py: a critic that chooses among answers": 1760,
+    "the HTML page explains itself: sentences, shares, healthy curves, unfinished runs": 2900,
+    "the study says which rows were trained with other flags": 490,
+    "shares as percentages, a folder for a run that starts from another": 120,
+    "Llama 3, an untied output head, the text part of multimodal Gemmas": 1500,
 }
 
 

@@ -160,6 +160,8 @@ def test_a_curve_is_drawn_for_each_metric_that_has_values(two):
     assert "100%" in page  # the reward is a share
     own = [stages[1]._replace(args=stages[1].args | {"reward": "mine.py"})]
     assert "%</text>" not in curves_section(own)  # and one's own may be any number
+    terms = [stages[1]._replace(args=stages[1].args | {"penalty_false": 0.1})]
+    assert "%</text>" not in curves_section(terms) and "penalty false 0.1" in curves_section(terms)
     assert curves_section([stages[0]._replace(metrics=[])]) == ""
 
 

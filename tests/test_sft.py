@@ -36,14 +36,34 @@ def trainer_examples():
     ]
 
 
+@pytest.mark.parametrize("flags", [[], ["--lora", "--merge"]])
+def test_of_a_multimodal_model_only_adapters_are_trained(tmp_path, capsys, flags):
+    argv = ["--model", str(FIXTURES / "gemma3_vision"), "--data", "tiny", "--device", "cpu"]
+    with pytest.raises(UserError, match="is multimodal.*train adapters with --lora, without"):
+        train_sft.main([*argv, *flags, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+    assert train_sft.main([*argv, "--lora", "--dry-run", "--out", str(tmp_path / "run")]) == 0
+    assert "(gemma3_text)" in capsys.readouterr().out
+
+
+TRAINED = [
+    ("gemma3", "trainer", "none"),
+    ("gemma3", "trainer", "light"),
+    ("llama32", "trainer_llama32", "light"),
+    ("llama30", "trainer_llama30", "none"),
+]
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("checkpointing", ["none", "light"])
-def test_twenty_steps_equal_those_of_trainer_and_peft(gemma, method, checkpointing, tmp_path):
-    record = json.loads((FIXTURES / f"trainer/{method}_losses.json").read_text())
-    model, tokenizer = gemma("gemma3")
+@pytest.mark.parametrize("name, place, checkpointing", TRAINED)
+def test_twenty_steps_equal_those_of_trainer_and_peft(
+    gemma, name, place, method, checkpointing, tmp_path
+):
+    record = json.loads((FIXTURES / f"{place}/{method}_losses.json").read_text())
+    model, tokenizer = gemma(name)
     set_checkpointing(model, checkpointing)
     if method == "lora":
-        load_adapter(model, adapter_folder(tmp_path, "lora_init"))
+        load_adapter(model, adapter_folder(tmp_path, "lora_init", place))
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = AdamW(trained, lr=1e-3, bits=32)
     examples = trainer_examples()
@@ -57,15 +77,15 @@ def test_twenty_steps_equal_those_of_trainer_and_peft(gemma, method, checkpointi
         assert optimizer.lr == pytest.approx(want["learning_rate"], rel=1e-9)
         assert loss == pytest.approx(want["loss"], abs=1e-5), step
         assert norm.item() == pytest.approx(want["grad_norm"], rel=1e-4), step
-    final = load_file(FIXTURES / f"trainer/{method}_expected.safetensors")
+    final = load_file(FIXTURES / f"{place}/{method}_expected.safetensors")
     with torch.no_grad():
         assert (model.logits(model(final["ids"])) - final["logits"]).abs().max() <= 1e-4
 
 
-def adapter_folder(folder, name):
-    """One of the trainer fixture's adapters, copied into folder in peft's layout."""
+def adapter_folder(folder, name, place="trainer"):
+    """One of a trainer fixture's adapters, copied into folder in peft's layout."""
     shutil.copy(FIXTURES / "gemma3_peft/adapter_config.json", folder)
-    shutil.copy(FIXTURES / f"trainer/{name}.safetensors", folder / "adapter_model.safetensors")
+    shutil.copy(FIXTURES / f"{place}/{name}.safetensors", folder / "adapter_model.safetensors")
     return folder
 
 

@@ -3,6 +3,7 @@ what it could not run."""
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,8 +98,7 @@ def faked(monkeypatch):
             if "ppo" not in command[0]:
                 rows.append({"step": 2, "val_loss": 0.25})
             (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            parse = ppo_args if "ppo" in command[0] else sft_args
-            args = parse(command[1:])
+            args = (ppo_args if "ppo" in command[0] else sft_args)(command[1:])
             set_rank(args)
             settled = {"val_examples": 64, "init_sha256": "a start",
                        "batch": args.micro_batch * args.accumulation}  # fmt: skip
@@ -115,6 +115,40 @@ def rows_of(folder: str) -> dict[str, dict]:
     return {row["row"]: row for row in json.loads(Path(folder, "study.json").read_text())["rows"]}
 
 
+def test_a_row_that_was_trained_before_by_itself_is_used(faked, capsys):
+    ran, _ = faked
+    default = Path("runs/tiny/sft-lora-main")
+    args = train_sft.parse_args(["--tiny", "--lora", "--device", "cpu"])
+    set_rank(args)
+    args = vars(args)
+    default.mkdir(parents=True)
+    record = {"args": {k: v for k, v in args.items() if k != "open"} | {"val_examples": 256},
+              "info": {"prompt": {"style": "plain", "shots": 0, "instruction": False}}}  # fmt: skip
+    (default / "run_args.json").write_text(json.dumps(record))
+    (default / "metrics.jsonl").write_text('{"step": 1, "seconds": 1, "tokens": 2, "peak_memory": 3, '
+                                           '"loss": 0.5}\n')  # fmt: skip
+    argv = ["--tiny", "--n", "4", "--out", "s", "--device", "cpu", "--rows", "lora-tuned"]
+    assert study.main(argv) == 0  # it is not finished
+    assert [command.split()[0] for command in ran] == ["train_sft.py", "evaluate.py"]
+    shutil.rmtree("s")
+    (default / "summary.json").write_text("{}")
+    ran.clear()
+    assert study.main([*argv, "--seed", "1"]) == 0  # another seed
+    shutil.rmtree("s")
+    assert len(ran) == 2
+    ran.clear()
+    assert study.main(argv) == 0
+    [ask] = ran
+    assert f"--model {default} " in ask
+    assert f"row lora-tuned is trained already: {default}" in capsys.readouterr().out
+    assert rows_of("s")["lora-tuned"]["training"]["loss"] == 0.5
+    shutil.rmtree("s")
+    record["args"]["max_examples"] = 32  # the default is all, so these are other settings
+    (default / "run_args.json").write_text(json.dumps(record))
+    ran.clear()
+    assert study.main(argv) == 0 and len(ran) == 2
+
+
 def test_a_whole_study_has_its_table_and_is_not_done_twice(faked, capsys):
     ran, _ = faked
     assert study.main(["--tiny", "--n", "4", "--out", "s"]) == 0
@@ -128,10 +162,9 @@ def test_a_whole_study_has_its_table_and_is_not_done_twice(faked, capsys):
     table = Path("s/study.md").read_text()
     scores = "| full SFT, main | 31.0% | 75.0% | 30.1 to 95.4 |"
     assert f"{scores} untuned, one-shot + instruction | +50." in table
-    assert table.startswith("| | original study: gemma-2b-it, 256 problems | exact match of the "
-                            "embedded model, 4 problems |")  # fmt: skip
+    assert table.startswith("| | original study, gemma-2b-it | exact match here |")
     assert len({line.count("|") for line in table.splitlines() if "|" in line}) == 1
-    assert "The first column has the original study's own figures." in table
+    assert "of the runs here: the embedded model, 4 problems." in table
     assert Path("s/report.html").exists() and table in capsys.readouterr().out
     ran.clear()
     assert study.main(["--tiny", "--n", "4", "--out", "s"]) == 0
@@ -152,7 +185,7 @@ def test_a_row_that_was_trained_with_other_flags_is_used_and_marked(faked, capsy
     assert not ran and "| full SFT, main (other flags: see below) | 31.0% | 75.0%" in said
     differ = "lr 0.5 instead of 0.001; min_lr 0.05 instead of 0.0001; micro-batch x accumulation"
     assert f"other flags than this command would use ({differ} 16 instead of 8)" in said
-    assert "would use (it started from other weights than those in full-main). To train it " in said
+    assert "would use (it started from other weights than those in s/full-main). To train it " in said
     assert "delete s/ppo or give another --out" in said
     assert rows_of("s")["full-main"]["other_flags"][0] == "lr 0.5 instead of 0.001"
     Path("s/ppo/run_args.json").write_text("{}")

@@ -178,9 +178,9 @@ def recorded(model, packed) -> Iterator[tuple[Callable, Callable]]:
         with packed as choose:
             yield choose, lambda step, rows, used, uniform: step(used, uniform)
         return
-    norms = [m for m in model.modules() if type(m).__name__ == "RMSNorm"]  # transformer.py's
+    norms = [m for m in model.modules() if type(m).__name__ == "RMSNorm" and m.is_gemma]
     try:
-        for norm in norms:  # 1 + weight once, and not at every token
+        for norm in norms:  # transformer.py's: 1 + weight once, and not at every token
             gain = 1.0 + norm.weight.detach().float()
             norm.forward = functools.partial(_scaled, gain=gain, eps=norm.eps)
         yield choose_in_two_levels, Recorder()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from nanogsm.report import charts
 from nanogsm.report.stages import Stage
-from nanogsm.report.words import is_ppo, points, settings
+from nanogsm.report.words import is_ppo, points, reward_is_a_share, settings
 
 
 class Curve(NamedTuple):
@@ -45,6 +45,9 @@ CURVES = {  # key in metrics.jsonl: its panel
     "explained_variance": Curve(
         "explained variance of the critic",
         "Rises from 0 towards 1. PPO also works near 0. Far below 0 the critic does harm."),
+    "groups_without_spread": Curve(
+        "groups whose answers all earned the same",
+        "Low or falling: such a group teaches nothing. Near 100%, almost nothing is learned.", True),
     "clipped": Curve(
         "policy ratios that were clipped",
         "A few tenths of a percent. Above 20% the updates are too large.", True),
@@ -82,12 +85,12 @@ def curves_section(stages: list[Stage]) -> str:
         runs = [s for s in stages if s.metrics and is_ppo(s.args) == (kind == "PPO")]
         names = [stage.name for stage in runs]
         last = max((row["step"] for stage in runs for row in stage.metrics), default=0)
-        own_reward = any(stage.args.get("reward") for stage in runs)  # then it is not a share
+        share_of_right = all(reward_is_a_share(stage.args) for stage in runs)
         figures = []
         for key, curve in CURVES.items():
             lines = [(stage.name, points(stage.metrics, key)) for stage in runs]
             if any(line for _, line in lines):
-                share = curve.share and not (key == "reward" and own_reward)
+                share = curve.share and (key != "reward" or share_of_right)
                 panel = charts.Panel(curve.title, lines, share, "step", last)
                 drawn, caption = charts.page([panel], names), html.escape(curve.healthy)
                 figures.append(f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>")

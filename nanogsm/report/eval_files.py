@@ -38,6 +38,7 @@ def place_of(args, prompt: Prompt, usual: Prompt) -> tuple[Path, str]:
         f"{args.samples}x-t{temperature}-seed{args.seed}" if args.temperature else "",
         f"max{args.max_new_tokens}" if args.max_new_tokens else "",
         f"base-{Path(args.base).name[:60]}" if args.base else "",
+        f"rerank-{args.rerank_by}-{Path(args.rerank).name[:60]}" if args.rerank else "",
     ]
     model_name = args.model.strip("/").replace("/", "--")
     untuned = f"{'runs/tiny' if args.tiny else 'runs'}/eval-{model_name}-{prompt_name}"

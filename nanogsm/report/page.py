@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from nanogsm import UserError, data
+from nanogsm import UserError, arithmetic, data
 from nanogsm.report import scores
 from nanogsm.report.curves import curves_section
 from nanogsm.report.stages import Stage, read_stage
@@ -132,7 +132,7 @@ def no_longer_guessed(previous: Stage, stage: Stage) -> str:
 
 def verdict(row: dict) -> str:
     kind = scores.kind_of(row)
-    wrong = scores.false_annotations(row["completion"]) if kind == "arithmetic" else []
+    wrong = arithmetic.false_annotations(row["completion"]) if kind == "arithmetic" else []
     said = escape(f"{kind}: {wrong[0]}" if wrong else kind)
     return f'<span class="{"right" if row["correct"] else "wrong"}">{said}</span>'
 

@@ -4,14 +4,11 @@ The rows of an evaluation are those that `generate.answer_and_mark` returns, one
 evaluate.py writes them to eval-*.jsonl and their summary to eval-*.json.
 """
 
-import ast
-import collections
 import math
-import re
-from operator import add, mul, sub, truediv
 from statistics import NormalDist, fmean
 
 from nanogsm import UserError, data
+from nanogsm.arithmetic import false_annotations
 from nanogsm.report.eval_files import read_rows  # noqa: F401
 
 Z95 = NormalDist().inv_cdf(0.975)
@@ -62,10 +59,14 @@ def paired(a: dict[int, dict], b: dict[int, dict]) -> dict:
     return {"n": len(common), "points": points, "p": p, "fixed": fixed, "broken": broken}
 
 
-def majority(rows: list[dict]) -> bool:
-    """Whether the most frequent answer to one problem is right. The earliest wins a tie."""
-    answers = collections.Counter(row["answer"] for row in rows if row["answer"] is not None)
-    return bool(answers) and data.same_number(answers.most_common(1)[0][0], rows[0]["gold"])
+def majority(rows: list[dict], weights: list[float] | None = None) -> bool:
+    """Whether the most frequent answer to one problem is right, or, with a weight for each row, the
+    answer of the largest sum. The earliest wins a tie."""
+    votes: dict[float, float] = {}
+    for row, weight in zip(rows, weights or [1] * len(rows)):
+        if row["answer"] is not None:
+            votes[row["answer"]] = votes.get(row["answer"], 0) + weight
+    return bool(votes) and data.same_number(max(votes, key=votes.get), rows[0]["gold"])
 
 
 def summarise(rows: list[dict], samples: int) -> dict:
@@ -109,42 +110,6 @@ KINDS = {
     "guessed": "shows no calculation at all",
     "set-up": "every calculation is right, but the answer is not",
 }
-ANNOTATION = re.compile(r"<<([^<>]{1,100})=([^<>=]{1,30})>>")
-OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}
-
-
-def value_of(expression: str) -> float | None:
-    """The value of plain arithmetic such as "3*(4+.5)" or "20%*80", else None. A model wrote the
-    text, so it is parsed and never executed."""
-
-    def value(node: ast.expr) -> float:
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-            return float(node.value)
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return -value(node.operand)
-        return OPERATORS[type(node.op)](value(node.left), value(node.right))
-
-    text = re.sub(r"([\d.]+)%", r"(\1/100)", re.sub(r"[,$\s]", "", expression))
-    text = re.sub(r"(?<![\d.])0+(?=\d)", "", text)  # Python does not accept 007
-    if not re.fullmatch(r"[\d.+\-*/()]+", text):
-        return None
-    try:
-        return value(ast.parse(text, mode="eval").body)
-    except Exception:  # a syntax error, another operator, 1/0, too many brackets, ...
-        return None
-
-
-def false_annotations(completion: str) -> list[str]:
-    """Calculator annotations with a wrong result. A result is compared to as many decimals as it
-    has, so 1/3=.33 is right. An annotation that cannot be read is not called wrong."""
-    found = []
-    for whole in ANNOTATION.finditer(completion):
-        want, got = value_of(whole[1]), value_of(whole[2])
-        decimals = len(whole[2].partition(".")[2].strip())
-        tolerance = 10**-decimals if decimals else 1e-6
-        if want is not None and got is not None and abs(want - got) > tolerance:
-            found.append(whole[0])
-    return found
 
 
 def is_looping(completion: str) -> bool:

@@ -40,6 +40,16 @@ def points(metrics: list[dict], key: str) -> list[tuple[float, float]]:
     return [(r["step"], r[key]) for r in metrics if isinstance(r.get(key), (int, float))]
 
 
+def penalties(args: dict) -> dict[str, float]:
+    """The terms of a run's reward beside right or wrong, and their weights."""
+    return {name: w for name, w in args.items() if name.startswith("penalty_") and w}
+
+
+def reward_is_a_share(args: dict) -> bool:
+    """Whether the mean reward is the share of right answers."""
+    return not args.get("reward") and not penalties(args)
+
+
 def p_value(p: float) -> str:
     return f"{p:.2g}" if p >= 1e-4 else "< 0.0001"
 
@@ -67,7 +77,9 @@ def what_it_is(stage: Stage) -> str:
         prompt = f", asked with the prompt {escape(data.Prompt(**asked))}" if asked else ""
         return f"No training: this is {model} as it is{prompt}."
     begin = str(args.get("init") or args.get("model"))
-    method = "PPO" if is_ppo(args) else "Supervised fine-tuning"
+    method = "Supervised fine-tuning"
+    if is_ppo(args):
+        method = str(args.get("advantage") or "ppo").upper()
     kind = "with LoRA adapters" if args.get("lora") else "of all weights"
     run = run_of(begin)
     after = f", starting from {escape(run[0].name)}" if run else ""
@@ -88,7 +100,7 @@ def how_it_went(stage: Stage) -> str:
         said = [f"<b>It has not finished</b>: {steps:,} steps so far, the last one logged on "
                 f"{when}."]  # fmt: skip
     # A reward of one's own may be any number; the usual one is the share of right answers.
-    reward = "{:.3g}" if stage.args.get("reward") else "{:.1%}"
+    reward = "{:.1%}" if reward_is_a_share(stage.args) else "{:.3g}"
     went = []
     for key, what, form in (
         ("reward", "the mean reward of sampled answers", reward),
@@ -171,6 +183,12 @@ def settings(args: dict) -> str:
     if has("kl_coef", "gamma", "lam"):
         said.append(f"KL penalty {number(args['kl_coef'])} per nat")
         said.append(f"gamma {number(args['gamma'])}, lambda {number(args['lam'])}")
+    if args.get("group"):
+        said.append(f"{args['group']} answers to each problem")
+    if args.get("clip_high"):
+        said.append(f"ratios clipped above 1 + {number(args['clip_high'])}")
+    for name, weight in penalties(args).items():
+        said.append(f"{escape(name.replace('_', ' '))} {number(weight)}")
     if args.get("critic") == "separate":
         said.append("a separate critic")
     if args.get("reward"):

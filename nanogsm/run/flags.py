@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from nanogsm import UserError, data, distributed
+from nanogsm import UserError, data, distributed, rewards
 from nanogsm.fast.checkpointing import CHECKPOINTING
 from nanogsm.run import card, past
 
@@ -65,6 +65,9 @@ PPO = (
     Setting("value_clip", "Clip range of a value's change since the rollout.", 0.2, 0.5),
 )  # fmt: skip
 CHOICES = {"critic": ("shared", "separate")}
+# Flags of GAE and of the critic, and what they are in a run without a critic.
+OF_CRITIC = {"critic": None, "critic_warmup": 0, "gamma": 1.0, "lam": 1.0, "value_lr": None,
+             "value_coef": None, "value_clip": None}  # fmt: skip
 PPO_TINY = {
     "original": {"steps": 20, "rollout_batch": 256, "micro_batch": 16, "accumulation": 1,
                  "lr": (5e-5, 5e-5), "value_lr": 5e-5},
@@ -288,7 +291,7 @@ def for_tiny(args: argparse.Namespace) -> tuple[str, str]:
 def sft_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments of train_sft.py, checked and complete, but for r and alpha: see set_rank."""
     argv = sys.argv[1:] if argv is None else argv
-    description = "SFT of Gemma on GSM8K, full or LoRA. With --tiny this page shows tiny's values."
+    description = "SFT on GSM8K, full or LoRA. With --tiny this page shows tiny's values."
     p = training_parser(description, SFT, SFT_TINY, argv)
     add = p.add_argument
     add("--model", help="Hub id, folder or run to start from. Default: google/gemma-2b-it. "
@@ -348,18 +351,32 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments of train_ppo.py, complete and checked. val_examples stays None where --init is
     no run: how many problems are held out then depends on how many there are."""
     argv = sys.argv[1:] if argv is None else argv
-    description = "PPO with a critic on GSM8K. With --tiny this page shows tiny's values."
+    description = "PPO, RLOO or GRPO on GSM8K. With --tiny this page shows tiny's values."
     p = training_parser(description, PPO, PPO_TINY, argv)
     add = p.add_argument
     add("--init", help="Run or model to start from. Default: runs/sft-full-main, with --lora "
         "runs/sft-lora-main (tiny: runs/tiny/...).")  # fmt: skip
     add("--reward", metavar="FILE.py", help="Score answers by the function reward(completion, "
         "problem, truncated) in this file, in place of exact match.")  # fmt: skip
+    for name, what in (("false", "four false calculator annotations or more, a quarter each"),
+                       ("no-answer", 'an answer without "#### number"'),
+                       ("overlong", "an answer as long as --max-new-tokens, less for one that "
+                        "comes near it")):  # fmt: skip
+        add(f"--penalty-{name}", type=float, default=0.0, metavar="W",
+            help=f"Cost of {what}. Default: 0.")  # fmt: skip
+    add("--advantage", choices=("gae", "rloo", "grpo"), help="gae: a critic and GAE (PPO). rloo, "
+        "grpo: no critic; an answer is compared with others to its problem. "
+        "Default: gae.")  # fmt: skip
+    add("--group", type=int, metavar="K", help="Answers to each problem of a rollout, for rloo and "
+        "grpo. Default: 8.")  # fmt: skip
+    add("--clip-high", type=float, help="Upper clip of probability ratios, 1 + this. Default: as "
+        "--clip.")  # fmt: skip
     add("--style", choices=("plain", "chat"),
         help="Style of the prompt. Default: as --init was trained, or plain.")  # fmt: skip
     add("--temperature", type=float, default=1.0, help="Sampling temperature.")
     add("--val-every", type=int, default=10, help="Steps between validations. 0: at the end only.")
-    add("--out", help="Run folder. Default: runs/ppo-{full,lora}-{data} (tiny: runs/tiny/...).")
+    add("--out", help="Run folder. Default: runs/{ppo,rloo,grpo}-{full,lora}-{data} (tiny: "
+        "runs/tiny/...).")  # fmt: skip
     p.set_defaults(save_every=5)
     args = p.parse_args(argv)
     args.init = args.init and os.path.expanduser(args.init)
@@ -368,7 +385,18 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("lora_r", "lora_alpha"):
         if getattr(args, name) is not None and not (args.lora or args.critic == "separate"):
             raise UserError(f"--{name.replace('_', '-')} needs --lora or --critic separate")
-    fill_in(args, "ppo", PPO, PPO_TINY)
+    if args.advantage == "gae":
+        args.advantage = None  # unset, as in the records of runs that are older than the flag
+    if args.advantage:
+        without_critic(args)
+    elif args.group is not None:
+        raise UserError("--group needs --advantage rloo or grpo: GAE compares with a critic")
+    fill_in(args, args.advantage or "ppo", PPO, PPO_TINY)
+    if args.advantage:
+        vars(args).update(OF_CRITIC)
+    check_numbers(args, {"group": 2})
+    if args.group and args.rollouts % args.group:
+        raise UserError(f"--rollouts {args.rollouts} is no multiple of --group {args.group}")
     if args.unscored and not args.reward:
         raise UserError("--unscored needs --reward FILE.py: exact match has nothing to compare")
     set_rank(args)
@@ -387,11 +415,27 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
         "val_every": 0, "save_every": 1, "seed": 0, "kl_coef": 0, "value_coef": 0,
         "entropy_coef": 0,
     }  # fmt: skip
-    positive = ("lr", "value_lr", "clip", "value_clip", "max_grad_norm", "lora_alpha")
+    penalties = [f"penalty_{name}" for name in rewards.TERMS]
+    at_least |= dict.fromkeys(penalties, 0)
+    positive = ("lr", "value_lr", "clip", "clip_high", "value_clip", "max_grad_norm", "lora_alpha")
     check_numbers(args, at_least, positive)
+    if (total := sum(getattr(args, name) for name in penalties)) > rewards.MOST + 1e-9:
+        raise UserError(f"the weights of --penalty-... add up to {total:g}: give at most "
+                        f"{rewards.MOST:g} in all, or a wrong answer could be worth more than a "
+                        "right one")  # fmt: skip
     if not 0.01 <= args.temperature <= 100:
         raise UserError(f"--temperature is {args.temperature}: give a number from 0.01 to 100")
     for name in ("gamma", "lam"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} is {getattr(args, name):g}: give a number from 0 to 1")
     return args
+
+
+def without_critic(args: argparse.Namespace) -> None:
+    """Refuse the flags of the critic on a command line with --advantage rloo or grpo."""
+    for name in OF_CRITIC:
+        if getattr(args, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} has no meaning with --advantage {args.advantage}, which has "
+                            "no critic and no discount: leave it out")  # fmt: skip
+    args.group = 8 if args.group is None else args.group

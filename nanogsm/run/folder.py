@@ -10,7 +10,7 @@
         summary.json      written last: a run that has it is finished
         model/ adapter/   the result; the script writes it before `finish`
         value_head.safetensors  the critic's own weights (PPO)
-        wandb/            with --wandb: what Weights & Biases keeps of the run, and its id there
+        wandb/ wandb-id   with --wandb: its files, and the id by which it continues
         .lock             held by the running process; the file stays, the lock does not
 
 The same command again continues the run. On a CPU the result equals that of an uninterrupted run,
@@ -49,9 +49,9 @@ CHECKPOINT_FILES = ("tensors.safetensors", "state.json")
 # What --overwrite deletes, in this order. After a kill half-way the folder must neither look
 # finished nor continue with deleted logs, and run_args.json must still show that it is a run
 # folder.
-OWNED = ("summary.json", "checkpoint", "model", "adapter", "value_head.safetensors", "wandb",
-         "eval-*.json", "eval-*.jsonl", "step-*-eval-*.json", "step-*-eval-*.jsonl", *LOGS,
-         "run_args.json")  # fmt: skip
+OWNED = ("summary.json", "checkpoint", "model", "adapter", "value_head.safetensors",
+         "eval-*.json", "eval-*.jsonl", "step-*-eval-*.json", "step-*-eval-*.jsonl", "wandb",
+         "wandb-id", "report.html", *LOGS, "run_args.json")  # fmt: skip
 
 
 class RunFolder:
@@ -118,7 +118,7 @@ class RunFolder:
         weights. Otherwise the same command with repaired weights would be refused, because their
         digest has changed. A folder that holds anything else, such as a checkpoint or notes,
         remains a run folder."""
-        begin = {"run_args.json", *LOGS, "wandb", ".lock"}
+        begin = {"run_args.json", *LOGS, "wandb", "wandb-id", ".lock"}
         if {path.name for path in self.path.iterdir()} - begin:
             return
         for file in self._logs.values():
@@ -126,7 +126,7 @@ class RunFolder:
         self._logs = {}
         self._end_wandb()
         with contextlib.suppress(OSError):  # Windows deletes no locked file
-            for name in ("run_args.json", *LOGS, "wandb", ".lock"):
+            for name in ("run_args.json", *LOGS, "wandb", "wandb-id", ".lock"):
                 files.remove(self.path / name)
             if self._made_folder:
                 self.path.rmdir()
@@ -157,27 +157,25 @@ class RunFolder:
         """Append one row to samples.jsonl."""
         _append(self._logs["samples.jsonl"], row)
 
-    def write(self, name: str, tensors: dict[str, Tensor]) -> None:
+    def write(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         """Write tensors to a safetensors file of the folder."""
-        files.replace_file(self.path / name, files.safetensors_bytes(tensors))
+        files.replace_file(self.path / name, files.safetensors_bytes(tensors, None, metadata))
 
     def start_wandb(self, project: str, config: dict) -> None:
-        """Also send everything logged from now on to Weights & Biases, which has its files in the
-        folder wandb of the run's. Its id is kept there, so a continued run goes on under it."""
+        """Also send everything logged from now on to Weights & Biases. Its files go to wandb/ in
+        the run folder. A continued run goes on there too, by the id in wandb-id."""
         try:
             import wandb
         except ImportError as error:
             raise UserError("--wandb needs a package: pip install wandb") from error
-        kept = self.path / "wandb" / "id"
+        known = self.path / "wandb-id"
         try:
-            known = kept.read_text("utf-8").strip() if kept.exists() else None
-            # Steps that it has already are not taken twice: the first row of a step stays.
+            same = known.read_text("utf-8").strip() if known.exists() else None
             self.wandb = wandb.init(
-                project=project, name=self.path.name, dir=str(self.path), config=config, id=known,
-                resume="allow" if known else None,
+                project=project, name=self.path.name, dir=str(self.path), config=config,
+                id=same, resume="allow" if same else None,
             )  # fmt: skip
-            kept.parent.mkdir(exist_ok=True)
-            kept.write_text(self.wandb.id, "utf-8")
+            files.replace_file(known, self.wandb.id.encode())
         except Exception as error:  # wandb's own kinds: not logged in, not reached, no such project
             raise UserError(f"--wandb: {files.one_line(error)}") from error
 
@@ -377,10 +375,8 @@ class Elsewhere(RunFolder):
 
     sample = log
 
-    def write(self, name: str, tensors: dict) -> None:
+    def start_wandb(self, project: str, config: dict) -> None:
         pass
-
-    start_wandb = write
 
     def save_checkpoint(self, step: int, tensors: dict, state: dict) -> None:
         if distributed.first(None):  # rank 0 has this step already

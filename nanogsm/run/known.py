@@ -17,14 +17,15 @@ from nanogsm.store.hub import ModelFiles
 
 FOLDER = Path(__file__).with_name("sizes")
 GSM8K = FOLDER / "gsm8k.json"
-OWNERS = ("google", "unsloth")  # unsloth has ungated copies of the same models
+OWNERS = ("google", "meta-llama", "unsloth")  # unsloth has ungated copies of the same models
+TUNED = ("-it", "-Instruct")  # endings of models of the same sizes
 
 
 def model(name: str) -> ModelFiles | None:
     """The config alone of a Hub model of known size; None if its size is not known. (A folder here
     of that name hides the Hub's model, also if the folder is damaged.)"""
     owner, _, repo = name.partition("/")
-    size = FOLDER / repo.removesuffix("-it")
+    size = FOLDER / functools.reduce(str.removesuffix, TUNED, repo)
     known = owner in OWNERS and size.parent == FOLDER and (size / "config.json").is_file()
     return ModelFiles(size, None, name) if known and not os.path.exists(name) else None
 

@@ -210,5 +210,6 @@ def _score(validated: dict) -> tuple[float, float, float]:
 
 def preview(answer: dict) -> str:
     """A sampled answer for the console, indented."""
-    text = f"{answer['question']}\n{answer['completion'].strip()}\n-> reward {answer['score']:g}"
+    reward = answer["score"] + sum(value for *_, value in answer.get("terms", ()))
+    text = f"{answer['question']}\n{answer['completion'].strip()}\n-> reward {reward:g}"
     return "\n".join(["a sampled answer:", *("    " + line for line in text.split("\n"))])

@@ -22,15 +22,21 @@ from nanogsm.transformer import Config, Transformer
 # ------------------------------------------------------------------------------------- the memory
 
 
+def at_both_ends(c: Config) -> int:
+    """Entries of the embedding and, where it is another matrix, of the output head."""
+    return c.vocab_size * c.hidden_size * (1 if c.tied else 2)
+
+
 def model_bytes(c: Config, total: int, trained: int, bf16: bool) -> int:
     """A model's weights during training. If all are trained: float32, plus the bfloat16 copies of
-    linear layers that autocast keeps. With adapters: float32 adapters and a bfloat16 base. With
-    float32 products that base has its checkpoint's dtype, and its embedding is cast once."""
-    embedding = c.vocab_size * c.hidden_size
+    blocks' linear layers that autocast keeps. With adapters: float32 adapters and a bfloat16 base.
+    With float32 products that base has its checkpoint's dtype, and its embedding and output head
+    are cast once."""
+    ends = at_both_ends(c)
     if trained == total:
-        return 4 * total + 2 * (total - embedding) * bf16
+        return 4 * total + 2 * (total - ends) * bf16
     base = 2 if bf16 else c.dtype.itemsize
-    return (total - trained) * base + embedding * (4 - base) * (not bf16) + 4 * trained
+    return (total - trained) * base + ends * (4 - base) * (not bf16) + 4 * trained
 
 
 def frozen_copy_bytes(c: Config, total: int, bf16: bool) -> int:
@@ -93,7 +99,8 @@ def sampling_bytes(c: Config, total: int, rows: int, bf16: bool, device: str) ->
     if device != "cpu":
         return rows * c.vocab_size * (4 + 4 + 8 + 8)
     block = min(VOCABULARY_BLOCK, c.vocab_size)
-    return rows * (c.vocab_size * logit + block * (4 + 4 + 8 + 8)) + total * product
+    packed = total - (at_both_ends(c) - c.vocab_size * c.hidden_size)  # all but an embedding alone
+    return rows * (c.vocab_size * logit + block * (4 + 4 + 8 + 8)) + packed * product
 
 
 def print_budget(budget: dict[str, float]) -> None:
@@ -116,7 +123,7 @@ def _shapes(config: Config, args, continued: Path | None = None) -> tuple[list, 
     with torch.device("meta"):
         model = Transformer(config)
     everything = [p.shape for p in model.parameters()]
-    if not args.lora and getattr(args, "critic", "shared") == "shared":
+    if not args.lora and getattr(args, "critic", None) != "separate":
         return everything, []
     if continued and (continued / "adapter_model.safetensors").is_file():
         load_adapter(model, continued)
@@ -206,17 +213,17 @@ def sft_budget(args, config: Config, total: int, shapes: list, lengths: list) ->
 
 def in_parts(n: int, c: Config, total: int, budget: dict[str, float]) -> dict[str, float]:
     """A budget for each of n devices that share one copy of everything (--shard). What runs is
-    gathered for its time: two blocks, the embedding, its gradient, and that once more to be dealt
-    out. Sampling has a whole copy."""
+    gathered for its time: two blocks, the embedding (and the output head), its gradient, and that
+    once more to be dealt out. Sampling has a whole copy."""
     if n == 1:
         return budget
-    embedding = c.vocab_size * c.hidden_size
-    block = (total - embedding) / c.num_hidden_layers
+    embedding, ends = c.vocab_size * c.hidden_size, at_both_ends(c)
+    block = (total - ends) / c.num_hidden_layers
     parts = {"weights": 4 * total / n, "not at once": 0}
     parts |= {k: budget[k] / n for k in ("gradients", "optimizer", "reference") if k in budget}
     if "sampling" in budget:
         parts["sampling"] = budget["sampling"] + 2 * (total - embedding) + 4 * embedding
-    return budget | parts | {"gathered": 4 * (3 * embedding + 2 * block)}
+    return budget | parts | {"gathered": 4 * (3 * ends + 2 * block)}
 
 
 def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list) -> None:
@@ -233,7 +240,8 @@ def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list)
             made[kind] = _shapes(config, args)
         everything, adapters = made[kind]
         policy = adapters if args.lora else everything
-        critic = adapters * (args.critic == "separate") + [(1, config.hidden_size), (1,)]
+        head = [(1, config.hidden_size), (1,)] * (args.group is None)
+        critic = adapters * (args.critic == "separate") + head
         budget = lambda: ppo_budget(args, config, everything, policy, critic, longest)  # noqa: E731
         return everything, policy, critic, budget
 
@@ -244,8 +252,9 @@ def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list)
     last = f" (the last: {rest})" if rest else ""
     total, earlier = _size(everything), past.held_out_by(args.init, args.data)
     _say("start", f"{args.init} ({config.model_type}), {total:,} parameters; {prompt}")
-    sizes = f"{_size(policy):,} of the policy, {_size(critic):,} of the critic"
-    _say("trained", f"{sizes} ({args.critic})")
+    instead = f"no critic: {args.advantage}, groups of {args.group} answers"
+    other = instead if args.group else f"{_size(critic):,} of the critic ({args.critic})"
+    _say("trained", f"{_size(policy):,} of the policy, {other}")
     _say("data", f"{len(problems):,} problems, {_held_out(held_out)}; prompt and answer up to "
          f"{longest} tokens")  # fmt: skip
     if earlier not in (None, len(held_out)):
@@ -255,8 +264,12 @@ def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list)
         _say("note", "base and adapter together are the start and the reference; the result is one "
              "adapter with both changes")  # fmt: skip
     _say("steps", f"{args.steps} of {args.rollouts} answers; {args.epochs} x {updates} updates of "
-         f"{size}{last}, in micro-batches of {args.micro_batch}; lr {args.lr:g}, "
-         f"critic {args.value_lr:g} ({args.recipe} recipe); {args.optim}")  # fmt: skip
+         f"{size}{last}, in micro-batches of {args.micro_batch}; lr {args.lr:g}"
+         f"{'' if args.group else f', critic {args.value_lr:g}'} ({args.recipe} recipe); "
+         f"{args.optim}")  # fmt: skip
+    if args.advantage == "grpo" and args.kl_coef:
+        _say("note", "GRPO scales up the KL penalties of groups whose scores are equal: "
+             "--kl-coef 0 avoids that")  # fmt: skip
     if args.critic_warmup:
         whole = ": the policy will not change" * (args.critic_warmup >= args.steps)
         _say("warm-up", f"the first {args.critic_warmup} steps train the critic alone{whole}")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from nanogsm import UserError, data, distributed
-from nanogsm.model import load_model, read_adapter_config, save_model
+from nanogsm.model import load_model, read_adapter_config, read_config, save_model
 from nanogsm.run import console, flags, known, machine, past
 from nanogsm.run.folder import RunFolder, open_run_folder
 from nanogsm.run.reward import load_reward
@@ -34,6 +34,9 @@ def find_start(args, flag: str) -> hub.ModelFiles:
     out = Path(args.out).resolve()
     if any(path and path.resolve().is_relative_to(out) for path in (found.base, found.adapter)):
         raise UserError(f"--{flag} lies in the run folder {args.out}: choose another --out")
+    if (not args.lora or getattr(args, "merge", False)) and read_config(found.base).multimodal:
+        raise UserError(f"{found.name} is multimodal, and its text part alone cannot be saved: "
+                        "train adapters with --lora, without --merge")  # fmt: skip
     return found
 
 

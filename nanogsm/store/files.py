@@ -217,8 +217,10 @@ def _in_order(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> list[str
     return sorted(tensors, key=lambda name: (-(dtype or tensors[name].dtype).itemsize, name))
 
 
-def safetensors_bytes(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> Iterator:
-    """The bytes of a safetensors file, one tensor at a time.
+def safetensors_bytes(
+    tensors: dict[str, Tensor], dtype: torch.dtype | None = None, metadata: dict | None = None
+) -> Iterator:
+    """The bytes of a safetensors file, one tensor at a time. metadata: texts by name.
 
     safetensors.torch.save_file needs all tensors on the CPU, contiguous and unshared at once, and
     it reports a full disk as an error of its own. Here a GPU tensor or a strided tensor costs one
@@ -226,7 +228,7 @@ def safetensors_bytes(tensors: dict[str, Tensor], dtype: torch.dtype | None = No
     """
     dtypes = {name: dtype or t.dtype for name, t in tensors.items()}
     names = _in_order(tensors, dtype)
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header, offset = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
     for name in names:
         end = offset + tensors[name].numel() * dtypes[name].itemsize
         header[name] = {"dtype": DTYPES[dtypes[name]], "shape": list(tensors[name].shape),
