@@ -34,7 +34,8 @@ def test_the_dependencies_are_those_of_requirements_txt_in_ranges_that_hold_the_
 
 def test_every_file_of_the_package_is_installed():
     """Python files by their packages, all others by a pattern."""
-    listed = subprocess.run(["git", "ls-files", "nanogsm"], cwd=ROOT, capture_output=True, text=True)
+    command = ["git", "ls-files", "nanogsm"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("needs git's list of files")
     patterns = [

@@ -125,8 +125,8 @@ def test_a_row_that_was_trained_before_by_itself_is_used(faked, capsys):
     record = {"args": {k: v for k, v in args.items() if k != "open"} | {"val_examples": 256},
               "info": {"prompt": {"style": "plain", "shots": 0, "instruction": False}}}  # fmt: skip
     (default / "run_args.json").write_text(json.dumps(record))
-    (default / "metrics.jsonl").write_text('{"step": 1, "seconds": 1, "tokens": 2, "peak_memory": 3, '
-                                           '"loss": 0.5}\n')  # fmt: skip
+    step = {"step": 1, "seconds": 1, "tokens": 2, "peak_memory": 3, "loss": 0.5}
+    (default / "metrics.jsonl").write_text(json.dumps(step) + "\n")
     argv = ["--tiny", "--n", "4", "--out", "s", "--device", "cpu", "--rows", "lora-tuned"]
     assert study.main(argv) == 0  # it is not finished
     assert [command.split()[0] for command in ran] == ["train_sft.py", "evaluate.py"]
@@ -183,8 +183,9 @@ def test_a_row_that_was_trained_with_other_flags_is_used_and_marked(faked, capsy
     study.main([*argv, "--sft=--micro-batch 8", "--ppo=--micro-batch 8 --accumulation 2"])
     said = capsys.readouterr().out
     assert not ran and "| full SFT, main (other flags: see below) | 31.0% | 75.0%" in said
-    differ = "lr 0.5 instead of 0.001; min_lr 0.05 instead of 0.0001; micro-batch x accumulation"
-    assert f"other flags than this command would use ({differ} 16 instead of 8)" in said
+    differ = "lr 0.5 instead of 0.001; min_lr 0.05 instead of 0.0001; "
+    differ += "micro-batch x accumulation 16 instead of 8"
+    assert f"other flags than this command would use ({differ})" in said
     assert "would use (it started from other weights than those in s/full-main). To train it " in said
     assert "delete s/ppo or give another --out" in said
     assert rows_of("s")["full-main"]["other_flags"][0] == "lr 0.5 instead of 0.001"

@@ -47,7 +47,7 @@ CURVES = {  # key in metrics.jsonl: its panel
         "Rises from 0 towards 1. PPO also works near 0. Far below 0 the critic does harm."),
     "groups_without_spread": Curve(
         "groups whose answers all earned the same",
-        "Low or falling: such a group teaches nothing. Near 100%, almost nothing is learned.", True),
+        "Low: such a group teaches nothing. Near 100% almost nothing is learned.", True),
     "clipped": Curve(
         "policy ratios that were clipped",
         "A few tenths of a percent. Above 20% the updates are too large.", True),
