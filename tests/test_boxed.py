@@ -623,9 +623,9 @@ def test_the_page_and_the_comparison_show_formulas(asked, tmp_path, capsys):
     assert "--- problem 0, answer 0.5\n" in out and "\x1b" not in out
     page.main([str(tmp_path / "a"), str(tmp_path / "b")])
     text = (tmp_path / "report.html").read_text()
-    assert "<th>equal text</th>" in text and "math-verify 0.0.1" in text
+    assert "<td>equal text<small>" in text and "math-verify 0.0.1" in text
     assert "last number" not in text
-    assert "<td>wrong</td>" in text and "guessed" not in text and "<b>\x1b" not in text
+    assert "<td>wrong<small>" in text and "guessed" not in text and "<b>\x1b" not in text
 
 
 def test_gsm8ks_rows_and_summary_have_no_new_keys(asked):

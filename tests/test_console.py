@@ -236,3 +236,8 @@ def test_commit_is_that_of_our_checkout_or_absent(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "venv/nanogsm/run/machine.py"))
     (tmp_path / "venv").mkdir()
     assert "commit" not in machine.environment()
+
+
+def test_shares_are_listed_as_percentages_and_steps_in_full():
+    metrics = {"step": 15_000, "val_loss": 0.113449, "val_exact_match": 0.5938}
+    assert console.listed(metrics) == "step 15000, val_loss 0.1134, val_exact_match 59.4%"

@@ -108,7 +108,7 @@ def test_untuned_models_other_prompts_have_other_folders():
     assert resolved("--n", "8", "--shots", "0", "--no-instruction", "--style", "chat") == (
         Prompt("chat", 0, False),
         "runs/eval-google--gemma-2b-it-chat-zero-shot",
-        "eval-test-8-chat-zero-shot",
+        "eval-test-8",  # the folder's name has the prompt
     )
     found = {
         resolved("--style", style, "--shots", shots, instruction)[1]

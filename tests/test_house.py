@@ -216,6 +216,9 @@ MOST_TOKENS = {
     "RLOO, GRPO and the upper clip": 520,
     "rewards.py: terms of the reward": 880,
     "run/critic.py, report/rerank.py: a critic that chooses among answers": 1760,
+    "the HTML page explains itself: sentences, shares, healthy curves, unfinished runs": 2900,
+    "the study says which rows were trained with other flags": 490,
+    "shares as percentages, a folder for a run that starts from another": 120,
     "Llama 3, an untied output head, the text part of multimodal Gemmas": 1500,
     "boxed.py: MATH as data, and its grading": 3200,
 }

@@ -609,3 +609,7 @@ def test_the_real_wandb_writes_into_the_run_folder(tmp_path, monkeypatch):
             ids.append(run.wandb.id)
     assert ids[0] == ids[1] and len(list((tmp_path / "run/wandb").glob("offline-run-*"))) == 2
     assert not (tmp_path / "wandb").exists()
+    with pytest.raises(UserError), RunFolder(tmp_path / "failed", {"a": 1}, {}) as run:
+        run.start_wandb("mine", {})
+        raise UserError("the weights are damaged")
+    assert not (tmp_path / "failed").exists()  # it left no trace, as without wandb

@@ -587,6 +587,19 @@ def test_recipes_set_what_is_not_given():
     assert (tuned.lora_r, tuned.lora_alpha) == (None, None)  # until the model is known
 
 
+def test_a_run_that_starts_from_another_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    """Without --out. sft-full-main may be that other run, or one that has nothing to do with it."""
+    monkeypatch.chdir(tmp_path)
+    started = tmp_path / "runs/tiny/sft-full-main"
+    started.mkdir(parents=True)
+    record = {"args": {"val_examples": 4, "tiny": True}, "info": {"prompt": {}}}
+    (started / "run_args.json").write_text(json.dumps(record))
+    args = train_sft.parse_args(["--device", "cpu", "--model", "runs/tiny/sft-full-main"])
+    assert args.out == "runs/tiny/sft-full-main-from-sft-full-main"
+    args = train_sft.parse_args(["--device", "cpu", "--model", str(started), "--out", "mine"])
+    assert args.out == "mine"
+
+
 def test_held_out_questions_that_are_also_trained_on_are_counted(tmp_path, capsys):
     rows = [{"question": f"{i % 9} + 1?", "answer": f"#### {i % 9 + 1}"} for i in range(10)]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -25,6 +25,8 @@ def place_of(args, prompt: Prompt, usual: Prompt) -> tuple[Path, str]:
     prompt_name = str(prompt).replace(", ", "-")
     short = f"{args.temperature:g}"
     temperature = short if float(short) == args.temperature else repr(args.temperature)
+    # The usual folder of an untuned model has the prompt in its own name.
+    unusual = prompt != usual if run else bool(args.out)
     parts = [
         "eval",
         own_data or args.split,
@@ -33,7 +35,7 @@ def place_of(args, prompt: Prompt, usual: Prompt) -> tuple[Path, str]:
         "socratic" if args.data.endswith("socratic") else "",
         args.data if args.data in boxed.NAMES else "",
         "tiny" if args.data in GENERATED and not is_tiny(args.model) else "",
-        prompt_name if prompt != usual or (args.out and not run) else "",
+        prompt_name if unusual else "",
         f"{args.samples}x-t{temperature}-seed{args.seed}" if args.temperature else "",
         f"max{args.max_new_tokens}" if args.max_new_tokens else "",
         f"base-{Path(args.base).name[:60]}" if args.base else "",

@@ -243,7 +243,10 @@ def fill_in(args: argparse.Namespace, script: str, settings: tuple, changes: dic
             setattr(args, name, value[args.lora] if isinstance(value, tuple) else value)
     args.checkpointing = args.checkpointing or ("none" if args.tiny else "light")
     folder, method = "runs/tiny" if args.tiny else "runs", "lora" if args.lora else "full"
-    args.out = args.out or f"{folder}/{script}-{method}-{Path(args.data).stem}"
+    # A run that starts from another gets a name of its own, so that neither is in the other's way.
+    run = past.run_of(args.model) if script == "sft" else None
+    after = f"-from-{run[0].name}" if run else ""
+    args.out = args.out or f"{folder}/{script}-{method}-{Path(args.data).stem}{after}"
     args.data, args.precision = for_tiny(args)
     check_unscored(args)
     boxed.check_data(args.data, "train")
@@ -307,7 +310,8 @@ def sft_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--val-every", type=int, default=0, help="Steps between validations. 0: at the end only.")
     add("--keep", choices=("last", "best"), default="last",
         help="Weights to save: the last, or those of the best validation.")  # fmt: skip
-    add("--out", help="Run folder. Default: runs/sft-{full,lora}-{data} (tiny: runs/tiny/...).")
+    add("--out", help="Run folder. Default: runs/sft-{full,lora}-{data} (tiny: runs/tiny/...), "
+        "with -from-RUN after it if --model is a run.")  # fmt: skip
     p.set_defaults(save_every=100)
     args = p.parse_args(argv)
     for name in ("lora_r", "lora_alpha"):

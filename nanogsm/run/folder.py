@@ -33,7 +33,7 @@ import safetensors.torch
 from torch import Tensor
 
 from nanogsm import UserError, distributed
-from nanogsm.run.console import disk_full
+from nanogsm.run.console import disk_full, listed
 from nanogsm.store import files
 
 try:
@@ -118,14 +118,15 @@ class RunFolder:
         weights. Otherwise the same command with repaired weights would be refused, because their
         digest has changed. A folder that holds anything else, such as a checkpoint or notes,
         remains a run folder."""
-        begin = {"run_args.json", *LOGS, ".lock"}
+        begin = {"run_args.json", *LOGS, "wandb", "wandb-id", ".lock"}
         if {path.name for path in self.path.iterdir()} - begin:
             return
         for file in self._logs.values():
             file.close()
         self._logs = {}
+        self._end_wandb()
         with contextlib.suppress(OSError):  # Windows deletes no locked file
-            for name in ("run_args.json", *LOGS, ".lock"):
+            for name in ("run_args.json", *LOGS, "wandb", "wandb-id", ".lock"):
                 files.remove(self.path / name)
             if self._made_folder:
                 self.path.rmdir()
@@ -134,11 +135,15 @@ class RunFolder:
         """Close the logs and release the lock. The end of the process does the same."""
         for file in self._logs.values():
             file.close()
-        if self.wandb:
-            self.wandb.finish(exit_code=0 if self.finished else 1)
+        self._end_wandb()
         if self._lock is not None:
             os.close(self._lock)
-        self._logs, self._lock, self.wandb = {}, None, None
+        self._logs, self._lock = {}, None
+
+    def _end_wandb(self) -> None:
+        if self.wandb:
+            self.wandb.finish(exit_code=0 if self.finished else 1)
+        self.wandb = None
 
     # ---- logs
 
@@ -343,9 +348,9 @@ class RunFolder:
 
     def already_finished(self) -> str:
         """What to print instead of training again."""
-        shown = [f"{k} {v:.4g}" for k, v in self.summary.items() if isinstance(v, float)]
+        shown = listed({k: v for k, v in self.summary.items() if isinstance(v, float)})
         advice = "to train again give --overwrite or another --out"
-        return f"{self.path} is already finished ({', '.join(shown)}); {advice}"
+        return f"{self.path} is already finished ({shown}); {advice}"
 
     def finish(self, summary: dict) -> None:
         """Mark the run as finished, then drop the checkpoint if the run cannot grow. Call it when

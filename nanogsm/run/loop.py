@@ -154,7 +154,7 @@ class Run:
         for answer in answers:
             self.folder.sample({"step": self.step} | answer)
         self.folder.log(self.validated)
-        self.progress.note(", ".join(f"{name} {x:.4g}" for name, x in self.validated.items()))
+        self.progress.note(console.listed(self.validated))
         better = _score(self.validated) > _score(self.best)
         if better:
             self.best = self.validated
