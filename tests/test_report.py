@@ -318,9 +318,11 @@ def test_a_damaged_folder_is_named_in_one_line(two, name, spoil):
 
 
 def test_metrics_that_are_damaged_are_named(two):
-    Path(two[0], "metrics.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
-    with pytest.raises(UserError, match="cannot read .*metrics.jsonl"):
-        report.main(two)
+    for damaged in ('{"step": 1}\n{"step": \n{"step": 3}\n', '{"step": "1"}\n', "[1]\n",
+                    '{"step": 1, "tokens": "x", "seconds": 1}\n'):  # fmt: skip
+        Path(two[0], "metrics.jsonl").write_text(damaged)
+        with pytest.raises(UserError, match="cannot read .*metrics.jsonl"):
+            report.main(two)
 
 
 def test_a_page_needs_a_file_name(two):

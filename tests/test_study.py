@@ -186,8 +186,8 @@ def test_a_row_that_was_trained_with_other_flags_is_used_and_marked(faked, capsy
     differ = "lr 0.5 instead of 0.001; min_lr 0.05 instead of 0.0001; "
     differ += "micro-batch x accumulation 16 instead of 8"
     assert f"other flags than this command would use ({differ})" in said
-    assert "would use (it started from other weights than those in s/full-main). To train it " in said
-    assert "delete s/ppo or give another --out" in said
+    assert "would use (it started from other weights than those in s/full-main)." in said
+    assert "To train it anew, delete s/ppo or give another --out." in said
     assert rows_of("s")["full-main"]["other_flags"][0] == "lr 0.5 instead of 0.001"
     Path("s/ppo/run_args.json").write_text("{}")
     study.main(argv)

@@ -65,9 +65,12 @@ def read_metrics(path: Path) -> list[dict]:
     try:
         lines = path.read_text("utf-8").split("\n")[:-1]
         rows = [json.loads(line) for line in lines]
-        [float(row["step"]) for row in rows]
+        for row in rows:
+            numbers = [{"step": None, **row}.get(key, 0) for key in ("step", "tokens", "seconds")]
+            if not all(isinstance(x, (int, float)) for x in numbers):
+                raise ValueError(f"a row without its numbers: {str(row)[:60]}")
         return rows
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error!r}") from error

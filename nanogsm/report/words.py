@@ -1,5 +1,6 @@
 """The page's sentences about a run: what it is, what happened, its settings. All return HTML."""
 
+import contextlib
 import datetime
 import html
 import math
@@ -73,8 +74,9 @@ def what_it_is(stage: Stage) -> str:
     args = stage.args
     if not args:
         model = model_name(str(stage.summary.get("model", stage.name)))
-        asked = stage.summary.get("prompt")
-        prompt = f", asked with the prompt {escape(data.Prompt(**asked))}" if asked else ""
+        prompt = ""
+        with contextlib.suppress(KeyError, TypeError):  # of another version
+            prompt = f", asked with the prompt {escape(data.Prompt(**stage.summary['prompt']))}"
         return f"No training: this is {model} as it is{prompt}."
     begin = str(args.get("init") or args.get("model"))
     method = "Supervised fine-tuning"
