@@ -114,6 +114,9 @@ def evaluate(args: argparse.Namespace) -> int:
     prompt, folder, name = resolve(args, problems)
     check_place(args, folder, name)
     limit = args.max_new_tokens or past.answer_limit_of(args.model, args.data)
+    names = ("model_sha256", "data_sha256", "samples", "temperature", "seed", "precision")
+    same = {name: getattr(args, name) for name in names}
+    distributed.check_same(same | {"max_new_tokens": limit, "prompt": prompt.settings()})
     model, tokenizer = load_for_inference(args)
     decoding = f"{args.samples} samples at {args.temperature:g}" if args.temperature else "greedy"
     whole = args.data not in data.NAMED and args.split == "test"  # own files have no test split
@@ -122,7 +125,8 @@ def evaluate(args: argparse.Namespace) -> int:
           f"{args.device} {args.precision}")  # fmt: skip
     began = time.perf_counter()
     rate = lambda tokens: tokens / (time.perf_counter() - began)  # noqa: E731
-    with console.Progress(len(problems) * args.samples, "answer") as line:
+    share = distributed.largest_share(len(problems) * args.samples)  # of this process
+    with console.Progress(share, "answer") as line:
         rows = generate.answer_and_mark(
             model, tokenizer, problems, prompt, limit, args.batch_size, args.temperature,
             args.samples, args.seed,

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -279,6 +280,64 @@ def test_a_critic_chooses_the_same_answers(alone, tmp_path):
     a, b = ([json.loads(x) for x in f.read_text().splitlines()] for f in (one, many))
     assert [r.pop("value") for r in a] == pytest.approx([r.pop("value") for r in b], abs=1e-6)
     assert a == b
+
+
+def test_processes_with_different_settings_are_refused():
+    """A second machine with an old file, or a flag that was given to one only."""
+    def check():
+        distributed.check_same({"a": 1, "b": [2]})
+        distributed.check_same({"a": 1, "lr": 0.1 + 0.1 * (distributed.RANK == 2), "b": None})
+
+    for name, text in on_ranks(3, check):
+        assert name == "UserError" and "the processes differ in lr: start the same" in text
+
+
+def test_a_run_with_another_seed_on_one_rank_is_refused(tmp_path):
+    def train():
+        seed = ["--seed", str(distributed.RANK)]
+        return train_sft.main([*SFT, *seed, "--out", str(tmp_path / "run")])
+
+    for name, text in on_ranks(2, train):
+        assert name == "UserError" and "the processes differ in seed" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_is_merged_into_parts(tmp_path):
+    """SFT --shard 2 that starts from an adapter: as on one device."""
+    adapter = tmp_path / "adapter"
+    assert train_sft.main([*SFT, "--lora", "--out", str(adapter)]) == 0
+    more = ["--model", str(adapter), "--val-examples", "5"]
+    assert train_sft.main([*SFT, *more, "--out", str(tmp_path / "one")]) == 0
+    argv = [*SFT, *more, "--shard", "2", "--out", str(tmp_path / "many")]
+    assert on_ranks(2, train_sft.main, argv) == [0, 0]
+    near(tmp_path / "one", tmp_path / "many", 2e-5)
+
+
+def leaves_late(seconds: float) -> float:
+    """When rank 0 is done, and when this rank leaves."""
+    began = time.time()
+    if distributed.RANK == 0:
+        time.sleep(seconds)
+    distributed.end()
+    return time.time() - began
+
+
+def test_no_rank_leaves_before_all_have_done_their_work():
+    """torchrun ends those that are still writing soon after the first has left."""
+    assert min(on_ranks(2, leaves_late, 1.0)) >= 0.9
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "COUNT", 4)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="process 2 has no GPU: this machine has 2"):
+        distributed.local_device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert distributed.local_device("cuda") == "cuda:2" and distributed.local_device("cpu") == "cpu"
+    for device in ("cuda:0", "mps"):
+        with pytest.raises(UserError, match=f"--device {device}: under torchrun give cuda or cpu"):
+            distributed.local_device(device)
 
 
 def test_the_gpu_with_the_least_memory_decides_for_all(monkeypatch):

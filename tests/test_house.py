@@ -205,7 +205,7 @@ MOST_TOKENS = {
     "the reason why a checkpoint of another tool is refused": 300,
     "a run's prompt and held-out problems go with it": 150,
     "fast/cuda.py: one launch for many, and what fits a card": 3200,
-    "distributed.py: many devices, replicas and parts": 3700,
+    "distributed.py: many devices, replicas and parts": 4000,
     "a rank that fails ends its process and is heard once": 60,
     "PPO runs can be made longer": 300,
     "run/reward.py: a reward of one's own": 500,

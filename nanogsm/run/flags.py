@@ -218,8 +218,8 @@ def training_parser(description: str, settings: tuple, changes: dict, argv: list
     add("--save-every", type=int, help="Steps between checkpoints.")
     add("--overwrite", action="store_true", help="Start over in a folder that has a run.")
     add("--wandb", metavar="PROJECT", help="Also send the metrics to Weights & Biases.")
-    add("--shard", type=int, default=1, metavar="N", help="Under torchrun: every N devices share "
-        "one copy of weights, gradients and moments (full fine-tuning).")  # fmt: skip
+    add("--shard", type=int, default=1, metavar="N", help="Full fine-tuning under torchrun: "
+        "split weights, gradients and moments over N devices.")  # fmt: skip
     add("--dry-run", action="store_true", help="Print the plan. No weights are loaded.")
     add("--gpu-memory", type=float, metavar="GIB", help="With --dry-run: plan for a GPU that has "
         "this much memory free, and need not be here.")  # fmt: skip

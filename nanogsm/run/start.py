@@ -10,7 +10,7 @@ from nanogsm.model import load_model, read_adapter_config, read_config, save_mod
 from nanogsm.run import console, flags, known, machine, past
 from nanogsm.run.folder import RunFolder, open_run_folder
 from nanogsm.run.reward import load_reward
-from nanogsm.store import hub
+from nanogsm.store import files, hub
 
 NO_SETTINGS = ("dry_run", "gpu_memory", "overwrite", "out")
 # Settings that may change when a run continues. Some change memory and not the result. micro_batch
@@ -126,6 +126,9 @@ def open_folder(args, flag: str, found: hub.ModelFiles, prompt: data.Prompt, pro
         info["grader"] = boxed.grader_name()
     if distributed.COUNT > 1:
         info["devices"] = distributed.COUNT
+    places = ("device", "data_dir", "data", "model", "init", "base", "reward")
+    same = {name: value for name, value in settings.items() if name not in places}
+    distributed.check_same(files.strict(same))
     # PPO's learning rate is constant, so a run of 10 steps is the beginning of one of 20.
     grows = "steps" if flag == "init" else None
     return open_run_folder(args.out, settings, info, args.overwrite, MAY_DIFFER, grows)
