@@ -25,7 +25,7 @@ from nanogsm.model import load_model
 from nanogsm.report.compare import compare
 from nanogsm.report.eval_files import check_place, place_of
 from nanogsm.report.scores import summarise
-from nanogsm.run import console, flags, machine
+from nanogsm.run import console, flags, machine, past
 from nanogsm.run.past import answer_limit_of, held_out_by, is_tiny, prompt_of, run_of
 from nanogsm.store import files, hub
 
@@ -41,6 +41,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "1319; validation: all that were held out).")
     add("--split", choices=("test", "validation"), default="test",
         help="The validation split is the part of train that --val-examples held out.")
+    add("--part", type=flags.part, metavar="K/N", help="Ask only this part of the validation "
+        "split. 2/2 is the half that training with half of it as --val-use has not asked.")
     add("--data", help="main, socratic or a .jsonl file of your own. Default: main.")
     flags.add_data_dir_flag(p)
     # The prompt
@@ -84,6 +86,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.data, args.precision = flags.for_tiny(args)
     if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
         raise UserError(f"--temperature is {args.temperature}: give 0 (greedy) or 0.01 to 100")
+    if args.part and args.split == "test":
+        raise UserError("--part is for --split validation")
     if args.samples > 1 and args.temperature == 0:
         raise UserError("--samples above 1 needs --temperature above 0: greedy answers are equal")
     if args.ask is not None and not args.ask.strip():
@@ -164,7 +168,7 @@ def choose_problems(args: argparse.Namespace) -> list[data.Problem]:
         n = args.n or held_out or data.usual_held_out(len(problems), args.tiny)
         if n >= len(problems):
             raise UserError(f"--n {n}: validation is a part of these {len(problems)} problems")
-        return data.split_validation(problems, n)[1]
+        return past.part_of(data.split_validation(problems, n)[1], args.part)
     problems = data.load_problems(args.data, "test", args.data_dir)
     if (args.given_n or 0) > len(problems):
         print(f"note: --n is {args.n:,}, but there are only {len(problems):,} problems")

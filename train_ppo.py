@@ -455,8 +455,8 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
 # --------------------------------------------------------------------------------------- the loop
 
 
-def train(args, folder, found, prompt, train_problems, held_out, scored_by) -> int:
-    """Train from the start or from the last checkpoint to the end. Returns the exit status."""
+def train(args, folder, found, prompt, train_problems, held_out, scored_by) -> int | None:
+    """Train from the start or the last checkpoint. Returns the exit status if it stops early."""
     setup = set_up(args, found, prompt, scored_by)
     actor, tokenizer = setup.models.actor, setup.tokenizer
     optimizers = {"policy/": setup.policy_optimizer, "critic/": setup.value_optimizer}
@@ -464,18 +464,27 @@ def train(args, folder, found, prompt, train_problems, held_out, scored_by) -> i
     warn = lambda metrics: health(metrics, args.critic_warmup)  # noqa: E731
     run = Run(folder, args.steps, optimizers, args, len(held_out), show, warn)
 
+    def save() -> None:
+        save_trained(actor, tokenizer, folder.path, found.name)
+        value_weights = {n: p.detach() for n, p in setup.models.value_weights().items()}
+        folder.write("value_head.safetensors", value_weights)
+
     def validate() -> None:
         with setup.autocast(), sampler_of(actor, args.precision == "bf16") as sampler:
             rows = generate.answer_and_mark(
                 sampler, tokenizer, held_out, prompt, args.max_new_tokens, args.rollout_batch,
                 progress=run.watch,
             )  # fmt: skip
-        run.record_validation(generate.validation_metrics(rows))
+        better = run.record_validation(generate.validation_metrics(rows))
+        if args.keep == "best" and better:
+            save()
 
     with run:  # continues from the last checkpoint; Ctrl-C saves the last whole step
         for step in range(run.first, args.steps):
             if run.validation_due():
                 validate()
+            if run.ends_early():  # --patience
+                break
             run.phase("rollout")
             problems = problems_of_step(train_problems, step, args.rollouts, args.seed)
             answers = sample(setup, problems, step, run.watch)  # 1 text, ids, right or wrong
@@ -492,13 +501,13 @@ def train(args, folder, found, prompt, train_problems, held_out, scored_by) -> i
             metrics |= update(setup, rollout, advantages, returns, step)  # 6
             run.end_step(metrics, answers[:4])
 
-        save_trained(actor, tokenizer, folder.path, found.name)
-        value_weights = {n: p.detach() for n, p in setup.models.value_weights().items()}
-        folder.write("value_head.safetensors", value_weights)
-        if run.validation_due():  # after saving: what is trained is safe
+        if args.keep != "best":
+            save()  # before the last validation: what is trained is safe
+        if run.validation_due():
             validate()
-        keep = ("reward", "kl_sequence", "explained_variance", "response_tokens")
-        run.finish({name: run.metrics[name] for name in keep} | run.validated)
+        kept = {"kept": "best"} | run.best if args.keep == "best" else run.validated
+        shown = ("reward", "kl_sequence", "explained_variance", "response_tokens")
+        run.finish({name: run.metrics[name] for name in shown} | kept)
     return run.status
 
 
@@ -514,8 +523,10 @@ def main(argv: list[str] | None = None) -> int:
     with start.open_folder(args, "init", found, prompt, problems + held_out) as folder:
         if folder.finished:
             print(folder.already_finished())
-        elif status := train(args, folder, found, prompt, problems, held_out, scored_by):
-            return status
+        else:
+            status = train(args, folder, found, prompt, problems, held_out, scored_by)
+            if status is not None:
+                return status
     print(past.what_next(args, len(held_out)))
     return 0
 

@@ -42,7 +42,8 @@ except ImportError:  # Windows
     import msvcrt
 
 FORMAT = 2  # of run_args.json and checkpoints; folders without a format are older
-SELECTS = ("max_examples ", "val_examples ", "tiny ")  # flags that decide which problems are used
+# Flags that decide which problems are used.
+SELECTS = ("max_examples ", "val_examples ", "val_use ", "tiny ")
 LOGS = ("metrics.jsonl", "samples.jsonl")
 CHECKPOINT_FILES = ("tensors.safetensors", "state.json")
 # What --overwrite deletes, in this order. After a kill half-way the folder must neither look

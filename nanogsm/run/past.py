@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from nanogsm import data
+from nanogsm import UserError, data
 from nanogsm.store import files
 
 
@@ -50,6 +50,22 @@ def held_out_by(model: str, of_data: str) -> int | None:
     alike = named and (theirs in data.GENERATED) == (of_data in data.GENERATED)
     same = alike or files.same_place(theirs, of_data)
     return run[1]["args"]["val_examples"] if same else None
+
+
+def in_random_order(held_out: list) -> list:
+    """Held-out problems in the fixed order of which --val-use takes the first ones and --part a
+    part. A file may be sorted, for example by difficulty."""
+    return [held_out[i] for i in data.permutation(len(held_out), data.SUBSET_SEED, 0)]
+
+
+def part_of(held_out: list, part: tuple[int, int] | None) -> list:
+    """Part K of N (evaluate.py's --part K/N) of what was held out; all of it without a part."""
+    if part is None:
+        return held_out
+    (k, n), size = part, len(held_out)
+    if n > size:
+        raise UserError(f"--part {k}/{n}: only {size} problems are held out")
+    return in_random_order(held_out)[size * (k - 1) // n : size * k // n]
 
 
 def recorded_init(folder: str) -> str | None:

@@ -184,6 +184,13 @@ def _held_out(problems: list) -> str:
     return f"{len(problems)} held out" if problems else "0 held out, so no validation"
 
 
+def _say_patience(args, held_out: list) -> None:
+    if args.patience and len(held_out) < 512:
+        points = 100 * math.sqrt(0.3 * 0.7 / len(held_out))
+        _say("patience", f"the standard error of a validation on {len(held_out)} problems is "
+             f"{points:.1f} points at 30% right; with --val-examples 512 it is 2.0")  # fmt: skip
+
+
 def settle_sft(args, found, config: Config, examples: list, held_out: list, steps: int) -> None:
     """Choose what is open on a GPU and print the plan of train_sft.py; with --dry-run also its
     memory."""
@@ -201,6 +208,7 @@ def settle_sft(args, found, config: Config, examples: list, held_out: list, step
         _say("adapter", own if args.lora else "merged into its base, which is trained in full")
     _say("data", f"{len(examples):,} examples, {sum(lengths):,} tokens, {supervised:,} supervised, "
          f"longest {max(lengths)}; {_held_out(held_out)}")  # fmt: skip
+    _say_patience(args, held_out)
     _say("steps", f"{steps:,} of {args.micro_batch} x {args.accumulation} examples, "
          f"{args.epochs} epoch{'s' * (args.epochs > 1)}; lr {args.lr:g} to {args.min_lr:g}, "
          f"warm-up {args.warmup:g} ({args.recipe} recipe); {args.optim}")  # fmt: skip
@@ -263,9 +271,10 @@ def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list)
     _say("trained", f"{sizes} ({args.critic})")
     _say("data", f"{len(problems):,} problems, {_held_out(held_out)}; prompt and answer up to "
          f"{longest} tokens")  # fmt: skip
-    if earlier not in (None, len(held_out)):
-        _say("note", f"{args.init} held out {earlier} problems, this run {len(held_out)}: some are "
-             "held out by one and trained on by the other")  # fmt: skip
+    _say_patience(args, held_out)
+    if earlier not in (None, args.val_examples):
+        _say("note", f"{args.init} held out {earlier} problems, this run {args.val_examples}: some "
+             "are held out by one and trained on by the other")  # fmt: skip
     if found.adapter and args.lora:
         _say("note", "base and adapter together are the start and the reference; the result is one "
              "adapter with both changes")  # fmt: skip

@@ -91,6 +91,12 @@ def _adapter_in(folder: Path) -> Path | None:
 
 
 def _local_model(folder: Path, weights: bool, base: str | None, base_of: str | None) -> ModelFiles:
+    unfinished = (folder / "checkpoint").is_dir() and not (folder / "summary.json").is_file()
+    if unfinished and (folder / "run_args.json").is_file():
+        raise UserError(
+            f"{folder} is a run whose training has not finished; run the same training command "
+            "again to continue"
+        )
     if adapter := _adapter_in(folder):
         _refuse_as_base(str(folder), base_of)
         return _adapted_model(adapter, weights, base)
