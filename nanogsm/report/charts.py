@@ -21,6 +21,7 @@ class Panel(NamedTuple):
     title: str
     lines: list[tuple[str, list[tuple[float, float]]]]  # (name, points); NaN points are left out
     percent: bool = False  # y is a share
+    dots: bool = False  # a dot for each point, and no line
 
 
 def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
@@ -54,8 +55,13 @@ def panel_svg(panel: Panel, names: list[str], x0: float, y0: float) -> str:
     for x in [x for x in ticks(first, last) if first <= x <= last]:
         parts.append(f'<text class="x" x="{at_x(x):.1f}" y="{bottom + 16}">{label(x)}</text>')
     for name, line in lines:
+        colour = f"c{names.index(name) % len(LIGHT)}"
+        if panel.dots:
+            dot = '<circle class="{}" fill="none" stroke-width="2" r="3.5" cx="{:.1f}" cy="{:.1f}"/>'
+            parts += [dot.format(colour, at_x(x), at_y(y)) for x, y in line]
+            continue
         path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in line)
-        parts.append(f'<polyline class="c{names.index(name) % len(LIGHT)}" points="{path}"/>')
+        parts.append(f'<polyline class="{colour}" points="{path}"/>')
     return "\n".join(parts)
 
 

@@ -236,6 +236,14 @@ def sft_budget(args, config: Config, total: int, shapes: list, lengths: list) ->
     })  # fmt: skip
 
 
+def disk_bytes(args, config: Config) -> tuple[float, float]:
+    """(a checkpoint, the saved weights) of a run, in bytes."""
+    everything, adapters = _shapes(config, args)
+    trained = adapters if args.lora else everything + adapters
+    result = 4 * _size(adapters) if args.lora else config.dtype.itemsize * _size(everything)
+    return 4 * _size(trained) + moments_bytes(trained, args.optim), result
+
+
 def in_parts(n: int, c: Config, total: int, budget: dict[str, float]) -> dict[str, float]:
     """A budget for each of n devices that share one copy of everything (--shard). What runs is
     gathered for its time: two blocks, the embedding, its gradient, and that once more to be dealt
