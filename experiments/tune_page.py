@@ -76,7 +76,7 @@ def flattery(best, args) -> str:
     p, q, n = best.value, fresh["accuracy"], fresh["n"]
     give = Z95 * math.sqrt(p * (1 - p) / args.val_use + q * (1 - q) / n)
     return (
-        f"The winner scores {q:.1%} (95%: {100 * fresh['ci_low']:.1f} to "
+        f"It scores {q:.1%} (95%: {100 * fresh['ci_low']:.1f} to "
         f"{100 * fresh['ci_high']:.1f}) on {n} held-out problems that the search never looked at. "
         f"On the {args.val_use} that the search judged by, it scores {p:.1%}. So the search "
         f"flattered it by {100 * (p - q):.1f} points, give or take {100 * give:.1f}."

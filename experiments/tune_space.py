@@ -78,7 +78,7 @@ def prepare(args) -> None:
     kept = result * (args.trials if settings.lora else 1) + checkpoint * ppo
     place = next(f for f in (args.out, *args.out.absolute().parents) if f.exists())
     sizes = 2 * (checkpoint + result), kept, shutil.disk_usage(place).free
-    each, stays, free = (f"{size / 2**30:.2f} GiB" for size in sizes)
+    each, stays, free = (f"{size / 2**20:,.0f} MiB" for size in sizes)
     losers = " and the adapters of all that end" * settings.lora
     print(f"disk         {each} for each process that searches, {stays} for what stays: the best "
           f"trial's weights{losers}; {free} are free")  # fmt: skip

@@ -33,7 +33,7 @@ FLOORS = [
 HEART = ["train_sft.py", "train_ppo.py"]
 HEART += [f"nanogsm/{name}.py" for name in "data transformer logprob lora generate optim".split()]
 MOST_LINES = {
-    "train_sft.py": 220, "train_ppo.py": 530, "evaluate.py": 230, "nanogsm/transformer.py": 340,
+    "train_sft.py": 220, "train_ppo.py": 541, "evaluate.py": 236, "nanogsm/transformer.py": 340,
 }  # fmt: skip
 
 
@@ -185,7 +185,8 @@ def test_a_file_of_the_heart_stays_short(file):
 
 def test_the_heart_stays_small_and_explained():
     lines, code, comments, docstrings = map(sum, zip(*map(measure, HEART)))
-    assert lines <= 2200 and code <= 1300 + 20, (lines, code)  # 20: many devices
+    # 20: many devices. 12: --patience, --pause-at and PPO's --keep best.
+    assert lines <= 2200 and code <= 1300 + 20 + 12, (lines, code)
     assert 100 * comments >= 12 * lines, (comments, lines)
     assert 100 * (comments + docstrings) >= 28 * lines, (comments, docstrings, lines)
 
@@ -203,6 +204,7 @@ MOST_TOKENS = {
     "a rank that fails ends its process and is heard once": 60,
     "PPO runs can be made longer": 300,
     "run/reward.py: a reward of one's own": 450,
+    "what experiments/tune.py asks of a run: pauses, patience, parts of what is held out": 1000,
 }
 
 

@@ -57,8 +57,8 @@ def panel_svg(panel: Panel, names: list[str], x0: float, y0: float) -> str:
     for name, line in lines:
         colour = f"c{names.index(name) % len(LIGHT)}"
         if panel.dots:
-            dot = '<circle class="{}" fill="none" stroke-width="2" r="3.5" cx="{:.1f}" cy="{:.1f}"/>'
-            parts += [dot.format(colour, at_x(x), at_y(y)) for x, y in line]
+            dot = f'<circle class="{colour}" fill="none" stroke-width="2" r="3.5"'
+            parts += [f'{dot} cx="{at_x(x):.1f}" cy="{at_y(y):.1f}"/>' for x, y in line]
             continue
         path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in line)
         parts.append(f'<polyline class="{colour}" points="{path}"/>')

@@ -52,10 +52,11 @@ def held_out_by(model: str, of_data: str) -> int | None:
     return run[1]["args"]["val_examples"] if same else None
 
 
-def in_random_order(held_out: list) -> list:
-    """Held-out problems in the fixed order of which --val-use takes the first ones and --part a
-    part. A file may be sorted, for example by difficulty."""
-    return [held_out[i] for i in data.permutation(len(held_out), data.SUBSET_SEED, 0)]
+def drawn(held_out: list, first: int, last: int) -> list:
+    """The held-out problems that a fixed draw puts in places first to last - 1, in file order. A
+    file may be sorted, for example by difficulty, so its own order makes no fair halves."""
+    order = data.permutation(len(held_out), data.SUBSET_SEED, 0)
+    return [held_out[i] for i in sorted(order[first:last])]
 
 
 def part_of(held_out: list, part: tuple[int, int] | None) -> list:
@@ -65,7 +66,7 @@ def part_of(held_out: list, part: tuple[int, int] | None) -> list:
     (k, n), size = part, len(held_out)
     if n > size:
         raise UserError(f"--part {k}/{n}: only {size} problems are held out")
-    return in_random_order(held_out)[size * (k - 1) // n : size * k // n]
+    return drawn(held_out, size * (k - 1) // n, size * k // n)
 
 
 def recorded_init(folder: str) -> str | None:

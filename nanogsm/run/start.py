@@ -51,7 +51,7 @@ def split_problems(args) -> tuple[list[data.Problem], list[data.Problem]]:
     if args.val_use:
         if args.val_use > len(held_out):
             raise UserError(f"--val-use {args.val_use}: only {len(held_out)} problems are held out")
-        held_out = past.in_random_order(held_out)[: args.val_use]
+        held_out = past.drawn(held_out, 0, args.val_use)
     used = data.subset(problems, getattr(args, "max_examples", None) or len(problems))
     trained = {problem.question for problem in used}
     if twice := sum(problem.question in trained for problem in held_out):

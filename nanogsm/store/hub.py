@@ -104,6 +104,8 @@ def _local_model(folder: Path, weights: bool, base: str | None, base_of: str | N
     if (model / "config.json").is_file():
         _check_complete(model, weights)
         return ModelFiles(model, None, os.path.abspath(model))
+    if (folder / "summary.json").is_file():
+        raise UserError(f"{folder} is a finished run whose weights have been deleted")
     if (folder / "run_args.json").is_file() or (folder / "checkpoint").is_dir():
         raise UserError(
             f"{folder} has no model/ or adapter/ yet because training has not finished; "
