@@ -180,8 +180,10 @@ def _devices(args) -> str:
     return f"{count} x {args.device}{shared}" if count > 1 else args.device
 
 
-def _held_out(problems: list) -> str:
-    return f"{len(problems)} held out" if problems else "0 held out, so no validation"
+def _held_out(args, problems: list) -> str:
+    if not problems:
+        return "0 held out, so no validation"
+    return f"{args.val_examples} held out" + f", {args.val_use} used" * bool(args.val_use)
 
 
 def _say_patience(args, held_out: list) -> None:
@@ -207,7 +209,7 @@ def settle_sft(args, found, config: Config, examples: list, held_out: list, step
         own = f"trained further, with its r {args.lora_r} and alpha {args.lora_alpha:g}"
         _say("adapter", own if args.lora else "merged into its base, which is trained in full")
     _say("data", f"{len(examples):,} examples, {sum(lengths):,} tokens, {supervised:,} supervised, "
-         f"longest {max(lengths)}; {_held_out(held_out)}")  # fmt: skip
+         f"longest {max(lengths)}; {_held_out(args, held_out)}")  # fmt: skip
     _say_patience(args, held_out)
     _say("steps", f"{steps:,} of {args.micro_batch} x {args.accumulation} examples, "
          f"{args.epochs} epoch{'s' * (args.epochs > 1)}; lr {args.lr:g} to {args.min_lr:g}, "
@@ -277,7 +279,7 @@ def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list)
     _say("start", f"{args.init} ({config.model_type}), {total:,} parameters; {prompt}")
     sizes = f"{_size(policy):,} of the policy, {_size(critic):,} of the critic"
     _say("trained", f"{sizes} ({args.critic})")
-    _say("data", f"{len(problems):,} problems, {_held_out(held_out)}; prompt and answer up to "
+    _say("data", f"{len(problems):,} problems, {_held_out(args, held_out)}; prompt and answer up to "
          f"{longest} tokens")  # fmt: skip
     _say_patience(args, held_out)
     if earlier not in (None, args.val_examples):
