@@ -265,13 +265,14 @@ def test_validation_on_a_part_of_what_is_held_out(tmp_path, capsys):
     assert sorted(sum((past.part_of(held_out, (k, 7)) for k in range(1, 8)), [])) == held_out
     assert past.part_of(held_out, None) == held_out
     args = SimpleNamespace(data="tiny", data_dir=None, val_examples=40, val_use=20, tiny=True,
-                           keep="last", patience=0)  # fmt: skip
-    rest, used = train_sft.start.split_problems(args, train_sft.start.find_start(args, "model"))
+                           keep="last", patience=0, unscored=False)  # fmt: skip
+    found = train_sft.start.hub.find_model("tiny")
+    rest, used = train_sft.start.split_problems(args, found)
     everything = data.split_validation(data.load_problems("tiny", "train"), 40)
     assert rest == everything[0] and used == past.part_of(everything[1], (1, 2))
     args.val_use = 41
     with pytest.raises(UserError, match="--val-use 41: only 40 problems are held out"):
-        train_sft.start.split_problems(args, train_sft.start.find_start(args, "model"))
+        train_sft.start.split_problems(args, found)
     with pytest.raises(UserError, match="--part 1/41: only 40 problems are held out"):
         past.part_of(held_out, (1, 41))
 
