@@ -107,6 +107,8 @@ def attempt(study, trial, lock: int, args) -> int:
             break  # also before a rung, by --patience
         if 2**i not in seen:
             trial.report(value, 2**i)
+        # (The pruner notes that it was asked. A trial whose process is killed just after that is
+        # not judged here again, so it is kept.)
         if trial.should_prune():
             why = f"pruned at step {rung}"
             break
@@ -119,7 +121,7 @@ def attempt(study, trial, lock: int, args) -> int:
         tune_page.delete_losers(study, args)
         tune_page.write(study, args)
     end = why or f"{args.metric} {value:.4g}"
-    print(f"trial {trial.number}: {end}, after {time.time() - began:.0f} seconds")
+    print(f"trial {trial.number}: {end}, after {time.time() - began:.0f} seconds", flush=True)
     return 0
 
 
@@ -131,10 +133,11 @@ def score_winner(study, args) -> int:
     with alone(args, "winner"):
         status, said = 0, ""
         if args.metric == "val_exact_match" and not tune_page.last_score(best, args):
-            given = ["--device", args.run.device, "--precision", args.run.precision]
-            given += ["--data-dir", args.run.data_dir] * bool(args.run.data_dir)
+            same = ["--device", args.run.device, "--precision", args.run.precision]
+            same += ["--max-new-tokens", str(args.run.max_new_tokens)]
+            same += ["--data-dir", args.run.data_dir] * bool(args.run.data_dir)
             winner = ["--model", str(tune_page.folder_of(best, args)), "--split", "validation"]
-            status, said = run(["evaluate.py", *winner, "--part", "2/2", *given])
+            status, said = run(["evaluate.py", *winner, "--part", "2/2", *same])
     if status not in (0, 129, 130, 143):
         raise UserError(f"the winner cannot be scored: {said}")
     with alone(args):
@@ -144,7 +147,7 @@ def score_winner(study, args) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if optuna is None:
+    if optuna is None and not args.dry_run:
         raise UserError("a search needs a package: pip install -r requirements-optional.txt")
     prepare(args)
     if args.dry_run:
@@ -160,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
                 return status
         elif any(trial.state.name == "RUNNING" for trial in study.trials):
             if not waiting:
-                print("waiting for trials of other processes; Ctrl-C here does them no harm")
+                print("waiting for trials of other processes, which Ctrl-C here does not stop")
             waiting = True
             time.sleep(1)
         else:
