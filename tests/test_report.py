@@ -199,6 +199,16 @@ def test_the_opening_says_which_model_which_problems_and_what_happened(two):
     assert "False" not in said
 
 
+def test_the_opening_compares_a_run_with_its_start_if_that_is_on_the_page(two, tmp_path):
+    other = stage(tmp_path / "other", {i: ("#### 6", 6.0) for i in range(4)}, ppo=True)
+    assert "That is 50.0 points more than ppo" in read(*two, other)  # the one before
+    path = Path(other, "run_args.json")
+    record = json.loads(path.read_text())
+    record["args"]["init"] = f"{two[0]}/model"
+    path.write_text(json.dumps(record))
+    assert "That is 75.0 points more than sft" in read(*two, other)
+
+
 def test_a_run_without_an_evaluation_has_its_curves(two, tmp_path, capsys):
     """Also one that is still running, whose last line is half-written."""
     folder = Path(two[1])
