@@ -19,14 +19,13 @@ from pathlib import Path
 
 import torch
 
-from nanogsm import UserError, data, distributed, generate
+from nanogsm import UserError, boxed, data, distributed, generate
 from nanogsm.model import load_model
 from nanogsm.report import rerank
 from nanogsm.report.compare import compare
 from nanogsm.report.eval_files import check_place, place_of
 from nanogsm.report.scores import summarise
-from nanogsm.run import ask, asked, console, flags, machine
-from nanogsm.run.past import answer_limit_of, is_tiny, prompt_of
+from nanogsm.run import ask, asked, console, flags, machine, past
 from nanogsm.store import files, hub
 
 
@@ -40,12 +39,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", help="The same.")
     flags.add_base_flag(p)
     add("--n", type=flags.number_or_all, help="Number of problems, always the same sample, or "
-        "all. Default: 256 (tiny: all; validation: all that were held out).")
+        "all. Default: 256 (tiny and math500: all; validation: all that were held out).")
     add("--split", choices=("test", "validation"),
         help="The validation split is the part of train that --val-examples held out. Default: "
         "test, or validation of a run on a file of your own.")
-    add("--data", help="main, socratic or a .jsonl file of your own. Default: main, or the file "
-        "that the run was trained on.")
+    add("--data", help="main, socratic, math, math500 or your own .jsonl file. Default: main, or "
+        "math or your file if the run was trained on it.")
     flags.add_data_dir_flag(p)
     flags.add_unscored_flag(p)
     # The prompt
@@ -59,7 +58,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--samples", type=int, default=1, help="Completions per problem.")
     add("--temperature", type=float, default=0.0, help="Sampling temperature. 0 is greedy.")
     add("--max-new-tokens", type=int, help="Longest answer, in tokens. Default: 320 (socratic 512, "
-        "tiny 128, tiny's socratic 160), or the limit of the run's own validation if larger.")
+        "math 1024, tiny 128, tiny's socratic 160), or the limit of the run's own validation if "
+        "larger.")
     add("--batch-size", type=int,
         help="Answers sampled per batch. More take more memory. Default: 64 (tiny: 256).")
     add("--seed", type=int, default=0, help="Seed of the sampling. The problems stay the same.")
@@ -79,13 +79,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(f"two models, {args.run} and --model {args.model}: give one")
     args.model = args.model or args.run or ("tiny" if args.tiny else "google/gemma-2b-it")
     args.model = os.path.expanduser(args.model)
-    args.tiny = args.tiny or is_tiny(args.model)
+    args.tiny = args.tiny or past.is_tiny(args.model)
     asked.choose_data(args)
     at_least = {"n": 1, "samples": 1, "batch_size": 1, "max_new_tokens": 1, "seed": 0}
     flags.check_numbers(args, at_least)
     args.given_n = args.n
     if args.split == "test":
-        args.n = args.n or (1319 if args.tiny else 256)
+        args.n = args.n or (1319 if args.tiny else 500 if args.data == "math500" else 256)
     elif args.n == flags.ALL:
         args.n = None
     args.batch_size = args.batch_size or (256 if args.tiny else 64)
@@ -104,15 +104,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Answer every problem, count the right answers, print the summary, write it and the rows."""
-    # A misspelt name fails before data is downloaded.
+    # A misspelt name, or a missing grader, fails before anything is downloaded.
+    boxed.check_data(args.data, args.split)
     hub.find_model(args.model, weights=False, base=args.base)
     problems = asked.choose_problems(args)
     critic = rerank.critic_for(args.rerank, problems) if args.rerank else None
     args.model_sha256 = hub.fingerprint(hub.find_model(args.model, base=args.base))
     args.n, args.data_sha256 = len(problems), data.digest(problems)
-    prompt, folder, name = resolve(args)
+    prompt, folder, name = resolve(args, problems)
     check_place(args, folder, name)
-    limit = args.max_new_tokens or answer_limit_of(args.model, args.data)
+    limit = args.max_new_tokens or past.answer_limit_of(args.model, args.data)
+    names = ("model_sha256", "data_sha256", "samples", "temperature", "seed", "precision")
+    same = {name: getattr(args, name) for name in names}
+    distributed.check_same(same | {"max_new_tokens": limit, "prompt": prompt.settings()})
     model, tokenizer = load_for_inference(args)
     decoding = f"{args.samples} samples at {args.temperature:g}" if args.temperature else "greedy"
     whole = args.data not in data.NAMED and args.split == "test"  # own files have no test split
@@ -121,7 +125,8 @@ def evaluate(args: argparse.Namespace) -> int:
           f"{args.device} {args.precision}")  # fmt: skip
     began = time.perf_counter()
     rate = lambda tokens: tokens / (time.perf_counter() - began)  # noqa: E731
-    with console.Progress(len(problems) * args.samples, "answer") as line:
+    share = distributed.largest_share(len(problems) * args.samples)  # of this process
+    with console.Progress(share, "answer") as line:
         rows = generate.answer_and_mark(
             model, tokenizer, problems, prompt, limit, args.batch_size, args.temperature,
             args.samples, args.seed,
@@ -158,10 +163,11 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def resolve(args: argparse.Namespace) -> tuple[data.Prompt, Path, str]:
+def resolve(args: argparse.Namespace, problems: list = ()) -> tuple[data.Prompt, Path, str]:
     """(prompt, folder, file name without ending). A run is asked with the prompt it was trained
     with, an untuned model with one worked example and the instruction."""
-    usual = prompt_of(args.model) or data.Prompt("plain", 1, True)
+    usual = past.prompt_of(args.model) or data.Prompt("plain", 1, True, args.data in boxed.NAMES)
+    usual = past.prompt_about(usual, problems) if problems else usual
     given = {key: getattr(args, key) for key in ("style", "shots", "instruction")}
     prompt = usual._replace(**{key: value for key, value in given.items() if value is not None})
     if prompt.shots > 1:
@@ -189,10 +195,20 @@ def print_summary(s: dict) -> None:
             if "@" in key:  # pass@k, maj@k, best@k
                 print(f"{key:<13} {value:6.1%}")
         rerank.print_tests(s.get("rerank", {}).get("tests", ()))
-        print(f"flexible      {s['flexible_accuracy']:6.1%}  (last number right, in format or not)")
+        print_beside(s)
         print(f"in format     {s['formatted']:6.1%}  {length}")
     speed = f"{s['tokens_per_s']:,.0f} tokens/s, {s['seconds']:.0f} s"
     print(f"speed         {speed}, peak {s['peak_memory'] / 2**30:.1f} GiB")
+
+
+def print_beside(s: dict) -> None:
+    """What stands next to exact match."""
+    if "flexible_accuracy" in s:
+        print(f"flexible      {s['flexible_accuracy']:6.1%}  (last number right, in format or not)")
+        return
+    timeouts = f", {s['grader_timeouts']} timeouts" * bool(s["grader_timeouts"])
+    graded = f"exact match is by {s['grader']}{timeouts}"
+    print(f"equal text    {s['text_accuracy']:6.1%}  ({graded})")
 
 
 def main(argv: list[str] | None = None) -> int:

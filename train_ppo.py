@@ -35,7 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nanogsm import data, distributed, generate, lora
+from nanogsm import boxed, data, distributed, generate, lora
 from nanogsm.logprob import next_token_logprobs
 from nanogsm.model import frozen_copy, load_model, sampler_of, save_trained, set_checkpointing, twin
 from nanogsm.optim import AdamW
@@ -53,10 +53,11 @@ from nanogsm.transformer import Transformer
 
 
 def reward(completion: str, problem: data.Problem, truncated: bool) -> float:
-    """1 for the right number after "####", 0 otherwise. `--reward FILE.py` puts another function in
-    its place (nanogsm/run/reward.py); flags add terms to it (nanogsm/rewards.py)."""
+    """1 for the right answer, 0 otherwise. `--reward FILE.py` puts another function in its place
+    (nanogsm/run/reward.py); flags add terms to it (nanogsm/rewards.py)."""
     # A truncated answer never ended, so it earns nothing: the policy has to learn to end.
-    return float(not truncated and data.is_correct(completion, problem))
+    right = not truncated and data.is_correct(completion, problem)
+    return float(right and not boxed.restates(completion, problem.answer))  # only MATH's can
 
 
 # --------------------------------------------------------------------------------------- the math
@@ -303,6 +304,7 @@ def sample(setup: Setup, problems: list[data.Problem], step: int, watch) -> list
             "example": data.Example(done.prompt + done.ids, mask, problem.index),
             "score": score,
             "correct": data.is_correct(done.text, problem),
+            **(data.beside(done.text, problem) if problem.boxed else {}),
             "truncated": done.truncated,
             "question": problem.question,
             "completion": done.text,
@@ -393,7 +395,7 @@ def rollout_metrics(answers: list[dict], rollout: Rollout, rewards, returns, arg
         "explained_variance": explained_variance(values, outcomes, mask),
         "value": masked_mean(values, mask).item(),
         "return": masked_mean(returns, mask).item(),
-    }
+    } | boxed.shares(answers)  # of MATH's grader
 
 
 # ------------------------------------------------------------------------------------- the update
@@ -549,6 +551,7 @@ def main(argv: list[str] | None = None) -> int:
     prompt = start.prompt_of_init(args)
     found = start.find_start(args, "init")
     problems, held_out = start.split_problems(args, found)
+    prompt = past.prompt_about(prompt, problems)
     plan.settle_ppo(args, found, prompt, problems, held_out)
     if args.dry_run:
         return 0

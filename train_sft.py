@@ -167,11 +167,11 @@ def train(args, folder, found, prompt, examples, steps: int, held_out, held_out_
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    prompt = data.Prompt(args.style, 0, args.instruction)
     found = start.find_start(args, "model")
     start.set_rank(args, found)
     config, tokenizer = read_config(found.base), known.tokenizer(found)
     problems, held_out = start.split_problems(args, found)
+    prompt = past.prompt_about(data.Prompt(args.style, 0, args.instruction), problems)
     if args.keep == "best" and not held_out:
         raise UserError("--keep best has nothing to choose by: --val-examples is 0")
     if args.max_examples:

@@ -35,7 +35,7 @@ from typing import NamedTuple
 from nanogsm import UserError
 from nanogsm.report import page
 from nanogsm.report.eval_files import read_rows
-from nanogsm.report.scores import KINDS, by_problem, kind_of, paired
+from nanogsm.report.scores import by_problem, kind_of, kinds_in, paired
 from nanogsm.run import console, flags, machine
 from nanogsm.run.past import run_of
 from nanogsm.run.start import MAY_DIFFER, NO_SETTINGS
@@ -264,9 +264,9 @@ def results(args: argparse.Namespace, failed: dict[str, str]) -> list[dict]:
         summary, rows = files.read_json(path), answers(path)
         keep = ("n", "correct", "accuracy", "ci_low", "ci_high", "flexible_accuracy", "formatted",
                 "truncated", "mean_tokens", "seconds", "environment")  # fmt: skip
-        entry |= {key: summary[key] for key in keep}
+        entry |= {key: summary[key] for key in keep if key in summary}
         kinds = [kind_of(answer) for answer in rows.values()]
-        entry["kinds"] = {kind: kinds.count(kind) for kind in KINDS}
+        entry["kinds"] = {kind: kinds.count(kind) for kind in kinds_in(rows.values())}
         if row.script:
             entry["training"] = training_metrics(args.folders[row.name])
             entry["other_flags"] = other_flags(row, args) if is_trained(row, args) else []

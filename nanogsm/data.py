@@ -29,19 +29,24 @@ from typing import NamedTuple
 import tokenizers
 import torch
 
-from nanogsm import UserError, distributed
+from nanogsm import UserError, boxed, distributed
 from nanogsm.store import files, hub
 from nanogsm.tiny import problems as tiny_problems
 
 GENERATED = {"tiny": "main", "tiny-socratic": "socratic", "tiny-worked": "main"}  # name -> style
-NAMED = ("main", "socratic", *GENERATED)  # data with a training and a test split
+NAMED = ("main", "socratic", *boxed.NAMES, *GENERATED)  # data with a test split
 SUBSET_SEED = 8  # fixed, so that all runs hold out and evaluate the same problems
 
 
 class Problem(NamedTuple):
     question: str
-    answer: str  # worked steps, then "#### " and the number
+    answer: str  # worked steps, then "#### " and the number; in MATH with a box (boxed.py)
     index: int  # position in the file, counted from 0; results refer to problems by it
+
+    @property
+    def boxed(self) -> bool:
+        """Whether the answer is MATH's kind, a formula in a box. GSM8K's is a number after ####."""
+        return boxed.ends_in_box(self.answer)
 
 
 # -------------------------------------------------------------------------------- ids and masks
@@ -65,6 +70,7 @@ class Prompt(NamedTuple):
     style: str = "plain"  # "plain" is Question: ... Answer:, "chat" has the turns of a conversation
     shots: int = 0  # how many worked examples come before the question
     instruction: bool = False  # whether INSTRUCTION comes first
+    boxed: bool = False  # whether instruction and worked example have MATH's kind of answer
     examples: tuple[Problem, ...] = (ONE_SHOT,)  # the first `shots` of these
 
     def __str__(self) -> str:
@@ -72,8 +78,9 @@ class Prompt(NamedTuple):
         return f"{self.style}, {shots}-shot{', instruction' if self.instruction else ''}"
 
     def settings(self) -> dict:
-        """What files record: all but the examples."""
-        return {"style": self.style, "shots": self.shots, "instruction": self.instruction}
+        """What files record: all but the examples. GSM8K's do not mention boxes."""
+        record = {"style": self.style, "shots": self.shots, "instruction": self.instruction}
+        return record | ({"boxed": True} if self.boxed else {})
 
 
 def encode(
@@ -93,14 +100,18 @@ def encode(
     # Exactly one BOS, because all texts in pretraining start with one. Without it Gemma's
     # perplexity is absurd. Two are a common bug: many tokenizers add one unasked.
     add(tokenizer.bos_id)  # the only one, because `Tokenizer.encode` adds none
-    lead = INSTRUCTION + "\n\n" if prompt.instruction else ""
+    instruction, shots = INSTRUCTION, prompt.examples[: prompt.shots]
+    if prompt.boxed:
+        instruction, own = boxed.INSTRUCTION, ONE_SHOT._replace(answer=boxed.ONE_SHOT_ANSWER)
+        shots = [own if shot == ONE_SHOT else shot for shot in shots]
+    lead = instruction + "\n\n" if prompt.instruction else ""
     if prompt.style == "chat":
         # Turn tokens are added as ids: "<end_of_turn>" in a question would only be text.
         family, end, target = tokenizer.family, tokenizer.end_of_turn_id, answer
         turn, after = tokenizer.turn, family.after
         if family.system:
             add(*turn("system", family.system), end, after)
-        for shot in prompt.examples[: prompt.shots]:
+        for shot in shots:
             add(*turn("user", f"{lead}{shot.question}"), end, after, *turn(family.model))
             add(shot.answer, end, after)
             lead = ""
@@ -110,7 +121,7 @@ def encode(
         # the space before it. A prompt that ended in a space would end in a lone space token, which
         # the model never sees there in training.
         end, target = tokenizer.eos_id, f" {answer}"
-        for shot in prompt.examples[: prompt.shots]:
+        for shot in shots:
             add(f"{lead}Question: {shot.question}\nAnswer:")
             add(f" {shot.answer}\n\n")
             lead = ""
@@ -185,8 +196,11 @@ TOLERANCE = 1e-6
 STOP_TEXT = "Question:"  # a completion that starts a new question has gone past its answer
 
 
-def extract_answer(text: str) -> float | None:
-    """The number right after the first "####" (the original study's rule), or None."""
+def extract_answer(text: str, in_box: bool = False) -> float | str | None:
+    """The number right after the first "####" (the original study's rule), or None. in_box: MATH's
+    rule, what stands in the last box."""
+    if in_box:
+        return boxed.last_box(text)
     _, marker, rest = text.partition("####")
     found = _AFTER_MARKER.match(rest) if marker else None
     # Trap: without the second check "#### 18 000" and "#### 18/2" would count as 18.
@@ -224,11 +238,14 @@ def starts_new_question(tokenizer: "Tokenizer", ids: list[int]) -> bool:
 
 def answer_limit(data: str) -> int:
     """Default number of tokens an answer may take. Nearly all answers of the data fit."""
-    return {"socratic": 512, "tiny": 128, "tiny-worked": 128, "tiny-socratic": 160}.get(data, 320)
+    limits = {"socratic": 512, "tiny": 128, "tiny-worked": 128, "tiny-socratic": 160}
+    return (limits | dict.fromkeys(boxed.NAMES, 1024)).get(data, 320)
 
 
 def is_correct(completion: str, problem: Problem) -> bool:
     """Strict exact match: the original study's measure and PPO's default reward."""
+    if problem.boxed:
+        return boxed.grade(boxed.last_box(cut(completion)), boxed.last_box(problem.answer)).right
     # The first "####" decides. Working is not checked, and later text does not count.
     return same_number(extract_answer(cut(completion)), extract_answer(problem.answer))
 
@@ -236,6 +253,13 @@ def is_correct(completion: str, problem: Problem) -> bool:
 def is_correct_flexible(completion: str, problem: Problem) -> bool:
     """Whether the last number is right. Reported next to exact match, never instead of it."""
     return same_number(last_number(cut(completion)), extract_answer(problem.answer))
+
+
+def beside(completion: str, problem: Problem) -> dict:
+    """What a result says next to exact match."""
+    if problem.boxed:
+        return boxed.beside(cut(completion), problem.answer)
+    return {"flexible": is_correct_flexible(completion, problem)}
 
 
 # ------------------------------------------------------------------------------------ tokenizer
@@ -359,39 +383,52 @@ class Tokenizer:
 def load_problems(
     data: str, split: str, data_dir: str | None = None, unscored: bool = False
 ) -> list[Problem]:
-    """Problems of "main", "socratic", a name in GENERATED or your own JSONL file. split is "train"
-    or "test"; your own file is used whole for both. unscored: its answers need no number.
-    UserError names the file and line at fault."""
+    """Problems of a name in NAMED or of your own JSONL file. split is "train" or "test"; your own
+    file is used whole for both. unscored: its answers need no result. UserError names the file and
+    line at fault."""
+    boxed.check_data(data, split)
     if data in GENERATED:
         pairs = tiny_problems.problems(split, GENERATED[data], data == "tiny-worked")
         return [Problem(*pair, index) for index, pair in enumerate(pairs)]
-    if data in ("main", "socratic"):
-        name = f"{split}.jsonl" if data == "main" else f"{split}_socratic.jsonl"
-        return read_jsonl(hub.data_file(name, data_dir))
+    if data in NAMED:
+        file = hub.data_file(hub.DATA_NAMES[data].format(split), data_dir)
+        return read_jsonl(file, leave_out=boxed.NO_ANSWER if data == "math" else None)
     if not data.lower().endswith((".jsonl", ".json")):
         hint = "; worked needs --tiny" * (data == "worked")
-        raise UserError(f"--data {data}: give main, socratic or a file that ends in .jsonl{hint}")
+        names = "main, socratic, math"
+        raise UserError(f"--data {data}: give {names} or a file that ends in .jsonl{hint}")
     return read_jsonl(Path(data), unscored)
 
 
-def read_jsonl(path: Path, unscored: bool = False) -> list[Problem]:
+def read_jsonl(
+    path: Path, unscored: bool = False, leave_out: str | None = None
+) -> list[Problem]:
     """One object per line with a question and an answer (files.read_pairs has the forms). Unless
-    `unscored`, each answer ends in "#### n"."""
-    problems = []
-    for number, question, answer in files.read_pairs(path):
-        if not unscored and (fault := _unscorable(answer)):
+    `unscored`, each answer ends in "#### n" or in a box. leave_out: a fault that is no error."""
+    problems, pairs = [], files.read_pairs(path)
+    for index, (number, question, answer) in enumerate(pairs):
+        fault = None if unscored else _unscorable(answer)
+        if fault is None:
+            problems.append(Problem(question, answer, index))
+        elif fault != leave_out:
             raise UserError(f"{path} line {number}: {fault}")
-        problems.append(Problem(question, answer, len(problems)))
+    if left_out := len(pairs) - len(problems):
+        print(f"left out {left_out} of {len(pairs):,} problems: {leave_out}")
+    if any(problem.boxed for problem in problems):
+        boxed.grader_name()  # raises if it is missing
     return problems
 
 
 def _unscorable(answer: str) -> str | None:
     """Why no completion could match this answer, or why a wrong one could. None if it is fine."""
     kept = cut(answer)  # as completions are cut
+    if boxed.ends_in_box(answer):
+        return None if boxed.last_box(kept) else boxed.NO_ANSWER
     rest = kept.partition("####")[2]
     found = _AFTER_MARKER.match(rest)
     if not re.search(_DIGIT, rest):
-        where = "" if kept == answer else f' before "{STOP_TEXT}", where completions are cut off'
+        where = f' before "{STOP_TEXT}", where completions are cut off'
+        where = r" and no \boxed{}" if kept == answer else where
         return f'the answer has no "#### number"{where} (--unscored trains on such answers)'
     # In doubt a gold answer is refused: one that nobody can match would only lower the score.
     if extract_answer(kept) is None or rest[found.end() :].strip() not in ("", "."):

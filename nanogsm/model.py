@@ -238,6 +238,7 @@ def load_model(
     supported.
     """
     found = name if isinstance(name, hub.ModelFiles) else hub.find_model(str(name))
+    cuda.prepare(device)
     tokenizer = Tokenizer(found.base)
     with torch.device("meta"):  # takes no memory: the weights come from the file
         model = Transformer(read_config(found.base))
@@ -576,9 +577,9 @@ def twin(model: Transformer) -> Transformer:
 
 @contextlib.contextmanager
 def sampler_of(model: Transformer, bf16: bool) -> Iterator[Transformer]:
-    """`with sampler_of(model, bf16) as model`: a model to sample from. It is the model itself
-    unless each device has a part of it only: then all parts would travel for every token, so it is
-    a copy with all weights. bf16: linear weights are rounded, as autocast would do at every use.
+    """`with sampler_of(model, bf16) as model`: a model to sample from. Usually it is the model
+    itself. If that is sharded it is a whole copy, or the parts would travel for every token. bf16:
+    linear weights are rounded, as autocast would do at every use.
     """
     if not distributed.is_sharded(model):
         yield model

@@ -20,6 +20,7 @@ NET, LORA, LOGPROB = "nanogsm/transformer.py", "nanogsm/lora.py", "nanogsm/logpr
 GENERATE, OPTIM, HEAD = "nanogsm/generate.py", "nanogsm/optim.py", "nanogsm/fast/head.py"
 CPU, CHECKPOINTING = "nanogsm/fast/cpu.py", "nanogsm/fast/checkpointing.py"
 CUDA, MANY = "nanogsm/fast/cuda.py", "nanogsm/distributed.py"
+BOXED = "nanogsm/boxed.py"
 LOOP, FILES, SCORES = "nanogsm/run/loop.py", "nanogsm/store/files.py", "nanogsm/report/scores.py"
 ARITHMETIC, REWARDS, CRITIC = "nanogsm/arithmetic.py", "nanogsm/rewards.py", "nanogsm/run/critic.py"
 RERANK, FLAGS = "nanogsm/report/rerank.py", "nanogsm/run/flags.py"
@@ -27,12 +28,26 @@ TESTS = {
     PPO: "test_groups test_ppo test_rewards test_distributed", SFT: "test_sft test_distributed", DATA: "test_data test_model", MODEL: "test_model test_lora", NET: "test_model",
     LORA: "test_lora", LOGPROB: "test_logprob", HEAD: "test_logprob test_model", GENERATE: "test_generate",
     OPTIM: "test_optim", CPU: "test_generate test_model test_optim test_cuda test_plan", CHECKPOINTING: "test_model", LOOP: "test_loop",
-    CUDA: "test_cuda", MANY: "test_distributed", FILES: "test_files", SCORES: "test_scores test_rerank",
+    CUDA: "test_cuda", MANY: "test_distributed", FILES: "test_files", SCORES: "test_scores test_rerank", BOXED: "test_boxed",
     ARITHMETIC: "test_scores", REWARDS: "test_rewards", CRITIC: "test_rerank", RERANK: "test_rerank", FLAGS: "test_groups test_rewards",
 }  # fmt: skip
 
 # name, file, the text (there once), what stands there instead
 MUTATIONS = [
+    ("boxed: the first box counts", BOXED, '    for found in _BOX.finditer(text):\n        pass\n', '    found = _BOX.search(text)\n'),
+    ("boxed: escaped braces are counted", BOXED, 'r"\\\\.|[{}]"', 'r"[{}]"'),
+    ("boxed: a box decides before ####", BOXED, 'return last > answer.rfind("####")', 'return last >= 0'),
+    ("boxed: hostile powers are computed", BOXED, 'or too_large(answer) or', 'or'),
+    ("boxed: long answers are read", BOXED, 'MOST_CHARACTERS = 300', 'MOST_CHARACTERS = 3000'),
+    ("boxed: exponents of brackets do not multiply", BOXED, 'cost *= max(size, 1)', 'highest = max(highest, size)'),
+    ("boxed: a timeout is right", BOXED, 'Verdict(False, timed_out=True)', 'Verdict(True, timed_out=True)'),
+    ("boxed: each rank grades for itself", BOXED, 'return _grade(answer, gold, distributed.first)', 'return _grade(answer, gold, lambda ask: ask())'),
+    ("boxed: SIGALRM is not put back", BOXED, '        signal.signal(signal.SIGALRM, handler)\n', ''),
+    ("boxed: the alarm rings once", BOXED, 'signal.ITIMER_REAL, 0.1, 0.1', 'signal.ITIMER_REAL, seconds'),
+    ("boxed: the package prints", BOXED, 'contextlib.redirect_stderr(io.StringIO())', 'contextlib.nullcontext()'),
+    ("boxed: a sum earns a reward", BOXED, '    if _BIG.search(given) and not _BIG.search(gold):\n        return True\n', ''),
+    ("boxed: a quotient earns a reward", BOXED, 'or quotient)', ')'),
+    ("boxed: answers of equal value vote apart", BOXED, 'min(equal, default=i)', 'i'),
     ("many: a gradient is not summed", MANY, 'add_up(*large, *([together] if small else []))', 'add_up(*large)'),
     ("many: a large gradient is not summed", MANY, 'add_up(*large, *([together] if small else []))', 'add_up(*([together] if small else []))'),
     ("many: gradients are means", MANY, 'g.copy_(summed.view_as(g))', 'g.copy_(summed.view_as(g) / COUNT)'),

@@ -680,7 +680,7 @@ def test_an_empty_question_is_named_by_line(tmp_path, question):
 @pytest.mark.parametrize("answer", ["72", "#### ", "#### many", "### 72"])
 def test_an_answer_without_a_number_after_the_marker_is_named_by_line(tmp_path, answer):
     path = write(tmp_path, f"{row()}\n{row(answer=answer)}\n")
-    with pytest.raises(UserError, match='line 2: the answer has no "#### number" .--unscored'):
+    with pytest.raises(UserError, match='line 2: the answer has no "#### number" and no .boxed{} .--unscored'):
         read_jsonl(path)
 
 
@@ -820,7 +820,7 @@ def test_data_names_a_gsm8k_file_or_ones_own(tmp_path, monkeypatch):
     for split in ("train", "test"):
         assert load_problems(str(own), split) == [Problem("How many?", "#### 3", 0)]
     assert len(asked) == 4
-    with pytest.raises(UserError, match="--data mian: give main, socratic or a file"):
+    with pytest.raises(UserError, match="--data mian: give main, socratic, math or a file"):
         load_problems("mian", "train")
 
 
@@ -943,7 +943,7 @@ def test_several_worked_examples_come_in_their_order(tmp_path):
     tokenizer = Tokenizer(data.hub.EMBEDDED)
     shots = tuple(Problem(f"{i} + 1?", f"#### {i + 1}", i) for i in range(3))
     for style in ("plain", "chat"):
-        prompt = Prompt(style, 2, True, shots)
+        prompt = Prompt(style, 2, True, examples=shots)
         text = tokenizer.decode(encode(tokenizer, prompt, "8 + 1?")[0])
         order = ["format '#### <number>'.", "0 + 1?", "#### 1", "1 + 1?", "#### 2", "8 + 1?"]
         assert [text.count(part) for part in order] == [1] * 6 and "2 + 1?" not in text

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from safetensors.torch import load_file
 import evaluate
 import train_ppo
 import train_sft
-from nanogsm import UserError, data, distributed, generate, optim
+from nanogsm import UserError, boxed, data, distributed, generate, optim
 from nanogsm.model import load_model, sampler_of, save_model
 from nanogsm.run import card, console, loop, machine
 from nanogsm.run.critic import find_critic
@@ -281,6 +282,64 @@ def test_a_critic_chooses_the_same_answers(alone, tmp_path):
     assert a == b
 
 
+def test_processes_with_different_settings_are_refused():
+    """A second machine with an old file, or a flag that was given to one only."""
+    def check():
+        distributed.check_same({"a": 1, "b": [2]})
+        distributed.check_same({"a": 1, "lr": 0.1 + 0.1 * (distributed.RANK == 2), "b": None})
+
+    for name, text in on_ranks(3, check):
+        assert name == "UserError" and "the processes differ in lr: start the same" in text
+
+
+def test_a_run_with_another_seed_on_one_rank_is_refused(tmp_path):
+    def train():
+        seed = ["--seed", str(distributed.RANK)]
+        return train_sft.main([*SFT, *seed, "--out", str(tmp_path / "run")])
+
+    for name, text in on_ranks(2, train):
+        assert name == "UserError" and "the processes differ in seed" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_is_merged_into_parts(tmp_path):
+    """SFT --shard 2 that starts from an adapter: as on one device."""
+    adapter = tmp_path / "adapter"
+    assert train_sft.main([*SFT, "--lora", "--out", str(adapter)]) == 0
+    more = ["--model", str(adapter), "--val-examples", "5"]
+    assert train_sft.main([*SFT, *more, "--out", str(tmp_path / "one")]) == 0
+    argv = [*SFT, *more, "--shard", "2", "--out", str(tmp_path / "many")]
+    assert on_ranks(2, train_sft.main, argv) == [0, 0]
+    near(tmp_path / "one", tmp_path / "many", 2e-5)
+
+
+def leaves_late(seconds: float) -> float:
+    """When rank 0 is done, and when this rank leaves."""
+    began = time.time()
+    if distributed.RANK == 0:
+        time.sleep(seconds)
+    distributed.end()
+    return time.time() - began
+
+
+def test_no_rank_leaves_before_all_have_done_their_work():
+    """torchrun ends those that are still writing soon after the first has left."""
+    assert min(on_ranks(2, leaves_late, 1.0)) >= 0.9
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "COUNT", 4)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="process 2 has no GPU: this machine has 2"):
+        distributed.local_device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert distributed.local_device("cuda") == "cuda:2" and distributed.local_device("cpu") == "cpu"
+    for device in ("cuda:0", "mps"):
+        with pytest.raises(UserError, match=f"--device {device}: under torchrun give cuda or cpu"):
+            distributed.local_device(device)
+
+
 def test_the_gpu_with_the_least_memory_decides_for_all(monkeypatch):
     """Or ranks would split a step differently, and wait for each other for ever."""
     free = lambda device: (5 - distributed.RANK) * 2**30 if device == "cuda" else None  # noqa: E731
@@ -496,3 +555,10 @@ def test_one_process_knows_nothing_of_others():
     assert [len(x) for x in data.micro_batches(batch, 2)] == [2, 2, 1]
     assert data.micro_batches([], 2) == []
     assert console._fail("x") == 2
+
+
+def test_rank_0_grades_boxes_and_the_others_hear_of_it(monkeypatch):
+    monkeypatch.setattr(boxed, "_ask", lambda *_: boxed.Verdict(distributed.RANK == 0))
+    boxed._grade_once.cache_clear()
+    found = on_ranks(2, lambda: [boxed.grade("6", gold).right for gold in ("7", "6", "8")])
+    assert found == [[True, True, True]] * 2  # rank 1 itself would say that 6 is not 7

@@ -670,6 +670,9 @@ def test_data_files_table():
         "test.jsonl": (749738, 1319, "3730d312"),
         "train_socratic.jsonl": (5401739, 7473, "153d8655"),
         "test_socratic.jsonl": (972978, 1319, "c9667336"),
+        "math_train.jsonl": (6466173, 7500, "2183510c"),
+        "math_test.jsonl": (4101364, 5000, "3371949f"),
+        "math500.jsonl": (446564, 500, "35dc4108"),
     }
     assert all(len(bytes.fromhex(f.sha256)) == 32 for f in hub.DATA_FILES.values())
 

@@ -147,6 +147,13 @@ def test_the_summary_and_its_tests_by_hand():
     assert vote["p"] == best["p"] == mcnemar(1, 2) and vote["points"] == pytest.approx(100 / 3)
 
 
+def test_a_negative_value_takes_no_votes_away():
+    args = evaluate.parse_args(["--tiny", "--samples", "3", "--temperature", "1", "--rerank", "x",
+                                "--device", "cpu"])  # fmt: skip
+    rows = sampled((7.0, -0.1), (7.0, 0.3), (8.0, 0.25))  # 0.3 against 0.25, and not 0.2
+    assert rerank.summarise(rows, args)["weighted_maj@3"] == 1
+
+
 def test_an_evaluation_reports_it_beside_pass_and_majority(trained, tmp_path, capsys):
     folder, _ = trained("separate")
     own = tmp_path / "own.jsonl"

@@ -484,7 +484,7 @@ def test_dry_run_needs_no_weights_and_writes_nothing(problems, tmp_path, capsys)
         (["--device", "cuda:x"], "--device cuda:x"),
         (["--seed", str(10**14)], "--seed"),
         (["--model", "no/such/folder"], "no such folder"),
-        (["--data", "grade-school"], "main, socratic or a file that ends in .jsonl"),
+        (["--data", "grade-school"], "main, socratic, math or a file that ends"),
     ],
 )
 def test_bad_flags_are_named(problems, flags, says, tmp_path):

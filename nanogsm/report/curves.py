@@ -62,6 +62,10 @@ CURVES = {  # key in metrics.jsonl: its panel
     "worked": Curve(
         "answers that show a calculation",
         "Has no target. It tells how the way of answering changes.", True),
+    "right_by_value_only": Curve(
+        "answers right by value, not by text",
+        "Low. If it grows, the policy writes right answers in ways that only the grader reads.",
+        True),
     "grad_norm": Curve(
         "gradient norm",
         "Changes slowly. A jump points at an odd example, or at too high a learning rate."),
@@ -89,7 +93,8 @@ def curves_section(stages: list[Stage]) -> str:
         figures = []
         for key, curve in CURVES.items():
             lines = [(stage.name, points(stage.metrics, key)) for stage in runs]
-            if any(line for _, line in lines):
+            never = key == "worked" and not any(y for _, line in lines for _, y in line)
+            if any(line for _, line in lines) and not never:  # MATH's answers have no annotations
                 share = curve.share and (key != "reward" or share_of_right)
                 panel = charts.Panel(curve.title, lines, share, "step", last)
                 drawn, caption = charts.page([panel], names), escape(curve.healthy)

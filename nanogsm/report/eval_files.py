@@ -9,7 +9,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from nanogsm import UserError
+from nanogsm import UserError, boxed
 from nanogsm.data import GENERATED, NAMED, Prompt
 from nanogsm.run.past import is_tiny, run_of
 from nanogsm.store import files
@@ -33,6 +33,7 @@ def place_of(args, prompt: Prompt, usual: Prompt) -> tuple[Path, str]:
         "validation" if own_data and args.split == "validation" else "",
         str(args.n),
         "socratic" if args.data.endswith("socratic") else "",
+        args.data if args.data in boxed.NAMES else "",
         "tiny" if args.data in GENERATED and not is_tiny(args.model) else "",
         prompt_name if unusual else "",
         f"{args.samples}x-t{temperature}-seed{args.seed}" if args.temperature else "",
@@ -99,12 +100,14 @@ def read_rows(where: str) -> tuple[str, list[dict]]:
     elif not os.path.exists(path):
         raise UserError(f"there is no {path}: give a run's folder or an eval-....jsonl file")
     types = {"index": int, "correct": bool, "gold": int | float, "question": str, "completion": str}
+    of_math = types | {"gold": str, "timed_out": bool}
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         if all(row["gold"] is None and row["correct"] is None for row in rows):
             raise UserError(f"{path}: its problems are unscored, so no answer is right or wrong")
         for row in rows:
-            if wrong := [key for key, kind in types.items() if not isinstance(row[key], kind)]:
+            kinds = of_math if "timed_out" in row else types
+            if wrong := [key for key, kind in kinds.items() if not isinstance(row[key], kind)]:
                 raise ValueError(f"a row's {wrong[0]} is {row[wrong[0]]!r}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         problem = f"a row has no {e}" if isinstance(e, KeyError) else str(e)

@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from nanogsm import UserError, arithmetic, data
+from nanogsm import UserError, arithmetic, boxed, data
 from nanogsm.report import scores
 from nanogsm.report.curves import curves_section
 from nanogsm.report.stages import Stage, read_stage
@@ -51,9 +51,10 @@ def scores_section(stages: list[Stage]) -> str:
             changes.append(("other problems", ""))
     s = [stage.summary for stage in stages]
     of_each = lambda form: [form(summary) for summary in s]  # noqa: E731
+    graders = sorted({summary.get("grader", "the number after ####") for summary in s})
+    grader = " and ".join(graders)
     body = [
-        ("exact match", "answers with the right number after ####",
-         of_each(lambda s: f"{s['accuracy']:.1%}")),
+        ("exact match", f"right answers, by {grader}", of_each(lambda s: f"{s['accuracy']:.1%}")),
         ("95% interval", "of exact match, in percent (Wilson's)", of_each(
             lambda s: f"{100 * s['ci_low']:.1f} to {100 * s['ci_high']:.1f}")),
         ("right", "", of_each(lambda s: f"{s['correct']:,} of {s['n']:,}")),
@@ -61,12 +62,16 @@ def scores_section(stages: list[Stage]) -> str:
          [points for points, _ in changes]),
         ("p", "of that difference, by the exact McNemar test", [p for _, p in changes]),
         ("last number", "the last number of the answer is right, in the format or not",
-         of_each(lambda s: f"{s['flexible_accuracy']:.1%}")),
-        ("in format", "a number follows ####", of_each(lambda s: f"{s['formatted']:.1%}")),
+         of_each(lambda s: f"{s['flexible_accuracy']:.1%}" if "flexible_accuracy" in s else "")),
+        ("equal text", "the answer in the box is written as the right one is",
+         of_each(lambda s: f"{s['text_accuracy']:.1%}" if "text_accuracy" in s else "")),
+        ("in format", "a number follows ####, or an answer is in a box",
+         of_each(lambda s: f"{s['formatted']:.1%}")),
         ("truncated", "the answer reached the token limit",
          of_each(lambda s: f"{s['truncated']:.1%}")),
         ("tokens", "mean length of an answer", of_each(lambda s: f"{s['mean_tokens']:.0f}")),
     ]  # fmt: skip
+    body = [row for row in body if row[0] not in ("last number", "equal text") or any(row[2])]
     if len(stages) == 1:
         body = [row for row in body if row[0] not in ("points", "p")]
     asked = {(summary["n"], summary.get("precision")) for summary in s}
@@ -82,13 +87,14 @@ def shows_work(row: dict) -> bool:
 
 def mistakes_section(stages: list[Stage]) -> str:
     names = [stage.name for stage in stages]
+    kinds = scores.kinds_in(row for stage in stages for row in stage.rows.values())
     listed = [[(scores.kind_of(row), shows_work(row)) for row in s.rows.values()] for s in stages]
     every = [Counter(kind for kind, _ in answers) for answers in listed]
     worked = [Counter(kind for kind, work in answers if work) for answers in listed]
     guessed = [count - shown for count, shown in zip(every, worked)]
     body = [
         (kind, what, [share(count[kind], count.total()) for count in every])
-        for kind, what in scores.KINDS.items()
+        for kind, what in kinds.items()
     ]
     parts = [f"<h2>Kinds of answers</h2>{table(names, body)}",
              '<p class="dim">An answer is counted once, as the first kind that applies.</p>']
@@ -147,7 +153,8 @@ def problem(rows: list[tuple[str, dict]]) -> str:
         f"<h4>{escape(name)}: {verdict(row)}</h4><pre>{escape(row['completion'].strip())}</pre>"
         for name, row in rows
     ]
-    return f"""<details><summary>{escape(short)} <b>{first["gold"]:.15g}</b>
+    gold = escape(boxed.shown(first["gold"]))
+    return f"""<details><summary>{escape(short)} <b>{gold}</b>
 <span class="dim">{marks}</span></summary><p>{escape(question)}</p>
 <div class="answers"><div>{"</div><div>".join(answers)}</div></div></details>"""
 

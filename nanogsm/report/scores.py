@@ -5,9 +5,10 @@ evaluate.py writes them to eval-*.jsonl and their summary to eval-*.json.
 """
 
 import math
+from collections.abc import Iterable
 from statistics import NormalDist, fmean
 
-from nanogsm import UserError, data
+from nanogsm import UserError, boxed, data
 from nanogsm.arithmetic import false_annotations
 from nanogsm.report.eval_files import read_rows  # noqa: F401
 
@@ -61,12 +62,19 @@ def paired(a: dict[int, dict], b: dict[int, dict]) -> dict:
 
 def majority(rows: list[dict], weights: list[float] | None = None) -> bool:
     """Whether the most frequent answer to one problem is right, or, with a weight for each row, the
-    answer of the largest sum. The earliest wins a tie."""
+    answer of the largest sum. The earliest wins a tie. Answers in boxes that mean the same are
+    one."""
+    answers = [row["answer"] for row in rows]
+    if in_boxes := isinstance(rows[0]["gold"], str):
+        answers = [None if place < 0 else place for place in boxed.joined(answers)]
     votes: dict[float, float] = {}
-    for row, weight in zip(rows, weights or [1] * len(rows)):
-        if row["answer"] is not None:
-            votes[row["answer"]] = votes.get(row["answer"], 0) + weight
-    return bool(votes) and data.same_number(max(votes, key=votes.get), rows[0]["gold"])
+    for answer, weight in zip(answers, weights or [1] * len(rows)):
+        if answer is not None:
+            votes[answer] = votes.get(answer, 0) + weight
+    if not votes:
+        return False
+    chosen = max(votes, key=votes.get)
+    return rows[chosen]["correct"] if in_boxes else data.same_number(chosen, rows[0]["gold"])
 
 
 def summarise(rows: list[dict], samples: int) -> dict:
@@ -74,11 +82,10 @@ def summarise(rows: list[dict], samples: int) -> dict:
     interval counts problems, because samples of one problem are not independent. With several
     samples it is wider than it needs to be. Unscored rows have lengths only."""
     groups = [rows[i : i + samples] for i in range(0, len(rows), samples)]
-    lengths = {
-        "truncated": fmean(row["truncated"] for row in rows),
-        "mean_tokens": fmean(row["tokens"] for row in rows),
-    }
+    truncated = fmean(row["truncated"] for row in rows)
+    mean_tokens = fmean(row["tokens"] for row in rows)
     if rows[0]["gold"] is None:
+        lengths = {"truncated": truncated, "mean_tokens": mean_tokens}
         return {"n": len(groups), "completions": len(rows), "unscored": True} | lengths
     accuracy = fmean(row["correct"] for row in rows)
     low, high = wilson(accuracy * len(groups), len(groups))
@@ -89,14 +96,28 @@ def summarise(rows: list[dict], samples: int) -> dict:
         "accuracy": accuracy,
         "ci_low": low,
         "ci_high": high,
-        "flexible_accuracy": fmean(row["flexible"] for row in rows),
+        **_beside(rows),
+        "truncated": truncated,
         "formatted": fmean(row["answer"] is not None for row in rows),
-    } | lengths
+        "mean_tokens": mean_tokens,
+    }
     if samples > 1:
         summary["pass@1"] = accuracy
         summary[f"pass@{samples}"] = fmean(any(row["correct"] for row in g) for g in groups)
         summary[f"maj@{samples}"] = fmean(majority(g) for g in groups)
     return summary
+
+
+def _beside(rows: list[dict]) -> dict:
+    """What stands next to exact match: for GSM8K the last number, for MATH the comparison of texts
+    and the grader. In a mixed file GSM8K's problems are compared as numbers in both."""
+    if not any("timed_out" in row for row in rows):
+        return {"flexible_accuracy": fmean(row["flexible"] for row in rows)}
+    return {
+        "text_accuracy": fmean(row.get("correct_by_text", row["correct"]) for row in rows),
+        "grader": boxed.grader_name(),
+        "grader_timeouts": sum(row.get("timed_out", False) for row in rows),
+    }
 
 
 # ---- kinds of mistakes: a completion is of the first kind, in this order, that applies
@@ -110,6 +131,13 @@ KINDS = {
     "guessed": "shows no calculation at all",
     "set-up": "every calculation is right, but the answer is not",
 }
+KINDS_OF_MATH = {
+    "right": "the right answer in the last box",
+    "looping": KINDS["looping"],
+    "cut off": KINDS["cut off"],
+    "no answer": "ended without an answer in a box",
+    "wrong": "the answer in the last box is another one",
+}
 
 
 def is_looping(completion: str) -> bool:
@@ -118,7 +146,7 @@ def is_looping(completion: str) -> bool:
 
 
 def kind_of(row: dict) -> str:
-    """The key of KINDS for one completion."""
+    """The key of KINDS for one completion, of KINDS_OF_MATH for one with a box."""
     text = data.cut(row["completion"])
     if row["correct"]:
         return "right"
@@ -126,6 +154,14 @@ def kind_of(row: dict) -> str:
         return "looping" if is_looping(row["completion"]) else "cut off"
     if row["answer"] is None:
         return "no answer"
+    if isinstance(row.get("gold"), str):  # MATH has no annotations
+        return "wrong"
     if false_annotations(text):
         return "arithmetic"
     return "set-up" if "<<" in text else "guessed"
+
+
+def kinds_in(rows: Iterable[dict]) -> dict[str, str]:
+    """{kind: meaning} of all that these completions could be: GSM8K's kinds, MATH's, or both."""
+    in_box = {isinstance(row["gold"], str) for row in rows}
+    return (KINDS_OF_MATH if True in in_box else {}) | (KINDS if False in in_box else {})

@@ -21,8 +21,7 @@ class Stage(NamedTuple):
     finished: bool
 
 
-NEEDED = """accuracy ci_low ci_high flexible_accuracy formatted truncated mean_tokens n
-            correct""".split()
+NEEDED = "accuracy ci_low ci_high formatted truncated mean_tokens n correct".split()
 
 
 def read_stage(where: str) -> Stage:
@@ -53,7 +52,9 @@ def _read_summary(where: str, path: str, rows: list[dict]) -> dict:
     """The .json beside an evaluation's rows. UserError if the two cannot be shown."""
     try:
         summary = json.loads(Path(path).with_suffix(".json").read_text("utf-8"))
-        [float(summary[key]) for key in NEEDED], rows[0], [scores.kind_of(row) for row in rows]
+        beside = "text_accuracy" if "grader" in summary else "flexible_accuracy"
+        [float(summary[key]) for key in (*NEEDED, beside)]
+        rows[0], [scores.kind_of(row) for row in rows]
         return summary
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"cannot show {where} ({error!r}): evaluate it again") from error

@@ -4,7 +4,7 @@ import argparse
 import re
 import sys
 
-from nanogsm import UserError, data, distributed, generate
+from nanogsm import UserError, boxed, data, distributed, generate
 from nanogsm.run import console, start
 from nanogsm.run.past import answer_limit_of
 
@@ -28,14 +28,15 @@ def answer_questions(args: argparse.Namespace, model, tokenizer, prompt: data.Pr
                 print(f"--- answer {i + 1} of {args.samples}")
                 text = data.cut(answer.text)
                 print(console.printable(text))
-                print_number(text)
+                print_graded(text, prompt)
     return 0
 
 
-def print_number(text: str) -> None:
+def print_graded(text: str, prompt: data.Prompt) -> None:
     """What would be graded."""
-    number = data.extract_answer(text)
-    print(f"-> {number:.15g}" if number is not None else "-> no '#### number' in it")
+    found = data.extract_answer(text, prompt.boxed)
+    missing = "no answer in a box" if prompt.boxed else "no '#### number' in it"
+    print(f"-> {missing if found is None else console.printable(boxed.shown(found))}")
 
 
 def checked(text: str) -> str:
@@ -66,4 +67,4 @@ def stream(model, tokenizer, prompt, question: str, limit: int, temperature, see
     text = data.cut(tokenizer.decode(done.ids))
     show(text)
     print()
-    print_number(text)
+    print_graded(text, prompt)

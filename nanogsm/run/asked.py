@@ -8,14 +8,16 @@ from nanogsm.run.past import held_out_by, run_of
 
 
 def choose_data(args: argparse.Namespace) -> None:
-    """Fill in --data and --split. A run on a file of the user's own is asked what it held out."""
+    """Fill in --data and --split. A run on a file of the user's own is asked what it held out, a
+    run on MATH about MATH."""
     run = run_of(args.model)
     trained = run[1]["args"] if run else {}
     own = trained.get("data", "main") not in data.NAMED
-    if args.data is None and (own or args.split == "validation"):
+    if args.data is None and (own or trained.get("data") == "math" or args.split == "validation"):
         args.data = trained.get("data")
         args.unscored |= bool(trained.get("unscored"))
-        args.split = args.split or ("validation" if trained.get("val_examples") else "test")
+        if own and trained.get("val_examples"):
+            args.split = args.split or "validation"
     args.split = args.split or "test"
 
 
@@ -24,7 +26,8 @@ def worked_examples(args: argparse.Namespace, n: int) -> tuple[data.Problem, ...
     if args.data not in data.NAMED and args.split == "test":
         raise UserError(f"--shots {n}: all problems of {args.data} are asked, so none can be "
                         "shown; give --split validation")  # fmt: skip
-    problems = data.load_problems(args.data, "train", args.data_dir, args.unscored)
+    source = "math" if args.data == "math500" else args.data  # which has no training split
+    problems = data.load_problems(source, "train", args.data_dir, args.unscored)
     shown = data.split_validation(problems, count_held_out(args, len(problems)))[0][:n]
     if len(shown) < n:
         raise UserError(f"--shots {n}: there are only {len(shown)} training problems")

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from nanogsm import UserError, data, distributed, rewards
+from nanogsm import UserError, boxed, data, distributed, rewards
 from nanogsm.fast.checkpointing import CHECKPOINTING
 from nanogsm.run import card, past
 
@@ -143,7 +143,7 @@ def add_tiny_flag(p: argparse.ArgumentParser) -> None:
 
 
 def add_data_dir_flag(p: argparse.ArgumentParser) -> None:
-    text = "Folder with GSM8K's .jsonl files. Default: $NANOGSM_DATA_DIR, else a download."
+    text = "Folder with the data's .jsonl files. Default: $NANOGSM_DATA_DIR, else a download."
     p.add_argument("--data-dir", default=os.environ.get("NANOGSM_DATA_DIR") or None, help=text)
 
 
@@ -191,11 +191,11 @@ def training_parser(description: str, settings: tuple, changes: dict, argv: list
     add("--lora-r", type=int, help=f"Rank of new adapters. {own}")
     add("--lora-alpha", type=float, help=f"The change is scaled by alpha / r. {own}")
     add("--data", default="main",
-        help="main, socratic, worked (--tiny only) or a .jsonl file of your own.")  # fmt: skip
+        help="main, socratic, math, worked (--tiny only) or your own .jsonl file.")  # fmt: skip
     add_data_dir_flag(p)
     add_unscored_flag(p)
     add("--max-new-tokens", type=int, help="Longest answer, in tokens. Default: 320 (socratic 512, "
-        "tiny 128, tiny's socratic 160).")  # fmt: skip
+        "math 1024, tiny 128, tiny's socratic 160).")  # fmt: skip
     for setting in settings:
         # With --tiny on the command line, --help shows tiny's values.
         tiny = changes if "--tiny" in argv else None
@@ -218,8 +218,8 @@ def training_parser(description: str, settings: tuple, changes: dict, argv: list
     add("--save-every", type=int, help="Steps between checkpoints.")
     add("--overwrite", action="store_true", help="Start over in a folder that has a run.")
     add("--wandb", metavar="PROJECT", help="Also send the metrics to Weights & Biases.")
-    add("--shard", type=int, default=1, metavar="N", help="Under torchrun: every N devices share "
-        "one copy of weights, gradients and moments (full fine-tuning).")  # fmt: skip
+    add("--shard", type=int, default=1, metavar="N", help="Full fine-tuning under torchrun: "
+        "split weights, gradients and moments over N devices.")  # fmt: skip
     add("--dry-run", action="store_true", help="Print the plan. No weights are loaded.")
     add("--gpu-memory", type=float, metavar="GIB", help="With --dry-run: plan for a GPU that has "
         "this much memory free, and need not be here.")  # fmt: skip
@@ -249,6 +249,7 @@ def fill_in(args: argparse.Namespace, script: str, settings: tuple, changes: dic
     args.out = args.out or f"{folder}/{script}-{method}-{Path(args.data).stem}{after}"
     args.data, args.precision = for_tiny(args)
     check_unscored(args)
+    boxed.check_data(args.data, "train")
     args.device, args.precision = card.pick_compute(args)
     size = args.micro_batch * args.accumulation
     if 0 < size < distributed.COUNT:
@@ -301,7 +302,8 @@ def sft_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--style", choices=("plain", "chat"), help=f"Style of the prompt. {as_start}, or plain.")
     add("--instruction", action=argparse.BooleanOptionalAction, default=None,
         help=f"Begin prompts with the instruction. {as_start}, or no.")  # fmt: skip
-    add("--max-seq-length", type=int, default=768, help="Longer examples are left out.")
+    add("--max-seq-length", type=int,
+        help="Longer examples are left out. Default: 768 (math 1024).")  # fmt: skip
     add("--max-examples", type=int, help="Train on a fixed sample of this many examples.")
     add("--min-lr", type=float, help="Learning rate at the end. Default: a tenth of --lr.")
     add("--weight-decay", type=float, default=0.0, help="AdamW's weight decay, of matrices only.")
@@ -327,6 +329,8 @@ def sft_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.min_lr = 0.1 * args.lr if args.min_lr is None else args.min_lr
     if args.max_new_tokens is None:
         args.max_new_tokens = data.answer_limit(args.data)
+    if args.max_seq_length is None:
+        args.max_seq_length = 1024 if args.data in boxed.NAMES else 768
 
     at_least = {
         "lora_r": 1, "max_seq_length": 2, "max_examples": 1, "epochs": 1, "micro_batch": 1,
@@ -385,6 +389,7 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("lora_r", "lora_alpha"):
         if getattr(args, name) is not None and not (args.lora or args.critic == "separate"):
             raise UserError(f"--{name.replace('_', '-')} needs --lora or --critic separate")
+    check_numbers(args, {"group": 2})
     if args.advantage == "gae":
         args.advantage = None  # unset, as in the records of runs that are older than the flag
     if args.advantage:
@@ -394,16 +399,14 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
     fill_in(args, args.advantage or "ppo", PPO, PPO_TINY)
     if args.advantage:
         vars(args).update(OF_CRITIC)
-    check_numbers(args, {"group": 2})
     if args.group and args.rollouts % args.group:
         raise UserError(f"--rollouts {args.rollouts} is no multiple of --group {args.group}")
     if args.unscored and not args.reward:
         raise UserError("--unscored needs --reward FILE.py: exact match has nothing to compare")
     set_rank(args)
     if args.init is None:  # a run that has begun keeps its start
-        folder, method = "runs/tiny" if args.tiny else "runs", "lora" if args.lora else "full"
         recorded = None if args.overwrite else past.recorded_init(args.out)
-        args.init = recorded or f"{folder}/sft-{method}-main"
+        args.init = recorded or past.usual_init(args)
     if args.max_new_tokens is None:
         args.max_new_tokens = past.answer_limit_of(args.init, args.data)
     if args.val_examples is None:

@@ -143,7 +143,7 @@ def _say(name: str, text: str) -> None:
 def _devices(args) -> str:
     shared = f", every {args.shard} share one copy" if args.shard > 1 else ""
     count = card.devices(args)
-    return f"{count} x {args.device}{shared}" if count > 1 else args.device
+    return f"{count} x {args.device.partition(':')[0]}{shared}" if count > 1 else args.device
 
 
 def _held_out(problems: list) -> str:
@@ -192,11 +192,17 @@ def settle_sft(args, found, config: Config, examples: list, held_out: list, step
         _say("time", card.least_time(args, args.epochs * flops))
 
 
+def rows_at_once(args) -> int:
+    """Rows of a micro-batch: fewer than --micro-batch if a step has too few for all devices."""
+    each = -(-args.micro_batch * args.accumulation // card.devices(args))
+    return min(args.micro_batch, each)
+
+
 def sft_budget(args, config: Config, total: int, shapes: list, lengths: list) -> dict[str, float]:
     """Bytes by purpose. total: all parameters, adapters included; shapes: those of the trained
     ones; lengths: tokens of the examples."""
     bf16, trained = args.precision == "bf16", _size(shapes)
-    tokens = sum(sorted(lengths)[-args.micro_batch :])  # the longest micro-batch
+    tokens = sum(sorted(lengths)[-rows_at_once(args) :])  # the longest micro-batch
     activations = activation_bytes(config, tokens, args.lora, bf16, args.checkpointing)
     # With one micro-batch, activations go as gradients come. (The embedding's gradient, which is
     # the output projection's, comes first.) With several, earlier gradients are there.
@@ -294,7 +300,8 @@ def ppo_budget(args, config: Config, everything, policy, critic, longest: int) -
     weights = model_bytes(config, total + policy_size * frozen, policy_size, bf16)
     if frozen and not bf16:
         weights = 4 * (total + policy_size)
-    tokens, at_once = args.micro_batch * longest, min(args.rollouts, args.rollout_batch)
+    tokens = rows_at_once(args) * longest
+    at_once = min(-(-args.rollouts // card.devices(args)), args.rollout_batch)
     activations = activation_bytes(config, tokens, frozen, bf16, args.checkpointing)
     return in_parts(args.shard, config, total, {
         "weights": weights + 4 * critic_size,

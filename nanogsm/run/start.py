@@ -5,12 +5,12 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from nanogsm import UserError, data, distributed
+from nanogsm import UserError, boxed, data, distributed
 from nanogsm.model import load_model, read_adapter_config, read_config, save_model
 from nanogsm.run import console, flags, known, machine, past
 from nanogsm.run.folder import RunFolder, open_run_folder
 from nanogsm.run.reward import load_reward
-from nanogsm.store import hub
+from nanogsm.store import files, hub
 
 NO_SETTINGS = ("dry_run", "gpu_memory", "overwrite", "out")
 # Settings that may change when a run continues. Some change memory and not the result. micro_batch
@@ -121,9 +121,14 @@ def open_folder(args, flag: str, found: hub.ModelFiles, prompt: data.Prompt, pro
         "prompt": prompt.settings(),
         "batch": args.micro_batch * args.accumulation,
     }
-    info = machine.environment() | {"prompt": prompt.settings(), "base": str(found.base)}
+    info = machine.environment() | {"prompt": settings["prompt"], "base": str(found.base)}
+    if any(problem.boxed for problem in problems):
+        info["grader"] = boxed.grader_name()
     if distributed.COUNT > 1:
         info["devices"] = distributed.COUNT
+    places = ("device", "data_dir", "data", "model", "init", "base", "reward")
+    same = {name: value for name, value in settings.items() if name not in places}
+    distributed.check_same(files.strict(same))
     # PPO's learning rate is constant, so a run of 10 steps is the beginning of one of 20.
     grows = "steps" if flag == "init" else None
     return open_run_folder(args.out, settings, info, args.overwrite, MAY_DIFFER, grows)
@@ -141,9 +146,9 @@ def own_reward(args) -> Callable | None:
 def prompt_of_init(args) -> data.Prompt:
     """The prompt that the run --init was trained with, in another --style if that is given.
     UserError if PPO's default start is missing."""
-    default = f"{'runs/tiny' if args.tiny else 'runs'}/sft-{'lora' if args.lora else 'full'}-main"
-    if not os.path.isdir(args.init) and args.init == default:
+    if not os.path.isdir(args.init) and args.init == past.usual_init(args):
         sft = "python train_sft.py" + " --tiny" * args.tiny + " --lora" * args.lora
+        sft += " --data math" * (args.data == "math")
         raise UserError(
             f"there is no {args.init} yet: PPO starts from a fine-tuned model; make the default "
             f"one with {sft}, or name another with --init (for --dry-run any model will do)"

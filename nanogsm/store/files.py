@@ -128,7 +128,8 @@ def read_json(path: Path) -> dict:
     return value
 
 
-PAIRS = (("question", "answer"), ("prompt", "completion"))  # what the two texts may be called
+# What the two texts may be called; the last are MATH's names.
+PAIRS = (("question", "answer"), ("prompt", "completion"), ("problem", "solution"))
 
 
 def read_pairs(path: Path) -> list[tuple[int, str, str]]:
@@ -142,18 +143,21 @@ def read_pairs(path: Path) -> list[tuple[int, str, str]]:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start})") from e
-    pairs = []
+    pairs, fields = [], ("question", "answer")
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines would split at U+2028
         if not line.strip():
             continue
         try:
-            question, answer = (text.strip() for text in _two_texts(json.loads(line)))
+            row = json.loads(line)
+            fields = next((p for p in PAIRS if isinstance(row, dict) and p[0] in row), PAIRS[0])
+            question, answer = (text.strip() for text in _two_texts(row, fields))
             (question + answer).encode()  # half a surrogate pair is valid JSON, but not text
         except UserError as e:
             raise UserError(f"{path} line {number}: {e}") from e
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             missing = f"; {e} is missing" if isinstance(e, KeyError) else ""
-            wanted = 'a JSON object with "question" and "answer" texts, one object per line'
+            names = f'"{fields[0]}" and "{fields[1]}"'
+            wanted = f"a JSON object with {names} texts, one object per line"
             raise UserError(f"{path} line {number}: not {wanted}{missing}") from e
         if not question:
             raise UserError(f"{path} line {number}: the question is empty")
@@ -165,7 +169,7 @@ def read_pairs(path: Path) -> list[tuple[int, str, str]]:
     return pairs
 
 
-def _two_texts(row: dict) -> list[str]:
+def _two_texts(row: dict, fields: tuple[str, str]) -> list[str]:
     """The question and the answer of a row, as they are."""
     if "messages" in row:
         roles = [turn["role"] for turn in row["messages"]]
@@ -175,7 +179,7 @@ def _two_texts(row: dict) -> list[str]:
             raise UserError(f"messages must be {wanted}, not {shown or 'none'}")
         *asked, answer = [turn["content"] for turn in row["messages"]]
         return ["\n\n".join(text.strip() for text in asked), answer]
-    return [row[name] for name in next((p for p in PAIRS if p[0] in row), PAIRS[0])]
+    return [row[name] for name in fields]
 
 
 def write_json(path: Path | str, obj) -> None:
