@@ -43,6 +43,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--split", choices=("test", "validation"),
         help="The validation split is the part of train that --val-examples held out. Default: "
         "test, or validation of a run on a file of your own.")
+    add("--part", type=flags.part, metavar="K/N", help="Ask only this part of the validation "
+        "split. 2/2 is the half that training with half of it as --val-use has not asked.")
     add("--data", help="main, socratic, math, math500 or your own .jsonl file. Default: main, or "
         "math or your file if the run was trained on it.")
     flags.add_data_dir_flag(p)
@@ -93,6 +95,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flags.check_unscored(args)
     if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
         raise UserError(f"--temperature is {args.temperature}: give 0 (greedy) or 0.01 to 100")
+    if args.part and args.split == "test":
+        raise UserError("--part is for --split validation")
     if isinstance(args.ask, str) and not ask.checked(args.ask):
         raise UserError("--ask needs a question")
     if args.samples > 1 and args.temperature == 0:

@@ -490,8 +490,8 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
 # --------------------------------------------------------------------------------------- the loop
 
 
-def train(args, folder, found, prompt, problems, held_out, scored_by) -> int:
-    """Train from the start or from the last checkpoint to the end. Returns the exit status."""
+def train(args, folder, found, prompt, problems, held_out, scored_by) -> int | None:
+    """Train from the start or the last checkpoint. Returns the exit status if it stops early."""
     setup = set_up(args, found, prompt, scored_by)
     actor, tokenizer = setup.models.actor, setup.tokenizer
     optimizers = {"policy/": setup.policy_optimizer, "critic/": setup.value_optimizer}
@@ -499,6 +499,10 @@ def train(args, folder, found, prompt, problems, held_out, scored_by) -> int:
     show = {"reward": "reward", "kl": "kl_sequence", "length": "response_tokens"}
     warn = lambda metrics: health(metrics, args.critic_warmup)  # noqa: E731
     run = Run(folder, args.steps, optimizers, args, len(held_out), show, warn)
+
+    def save() -> None:
+        save_trained(actor, tokenizer, folder.path, found.name)
+        save_critic(folder, setup.models, found)
 
     def validate() -> None:
         with setup.autocast(), sampler_of(actor, args.precision == "bf16") as sampler:
@@ -509,12 +513,16 @@ def train(args, folder, found, prompt, problems, held_out, scored_by) -> int:
         metrics = generate.validation_metrics(rows)
         if args.reward:
             metrics["val_reward"] = mean_reward(scored_by, held_out, rows)
-        run.record_validation(metrics)
+        better = run.record_validation(metrics)
+        if args.keep == "best" and better:
+            save()
 
     with run:  # continues from the last checkpoint; Ctrl-C saves the last whole step
         for step in range(run.first, args.steps):
             if run.validation_due():
                 validate()
+            if run.ends_early():  # --patience
+                break
             run.phase("rollout")
             asked = problems_of_step(problems, step, args.rollouts, args.seed, args.group or 1)
             answers = sample(setup, asked, step, run.watch)  # 1 text, ids, right or wrong
@@ -536,12 +544,13 @@ def train(args, folder, found, prompt, problems, held_out, scored_by) -> int:
             metrics |= update(setup, rollout, advantages, returns, step)  # 6
             run.end_step(metrics, answers[:4])
 
-        save_trained(actor, tokenizer, folder.path, found.name)
-        save_critic(folder, setup.models, found)
-        if run.validation_due():  # after saving: what is trained is safe
+        if args.keep != "best":
+            save()  # before the last validation: what is trained is safe
+        if run.validation_due():
             validate()
-        keep = ("reward", "kl_sequence", "explained_variance", "response_tokens")
-        run.finish({k: run.metrics[k] for k in keep if k in run.metrics} | run.validated)
+        kept = {"kept": "best"} | run.best if args.keep == "best" else run.validated
+        shown = ("reward", "kl_sequence", "explained_variance", "response_tokens")
+        run.finish({name: run.metrics[name] for name in shown if name in run.metrics} | kept)
     return run.status
 
 
@@ -558,8 +567,10 @@ def main(argv: list[str] | None = None) -> int:
     with start.open_folder(args, "init", found, prompt, problems + held_out) as folder:
         if folder.finished:
             print(folder.already_finished())
-        elif status := train(args, folder, found, prompt, problems, held_out, scored_by):
-            return status
+        else:
+            status = train(args, folder, found, prompt, problems, held_out, scored_by)
+            if status is not None:
+                return status
     print(past.what_next(args))
     return 0
 

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from nanogsm import UserError, data, distributed, generate, lora
+from nanogsm import data, distributed, generate, lora
 from nanogsm.logprob import next_token_logprobs
 from nanogsm.model import (
     compute_in_float32,
@@ -106,8 +106,8 @@ def load_trainable(args, found) -> tuple[Transformer, data.Tokenizer]:
     return model, tokenizer
 
 
-def train(args, folder, found, prompt, examples, steps: int, held_out, held_out_examples) -> int:
-    """Train from the start or from the last checkpoint to the end. Returns the exit status."""
+def train(args, folder, found, prompt, examples, steps, held_out, held_out_examples) -> int | None:
+    """Train from the start or the last checkpoint. Returns the exit status if it stops early."""
     model, tokenizer = load_trainable(args, found)
     autocast = autocast_of(args.device, args.precision)
     bits = 8 if args.optim == "adamw8bit" else 32
@@ -137,6 +137,8 @@ def train(args, folder, found, prompt, examples, steps: int, held_out, held_out_
         for step in range(run.first, steps):
             if run.validation_due():
                 validate()
+            if run.ends_early():  # --patience
+                break
             batch = examples_of_step(examples, step, size, args.seed)
             optimizer.lr = cosine_with_min_lr(step, steps, args.lr, args.min_lr, warmup)
             loss = backward_step(model, batch, args.micro_batch, tokenizer.pad_id, autocast)
@@ -172,8 +174,6 @@ def main(argv: list[str] | None = None) -> int:
     config, tokenizer = read_config(found.base), known.tokenizer(found)
     problems, held_out = start.split_problems(args, found)
     prompt = past.prompt_about(data.Prompt(args.style, 0, args.instruction), problems)
-    if args.keep == "best" and not held_out:
-        raise UserError("--keep best has nothing to choose by: --val-examples is 0")
     if args.max_examples:
         problems = data.subset(problems, args.max_examples)
     examples = start.encode_all(tokenizer, problems, prompt, args.max_seq_length)
@@ -187,10 +187,11 @@ def main(argv: list[str] | None = None) -> int:
     with start.open_folder(args, "model", found, prompt, problems + held_out) as folder:
         if folder.finished:
             print(folder.already_finished())
-        elif status := train(
-            args, folder, found, prompt, examples, steps, held_out, held_out_examples
-        ):
-            return status
+        else:
+            status = train(args, folder, found, prompt, examples, steps, held_out,
+                           held_out_examples)  # fmt: skip
+            if status is not None:
+                return status
         if args.merge:
             start.merge_result(folder.path, found)
     print(past.what_next(args))

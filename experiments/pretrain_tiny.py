@@ -230,7 +230,7 @@ def train(args: argparse.Namespace, folder: RunFolder) -> int:
         save_model(model, tokenizer, folder.path / "model")
         run.finish({"loss": run.metrics["loss"]})
         print(f"the model is in {folder.path / 'model'}")
-    return run.status
+    return run.status or 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -198,12 +198,13 @@ def evaluation(row: Row, args: argparse.Namespace, kind: str = "test") -> Path |
     return max(found, key=lambda file: file.stat().st_mtime, default=None)
 
 
-def run(command: list[str]) -> tuple[int, str]:
+def run(command: list[str], keep: tuple[int, ...] = ()) -> tuple[int, str]:
     """Run one of our scripts and show its output as it comes. Returns its status and its last line
-    on stderr. The script gets Ctrl-C directly, saves and stops; SIGTERM is passed on to it."""
+    on stderr. The script gets Ctrl-C directly, saves and stops; SIGTERM is passed on to it. keep:
+    file descriptors that stay open in the script."""
     print(f"\n$ python {shlex.join(command)}", flush=True)
     script = [sys.executable, str(ROOT / command[0]), *command[1:]]
-    process = subprocess.Popen(script, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(script, stderr=subprocess.PIPE, text=True, pass_fds=keep)
     handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: process.terminate()}
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     last = ""

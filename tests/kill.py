@@ -1,7 +1,7 @@
 """Kill training runs at random, continue them, and compare with a run that nobody killed.
 
-    python tests/kill.py        # 85 kills of full SFT, LoRA, PPO, a PPO run that is made longer, and
-                                # of one of two devices in SFT
+    python tests/kill.py        # 102 kills of full SFT, LoRA, PPO, a PPO run that is made longer and
+                                # one with --patience, and of one of two devices in SFT
     python tests/kill.py --kills 4 --seed 3
 
 Every second kill comes from outside, after a random time. The others strike at a random disk
@@ -38,6 +38,7 @@ RUNS = {  # name: script and flags; "sft" comes first, because PPO starts from i
             "--val-every", "3"],
     "many": ["train_sft.py", *SFT, "--shard", "2"],  # one of two processes is killed
 }  # fmt: skip
+RUNS["patient"] = [*RUNS["ppo"][:-1], "1", "--patience", "2"]
 RUNS["longer"] = [flag if flag != "6" else "4" for flag in RUNS["ppo"]]
 RANKS = {"many": 2}
 BEFORE = {"longer": ["--steps", "2"]}  # the run has ended with these flags before the first kill

@@ -34,6 +34,15 @@ def test_points_lie_at_their_values():
     assert charts.LEFT == first[0] and last[0] == charts.WIDTH - charts.RIGHT
 
 
+def test_dots_lie_where_the_corners_of_a_line_would():
+    panel = charts.Panel("t", [("a", [(0, 0.0), (2, 0.5), (4, math.nan), (4, 1.0)])])
+    (line,) = points(charts.page([panel], ["a"]))
+    page = charts.page([panel._replace(dots=True)], ["a"])
+    dots = list(ET.fromstring(page).iter(f"{SVG}circle"))
+    assert [(float(dot.get("cx")), float(dot.get("cy"))) for dot in dots] == line
+    assert not points(page) and {dot.get("class") for dot in dots} == {"c0"}
+
+
 def test_what_is_not_a_number_is_left_out_and_empty_panels_are_drawn():
     line = [(0, 1.0), (1, math.nan), (2, math.inf), (3, 2.0)]
     page = charts.page([charts.Panel("t", [("a", line)]), charts.Panel("empty", [])], ["a"])

@@ -236,6 +236,20 @@ def test_validation_of_a_run_is_exactly_what_it_held_out(tmp_path, monkeypatch, 
         with pytest.raises(UserError, match=f"held out 8 problems, not {n}: "):
             chosen("--split", "validation", "--n", n)
     assert len(chosen("--split", "validation")) == 8
+    halves = [chosen("--split", "validation", "--part", f"{k}/2") for k in (1, 2)]
+    assert [len(half) for half in halves] == [4, 4]
+    both = sorted(halves[0] + halves[1], key=lambda problem: problem.index)
+    assert both == data.split_validation(everything, 8)[1]
+    args = parse_args(["--model", str(run), "--split", "validation", "--part", "2/2"])
+    args.n = 4  # as evaluate sets it
+    assert evaluate.resolve(args)[2] == "eval-validation-4-part2of2"
+    for flags, says in [(["--split", "validation", "--part", part], "--part: invalid")
+                        for part in ("3/2", "0/2", "x", "1", "1/2/3")] + [
+        (["--part", "1/2"], "--part is for --split validation"),
+        (["--split", "validation", "--part", "1/9"], "--part 1/9: only 8 problems are held out"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=says):
+            chosen(*flags)
     assert len(chosen("--n", "7")) == 7  # on the test split any number is allowed
     run = run_folder(tmp_path / "other", Prompt().settings(), val_examples=0)
     with pytest.raises(UserError, match="held out no problems to ask"):

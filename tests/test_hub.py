@@ -156,6 +156,8 @@ def test_unfinished_run(tmp_path, sign):
     assert "training has not finished; run the same training command" in message(
         hub.find_model, str(run)
     )
+    fill(run, "summary.json")
+    assert "is a finished run whose weights have been deleted" in message(hub.find_model, str(run))
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])

@@ -57,13 +57,15 @@ class Toy:
             for step in range(run.first, run.steps):
                 if validate and run.validation_due():
                     run.record_validation(validate(step))
+                if run.ends_early():
+                    break
                 in_step(step)
                 self.learn(step)
                 run.end_step({"loss": self.weight.sum().item(), "tokens": 10})
             if validate and run.validation_due():
                 run.record_validation(validate(run.steps))
             run.finish({})
-        return run.status
+        return run.status or 0
 
 
 def weights(steps) -> list[torch.Tensor]:
@@ -294,7 +296,7 @@ def test_an_ordinary_exception_propagates_and_saves_nothing(tmp_path, error, sav
     toy = Toy(tmp_path / "r", save_every=save_every)
     with pytest.raises(type(error)) as caught:
         toy.train(fail)
-    assert caught.value is error and toy.run.status == 0
+    assert caught.value is error and toy.run.status is None
     assert checkpoints(tmp_path / "r") == kept
     assert [row["step"] for row in rows(tmp_path / "r")] == [1, 2, 3]
     assert signal.getsignal(signal.SIGTERM) is handler
@@ -426,6 +428,79 @@ def test_the_best_validation_survives_a_stop_and_ppo_has_no_loss(tmp_path):
     run = train(values)
     assert run.best == {"step": 1, "val_exact_match": 0.4}
     assert run.validated == {"step": 6, "val_exact_match": 0.1}
+
+
+# ---- --pause-at and --patience
+
+
+@pytest.mark.parametrize("save_every", [100, 1, 2])
+def test_a_paused_run_goes_on_as_if_it_had_not_been(tmp_path, capsys, save_every):
+    asked = []
+
+    def train(name, **changes):
+        toy = Toy(tmp_path / name, val_every=2, held_out=3, save_every=save_every, **changes)
+
+        def validate(step):
+            asked.append(step)
+            return {"val_exact_match": step / 10}
+
+        toy.train(validate=validate)
+        return toy.run.status, (tmp_path / name / "summary.json").exists()
+
+    assert train("whole") == (None, True) and asked == [0, 2, 4, 6]
+    asked.clear()
+    said = []
+    pauses = [(2, 2, [0, 2]), (2, 2, []), (3, 3, []), (1, 3, []), (4, 4, [4])]
+    for pause_at, at, validated in pauses:
+        assert train("cut", pause_at=pause_at) == (0, False)
+        assert checkpoints(tmp_path / "cut") == [f"step-{at}"] and asked == validated
+        said.append(f"paused at step {at}\n" in capsys.readouterr().out)
+        asked.clear()
+    assert all(said)
+    assert train("cut", pause_at=6) == (None, True) and asked == [6]  # there is no step after it
+    without = [[{k: v for k, v in row.items() if not k.startswith(("seconds", "peak"))}
+                for row in rows(tmp_path / name)] for name in ("whole", "cut")]  # fmt: skip
+    assert without[0] == without[1] and len(without[0]) == STEPS + 4
+
+
+def patient(tmp_path, scores, patience, stop_in=None, every=1):
+    toy = Toy(tmp_path / "r", len(scores) - 1, held_out=3, val_every=every, patience=patience)
+
+    def stop(step):
+        if step == stop_in:
+            signalled(signal.SIGTERM)
+
+    return toy.train(stop, lambda step: {"val_loss": scores[step]}), toy.run
+
+
+@pytest.mark.parametrize(
+    "losses, patience, ends",
+    [
+        ([5, 4, 3, 3, 3, 2, 1, 0], 2, 4),  # an equal one is not better
+        ([5, 4, 3, 3, 3, 2, 1, 0], 3, None),
+        ([1, 2, 0, 2, 2, 2, 2, 2], 4, 6),  # the best one starts the count again
+        ([1, 2, 2, 2, 2, 2, 2, 2], 1, 1),
+        ([1, 2, 2, 2, 2, 2, 2, 2], 0, None),
+        ([math.nan] * 8, 2, 2),  # the first is the best until there is a better one
+    ],
+)
+@pytest.mark.parametrize("stop_in", [None, 0, 3])
+def test_a_run_ends_when_its_patience_is_used_up(tmp_path, losses, patience, ends, stop_in):
+    """Also when it was stopped on the way: the checkpoint knows how long it has waited."""
+    status, run = patient(tmp_path, losses, patience, stop_in)
+    if stop_in is not None and (ends is None or stop_in < ends):
+        assert status == 143
+        status, run = patient(tmp_path, losses, patience)
+    summary = json.loads((tmp_path / "r/summary.json").read_text())
+    assert status == 0 and summary["steps"] == (len(losses) - 1 if ends is None else ends)
+    assert summary.get("stopped_by") == (None if ends is None else "patience")
+    assert len(rows(tmp_path / "r")) == 2 * summary["steps"] + 1
+
+
+def test_patience_counts_validations_and_not_steps(tmp_path):
+    _, run = patient(tmp_path, [5, 0, 6, 0, 6, 0, 6, 0], 2, every=2)
+    assert json.loads((tmp_path / "r/summary.json").read_text())["steps"] == 4
+    assert run.best["step"] == 0
 
 
 def test_finish_writes_the_summary_and_drops_the_checkpoint(tmp_path):

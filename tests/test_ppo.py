@@ -787,6 +787,53 @@ def test_a_stopped_run_continues_bit_for_bit(flags, rewarding, kind, tmp_path, m
 
 
 @pytest.mark.parametrize("kind", KINDS[:2], ids=["full", "LoRA"])
+def test_a_paused_run_continues_bit_for_bit(flags, rewarding, kind, tmp_path, capsys):
+    assert train_ppo.main([*flags, *kind, "--out", str(tmp_path / "whole")]) == 0
+    cut = [*flags, *kind, "--out", str(tmp_path / "cut")]
+    capsys.readouterr()
+    assert train_ppo.main([*cut, "--pause-at", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "paused at step 2\n" in said and "the result is in" not in said
+    assert not (tmp_path / "cut/summary.json").exists()
+    assert metrics(tmp_path / "cut")[-1]["step"] == 2
+    assert train_ppo.main(cut) == 0
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_the_best_policy_and_its_critic_are_kept(flags, rewarding, tmp_path, monkeypatch):
+    """The weights after step 2 of 4, as a run has them that ends there. Such a run does not grow,
+    because its best weights may come from a validation that the longer run does not have."""
+    scores = iter([0.25, 0.5, 0.25])  # at steps 0, 2 and 4
+    rows = lambda *a, **k: [{"correct": next(scores), "truncated": False}]  # noqa: E731
+    with monkeypatch.context() as patched:
+        patched.setattr(train_ppo.generate, "answer_and_mark", rows)
+        best = [*flags, "--keep", "best", "--out", str(tmp_path / "best")]
+        assert train_ppo.main(best) == 0
+    assert train_ppo.main([*flags, "--steps", "2", "--out", str(tmp_path / "two")]) == 0
+    a, b = result(tmp_path / "best"), result(tmp_path / "two")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    summary = json.loads((tmp_path / "best/summary.json").read_text())
+    told = {"steps": 4, "kept": "best", "step": 2, "val_exact_match": 0.5}
+    assert told.items() <= summary.items()
+    assert "kept" not in json.loads((tmp_path / "two/summary.json").read_text())
+    assert not (tmp_path / "best/checkpoint").exists()
+    with pytest.raises(UserError, match="steps was 4, now 6"):
+        train_ppo.main([*best, "--steps", "6"])
+
+
+def test_the_last_weights_are_kept_however_that_is_said(flags, rewarding, tmp_path):
+    """--keep last is the default. A run from before the flag existed goes on with either."""
+    run = [*flags, "--out", str(tmp_path / "run")]
+    assert train_ppo.main([*run, "--steps", "1"]) == 0
+    record = json.loads((tmp_path / "run/run_args.json").read_text())
+    for name in ("keep", "patience", "pause_at", "val_use"):
+        del record["args"][name]
+    (tmp_path / "run/run_args.json").write_text(json.dumps(record))
+    assert train_ppo.main([*run, "--steps", "2", "--keep", "last"]) == 0
+    assert train_ppo.main([*run, "--steps", "3"]) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS[:2], ids=["full", "LoRA"])
 @pytest.mark.parametrize("val_every", ["2", "3"])  # a validation after step 2 belongs to both or not
 def test_a_finished_run_may_grow_bit_for_bit(flags, rewarding, kind, val_every, tmp_path, capsys):
     flags = [*flags, *kind, "--val-every", val_every]

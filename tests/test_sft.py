@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from nanogsm import model as models
 from nanogsm.logprob import next_token_logprobs
 from nanogsm.model import PREFIX, load_adapter, load_model, set_checkpointing
 from nanogsm.optim import AdamW, cosine_with_min_lr
+from nanogsm.run import past
 from nanogsm.run.start import encode_all
 
 PLAIN = lambda: torch.autocast("cpu", torch.bfloat16, enabled=False)  # noqa: E731
@@ -208,6 +210,71 @@ def test_a_killed_and_continued_run_equals_an_uninterrupted_one(
     a, b = weights(whole), weights(cut)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert not (cut / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("method", [[], ["--lora"]], ids=["full", "lora"])
+def test_a_paused_and_continued_run_equals_one_without_a_pause(problems, method, tmp_path, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    argv = [*problems, *method, "--val-every", "2", "--keep", "best", "--epochs", "1"]
+    assert train_sft.main([*argv, "--out", str(whole)]) == 0
+    capsys.readouterr()
+    assert train_sft.main([*argv, "--pause-at", "2", "--out", str(cut)]) == 0
+    said = capsys.readouterr().out
+    assert "paused at step 2\n" in said and "the result is in" not in said
+    assert not (cut / "summary.json").exists() and metrics(cut)[-1]["step"] == 2
+    with pytest.raises(UserError, match="cut is a run whose training has not finished; run the"):
+        train_sft.main([*problems, "--model", str(cut), "--out", str(tmp_path / "other")])
+    assert train_sft.main([*argv, "--out", str(cut)]) == 0
+    assert metrics(cut) == metrics(whole)
+    assert (cut / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    assert (cut / "summary.json").read_text() == (whole / "summary.json").read_text()
+    a, b = weights(whole), weights(cut)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_patience_ends_the_run_with_the_best_weights(problems, tmp_path, monkeypatch, capsys):
+    scores = iter([0.25, 0.75, 0.5, 0.5, 1.0])  # at steps 0, 1, 2, 3; never asked again
+    rows = lambda *a, **k: [{"correct": next(scores), "truncated": False}]  # noqa: E731
+    monkeypatch.setattr(train_sft.generate, "answer_and_mark", rows)
+    argv = [*problems, "--lora", "--val-every", "1", "--out", str(tmp_path / "run")]
+    assert train_sft.main([*argv, "--patience", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "standard error of a validation on 2 problems is 32.4 points at 30% right" in said
+    assert "the last 2 validations brought nothing better: the weights of step 1 are kept" in said
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    told = {"steps": 3, "stopped_by": "patience", "kept": "best", "step": 1}
+    assert told.items() <= summary.items() and summary["val_exact_match"] == 0.75
+    assert metrics(tmp_path / "run")[-1] == metrics(tmp_path / "run")[-1] | {"step": 3}
+    one = [*problems, "--lora", "--val-every", "1", "--out", str(tmp_path / "one")]
+    monkeypatch.setattr(
+        train_sft.generate, "answer_and_mark", lambda *a, **k: [{"correct": 0, "truncated": 0}]
+    )
+    assert train_sft.main([*one, "--pause-at", "1"]) == 0  # trains one step, as the best run did
+    saved = load_file(next((tmp_path / "one/checkpoint").glob("*/tensors.safetensors")))
+    kept = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    for name, tensor in kept.items():
+        assert torch.equal(saved["weight." + name.removeprefix(PREFIX)], tensor), name
+
+
+def test_validation_on_a_part_of_what_is_held_out(tmp_path, capsys):
+    """--val-use takes the first ones in a fixed random order, --part K/N cuts the same order."""
+    held_out = list(range(100, 140))
+    halves = [past.part_of(held_out, (k, 2)) for k in (1, 2)]
+    assert sorted(halves[0] + halves[1]) == held_out and len(halves[0]) == 20
+    assert min(map(sum, halves)) > 20 * 113  # mixed: the first half of the file has the mean 109.5
+    assert sorted(sum((past.part_of(held_out, (k, 7)) for k in range(1, 8)), [])) == held_out
+    assert past.part_of(held_out, None) == held_out
+    args = SimpleNamespace(data="tiny", data_dir=None, val_examples=40, val_use=20, tiny=True,
+                           keep="last", patience=0, unscored=False)  # fmt: skip
+    found = train_sft.start.hub.find_model("tiny")
+    rest, used = train_sft.start.split_problems(args, found)
+    everything = data.split_validation(data.load_problems("tiny", "train"), 40)
+    assert rest == everything[0] and used == past.part_of(everything[1], (1, 2))
+    args.val_use = 41
+    with pytest.raises(UserError, match="--val-use 41: only 40 problems are held out"):
+        train_sft.start.split_problems(args, found)
+    with pytest.raises(UserError, match="--part 1/41: only 40 problems are held out"):
+        past.part_of(held_out, (1, 41))
 
 
 def test_a_finished_run_is_reported_and_other_arguments_are_refused(problems, tmp_path, capsys):
@@ -478,7 +545,12 @@ def test_dry_run_needs_no_weights_and_writes_nothing(problems, tmp_path, capsys)
         (["--warmup", "2"], "--warmup"),
         (["--max-grad-norm", "0"], "--max-grad-norm is 0"),
         (["--merge"], "--merge needs --lora"),
-        (["--keep", "best"], "--val-every"),
+        (["--keep", "best"], "--keep best needs --val-every"),
+        (["--patience", "2"], "--patience needs --val-every"),
+        (["--patience", "-1"], "--patience is -1: give at least 0"),
+        (["--patience", "1", "--val-every", "1", "--val-examples", "0"], "nothing to choose by"),
+        (["--pause-at", "0"], "--pause-at is 0: give at least 1"),
+        (["--val-use", "3"], "--val-use 3: only 2 problems are held out"),
         (["--val-examples", "99"], "--val-examples 99"),
         (["--device", "tpu"], "--device tpu"),
         (["--device", "cuda:x"], "--device cuda:x"),

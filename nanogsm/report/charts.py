@@ -26,6 +26,7 @@ class Panel(NamedTuple):
     percent: bool = False  # y is a share
     x: str = ""  # what x counts
     last: float | None = None  # where the x axis ends; without it at the last point
+    dots: bool = False  # a dot for each point, and no line
 
 
 def number(value: float) -> str:
@@ -70,8 +71,9 @@ def panel_svg(panel: Panel, names: list[str], x0: float, y0: float) -> str:
     for name, line in lines:
         places = [(f"{at_x(x):.1f}", f"{at_y(y):.1f}") for x, y in line]
         colour, path = f"c{names.index(name) % len(LIGHT)}", " ".join(map(",".join, places))
-        parts.append(f'<polyline class="{colour}" points="{path}"/>')
-        if len(places) <= FEW:
+        if not panel.dots:
+            parts.append(f'<polyline class="{colour}" points="{path}"/>')
+        if len(places) <= FEW or panel.dots:
             dot = '<circle class="{}" cx="{}" cy="{}" r="2.5"/>'
             parts += [dot.format(colour, x, y) for x, y in places]
     return "\n".join(parts)

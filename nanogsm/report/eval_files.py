@@ -32,6 +32,7 @@ def place_of(args, prompt: Prompt, usual: Prompt) -> tuple[Path, str]:
         own_data or args.split,
         "validation" if own_data and args.split == "validation" else "",
         str(args.n),
+        "part{}of{}".format(*args.part) if args.part else "",
         "socratic" if args.data.endswith("socratic") else "",
         args.data if args.data in boxed.NAMES else "",
         "tiny" if args.data in GENERATED and not is_tiny(args.model) else "",

@@ -4,7 +4,7 @@ import argparse
 
 from nanogsm import UserError, data
 from nanogsm.run import flags
-from nanogsm.run.past import held_out_by, run_of
+from nanogsm.run.past import held_out_by, part_of, run_of
 
 
 def choose_data(args: argparse.Namespace) -> None:
@@ -54,7 +54,7 @@ def choose_problems(args: argparse.Namespace) -> list[data.Problem]:
         n = count_held_out(args, len(problems))
         if n >= len(problems):
             raise UserError(f"--n {n}: validation is a part of these {len(problems)} problems")
-        return data.split_validation(problems, n)[1]
+        return part_of(data.split_validation(problems, n)[1], args.part)
     problems = data.load_problems(args.data, "test", args.data_dir, args.unscored)
     if len(problems) < (args.given_n or 0) < flags.ALL:
         print(f"note: --n is {args.n:,}, but there are only {len(problems):,} problems")

@@ -214,6 +214,14 @@ def training_parser(description: str, settings: tuple, changes: dict, argv: list
         "takes less memory. Default: light (tiny: none).")  # fmt: skip
     add("--val-examples", type=int, help="Training problems held out for validation. Default: 64 "
         "(tiny: 256), at most a tenth of the data.")  # fmt: skip
+    add("--val-use", type=int, metavar="N", help="Validate on N of the problems held out. "
+        "evaluate.py --split validation --part 2/2 asks the other half.")  # fmt: skip
+    add("--keep", choices=("last", "best"), default="last",
+        help="Weights to save: the last, or those of the best validation.")  # fmt: skip
+    add("--patience", type=int, default=0, metavar="N", help="End when N validations have brought "
+        "nothing better, and keep the best weights. 0: never.")  # fmt: skip
+    add("--pause-at", type=int, metavar="STEP", help="Save and leave after this step. The same "
+        "command without it, or with a later one, goes on.")  # fmt: skip
     add("--seed", type=int, default=0, help="Seed of sampling, adapters and the order of problems.")
     add("--save-every", type=int, help="Steps between checkpoints.")
     add("--overwrite", action="store_true", help="Start over in a folder that has a run.")
@@ -276,6 +284,24 @@ def set_rank(args: argparse.Namespace, continued: tuple[int, float] | None = Non
         setattr(args, name, value if continued or given is None else given)
 
 
+def check_choosing(args: argparse.Namespace) -> None:
+    """The flags that choose by validation: --patience, which implies --keep best, and --val-use."""
+    check_numbers(args, {"patience": 0, "pause_at": 1, "val_use": 1})
+    if args.patience:
+        args.keep = "best"
+    if args.keep == "best" and args.val_every == 0:
+        flag = "--patience" if args.patience else "--keep best"
+        raise UserError(f"{flag} needs --val-every, or there is only one validation to choose from")
+
+
+def part(text: str) -> tuple[int, int]:
+    """--part K/N as (K, N)."""
+    k, n = map(int, text.split("/"))
+    if not 1 <= k <= n:
+        raise ValueError
+    return k, n
+
+
 def for_tiny(args: argparse.Namespace) -> tuple[str, str]:
     """(data, precision). With --tiny: the embedded problems, and float32 unless --precision is
     given. So small a model is no slower in float32, and machines agree more closely."""
@@ -308,8 +334,6 @@ def sft_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--min-lr", type=float, help="Learning rate at the end. Default: a tenth of --lr.")
     add("--weight-decay", type=float, default=0.0, help="AdamW's weight decay, of matrices only.")
     add("--val-every", type=int, default=0, help="Steps between validations. 0: at the end only.")
-    add("--keep", choices=("last", "best"), default="last",
-        help="Weights to save: the last, or those of the best validation.")  # fmt: skip
     add("--out", help="Run folder. Default: runs/sft-{full,lora}-{data} (tiny: runs/tiny/...), "
         "with -from-RUN after it if --model is a run.")  # fmt: skip
     p.set_defaults(save_every=100)
@@ -344,10 +368,7 @@ def sft_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise UserError(f"{flag} is {getattr(args, name):g}: give a number from 0 to {most:g}")
     if args.merge and not args.lora:
         raise UserError("--merge needs --lora: full fine-tuning has nothing to merge")
-    if args.keep == "best" and args.val_every == 0:
-        raise UserError(
-            "--keep best needs --val-every, or there is only one validation to choose from"
-        )
+    check_choosing(args)
     return args
 
 
@@ -426,6 +447,9 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(f"the weights of --penalty-... add up to {total:g}: give at most "
                         f"{rewards.MOST:g} in all, or a wrong answer could be worth more than a "
                         "right one")  # fmt: skip
+    check_choosing(args)
+    # Runs from before PPO had the flag recorded nothing, and can still be made longer.
+    args.keep = None if args.keep == "last" else args.keep
     if not 0.01 <= args.temperature <= 100:
         raise UserError(f"--temperature is {args.temperature}: give a number from 0.01 to 100")
     for name in ("gamma", "lam"):

@@ -43,7 +43,8 @@ except ImportError:  # Windows
     import msvcrt
 
 FORMAT = 2  # of run_args.json and checkpoints; folders without a format are older
-SELECTS = ("max_examples ", "val_examples ", "tiny ")  # flags that decide which problems are used
+# Flags that decide which problems are used.
+SELECTS = ("max_examples ", "val_examples ", "val_use ", "tiny ")
 LOGS = ("metrics.jsonl", "samples.jsonl")
 CHECKPOINT_FILES = ("tensors.safetensors", "state.json")
 # What --overwrite deletes, in this order. After a kill half-way the folder must neither look
@@ -439,6 +440,31 @@ def _verify(folder: Path, advice: str) -> None:
             raise UserError(f"{path} is damaged: its SHA-256 is not the recorded one{advice}")
 
 
+def hold(path: Path) -> int | None:
+    """Lock a file, which is made if needed. Returns its descriptor, whose end is the lock's end, or
+    None if another process has the lock. UserError where files cannot be locked."""
+    path.parent.mkdir(exist_ok=True)
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        lock_now(lock)
+    except OSError as error:
+        os.close(lock)
+        if isinstance(error, (BlockingIOError, PermissionError)):
+            return None
+        raise UserError(f"{path} cannot be locked ({error.strerror}): choose another --out, on a "
+                        "file system with locks") from error  # fmt: skip
+    return lock
+
+
+def lock_now(descriptor: int) -> None:
+    """Lock an open file, or raise OSError if another process has locked it."""
+    if fcntl:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:  # Windows forbids others to read locked bytes: lock one far beyond the process id
+        os.lseek(descriptor, 1 << 20, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+
+
 def _claim(folder: Path) -> int | None:
     """Make the folder if needed and lock it. Returns the descriptor that holds the lock, or None
     where there is no locking. The system drops the lock with the process, however it ends."""
@@ -452,11 +478,7 @@ def _claim(folder: Path) -> int | None:
     except OSError as error:
         raise UserError(f"{folder} cannot be a run folder: {error.strerror}") from error
     try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:  # Windows forbids others to read locked bytes: lock one far beyond the process id
-            os.lseek(lock, 1 << 20, os.SEEK_SET)
-            msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
+        lock_now(lock)
     except OSError as error:
         if error.errno in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):
             os.close(lock)  # some network drives have no locks, and must stay usable

@@ -4,6 +4,8 @@
         for step in range(run.first, steps):
             if run.validation_due():
                 run.record_validation(validate())
+            if run.ends_early():                     # --patience is used up
+                break
             ...                                      # one step
             run.end_step(metrics)                    # log, show, save when due, stop when asked
         if run.validation_due():
@@ -12,7 +14,8 @@
 
 Ctrl-C and SIGTERM raise Stopped at the end of a step, or in `run.watch` during sampling. The `with`
 catches it, saves the last whole step, and leaves `run.status` at 130 or 143. So an update must
-never raise Stopped: half of it would be in the checkpoint.
+never raise Stopped: half of it would be in the checkpoint. --pause-at raises it in `run.ends_early`
+and leaves `run.status` at 0. The status of a run that has come to its end is None.
 """
 
 import contextlib
@@ -37,8 +40,9 @@ class Run:
 
     optimizers: {prefix of its names in the checkpoint: optimizer}. They hold all that training
     changes: weights, moments and step counts. args: the script's, of which save_every, val_every,
-    device and wandb are read here. held_out: how many problems a validation asks, 0 for no
-    validation. show: {label: metric} for the progress line. warn(metrics) returns lines to print.
+    patience, pause_at, device and wandb are read here. held_out: how many problems a validation
+    asks, 0 for no validation. show: {label: metric} for the progress line. warn(metrics) returns
+    lines to print.
     """
 
     def __init__(
@@ -57,7 +61,9 @@ class Run:
         self.metrics: dict = {}  # of the last step
         self.validated: dict = {}  # the last validation, and the best one
         self.best: dict = {}
-        self.status = 0
+        self.out_of_patience = False
+        self.status: int | None = None
+        self.patience, self.pause_at = (getattr(args, k, None) for k in ("patience", "pause_at"))
         self._phases: list[tuple[str, float]] = []
         self._clock: tuple[int, float, float] | None = None  # step, wall time, CPU time
         self.device = torch.device(args.device).type
@@ -76,7 +82,9 @@ class Run:
         with self._entered:
             if kind is not None and issubclass(kind, console.Stopped):
                 self.save_checkpoint()
-                self.progress.note(self.stop.message(self.step))
+                paused = f"paused at step {self.step}"
+                asked = self.stop.requested
+                self.progress.note(self.stop.message(self.step) if asked else paused)
                 self.status = self.stop.exit_code
                 return True  # the exception ends here
         return False
@@ -113,7 +121,8 @@ class Run:
         self.progress.update(self.step, **shown, tokens_per_s=speed, memory=memory)
         self._look_at_the_clock(end)
         self._phases, self._began = [], time.perf_counter()
-        if self.step % self.args.save_every == 0 or self.step == self.steps:
+        due = self.step % self.args.save_every == 0 and self.step != self.pause_at
+        if due or self.step == self.steps:  # a pause saves after its validation
             self.save_checkpoint()
         if self.stop.agreed() and self.step < self.steps:
             raise console.Stopped
@@ -155,11 +164,24 @@ class Run:
             self.folder.sample({"step": self.step} | answer)
         self.folder.log(self.validated)
         self.progress.note(console.listed(self.validated))
-        better = _score(self.validated) > _score(self.best)
+        better = not self.best or _score(self.validated) > _score(self.best)
         if better:
             self.best = self.validated
         self._began = time.perf_counter()
         return better
+
+    def ends_early(self) -> bool:
+        """Whether the run ends before its next step, because as many validations as --patience says
+        have brought nothing better. Raises Stopped if --pause-at is reached."""
+        # A checkpoint has both validations, so a continued run knows how long it has waited.
+        waited = self.validated.get("step", 0) - self.best.get("step", 0)
+        self.out_of_patience = bool(self.patience) and waited >= self.patience * self.args.val_every
+        if self.out_of_patience:
+            self.progress.note(f"the last {self.patience} validations brought nothing better: "
+                               f"the weights of step {self.best['step']} are kept")  # fmt: skip
+        elif self.pause_at and self.step >= self.pause_at:
+            raise console.Stopped
+        return self.out_of_patience
 
     # ---- checkpoints
 
@@ -187,7 +209,8 @@ class Run:
 
     def finish(self, summary: dict) -> None:
         """Mark the run as finished. Call it when the result is saved."""
-        self.folder.finish({"steps": self.steps} | summary)
+        early = {"stopped_by": "patience"} if self.out_of_patience else {}
+        self.folder.finish({"steps": self.step} | early | summary)
 
 
 def check_finite(step: int, indices: list[int], lower: str, **values: float) -> None:

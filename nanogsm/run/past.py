@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from nanogsm import boxed, data
+from nanogsm import UserError, boxed, data
 from nanogsm.store import files
 
 
@@ -63,6 +63,23 @@ def usual_init(args) -> str:
     all start from main.)"""
     folder, method = "runs/tiny" if args.tiny else "runs", "lora" if args.lora else "full"
     return f"{folder}/sft-{method}-{'math' if args.data == 'math' else 'main'}"
+
+
+def drawn(held_out: list, first: int, last: int) -> list:
+    """The held-out problems that a fixed draw puts in places first to last - 1, in file order. A
+    file may be sorted, for example by difficulty, so its own order makes no fair halves."""
+    order = data.permutation(len(held_out), data.SUBSET_SEED, 0)
+    return [held_out[i] for i in sorted(order[first:last])]
+
+
+def part_of(held_out: list, part: tuple[int, int] | None) -> list:
+    """Part K of N (evaluate.py's --part K/N) of what was held out; all of it without a part."""
+    if part is None:
+        return held_out
+    (k, n), size = part, len(held_out)
+    if n > size:
+        raise UserError(f"--part {k}/{n}: only {size} problems are held out")
+    return drawn(held_out, size * (k - 1) // n, size * k // n)
 
 
 def recorded_init(folder: str) -> str | None:

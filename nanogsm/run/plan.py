@@ -146,8 +146,17 @@ def _devices(args) -> str:
     return f"{count} x {args.device.partition(':')[0]}{shared}" if count > 1 else args.device
 
 
-def _held_out(problems: list) -> str:
-    return f"{len(problems)} held out" if problems else "0 held out, so no validation"
+def _held_out(args, problems: list) -> str:
+    if not problems:
+        return "0 held out, so no validation"
+    return f"{args.val_examples} held out" + f", {args.val_use} used" * bool(args.val_use)
+
+
+def _say_patience(args, held_out: list) -> None:
+    if args.patience and len(held_out) < 512:
+        points = 100 * math.sqrt(0.3 * 0.7 / len(held_out))
+        _say("patience", f"the standard error of a validation on {len(held_out)} problems is "
+             f"{points:.1f} points at 30% right; with --val-examples 512 it is 2.0")  # fmt: skip
 
 
 def settle_sft(args, found, config: Config, examples: list, held_out: list, steps: int) -> None:
@@ -174,7 +183,8 @@ def settle_sft(args, found, config: Config, examples: list, held_out: list, step
         own = f"trained further, with its r {args.lora_r} and alpha {args.lora_alpha:g}"
         _say("adapter", own if args.lora else "merged into its base, which is trained in full")
     _say("data", f"{len(examples):,} examples, {sum(lengths):,} tokens, {supervised:,} supervised, "
-         f"longest {max(lengths)}; {_held_out(held_out)}")  # fmt: skip
+         f"longest {max(lengths)}; {_held_out(args, held_out)}")  # fmt: skip
+    _say_patience(args, held_out)
     _say("steps", f"{steps:,} of {args.micro_batch} x {args.accumulation} examples, "
          f"{args.epochs} epoch{'s' * (args.epochs > 1)}; lr {args.lr:g} to {args.min_lr:g}, "
          f"warm-up {args.warmup:g} ({args.recipe} recipe); {args.optim}")  # fmt: skip
@@ -215,6 +225,14 @@ def sft_budget(args, config: Config, total: int, shapes: list, lengths: list) ->
         "vocabulary": head_bytes(config, tokens, args.device, not args.lora, bf16),
         "not at once": -min(activations, later) if args.accumulation == 1 else 0,
     })  # fmt: skip
+
+
+def disk_bytes(args, config: Config) -> tuple[float, float]:
+    """(a checkpoint, the saved weights) of a run, in bytes."""
+    everything, adapters = _shapes(config, args)
+    trained = adapters if args.lora else everything + adapters
+    result = 4 * _size(adapters) if args.lora else config.dtype.itemsize * _size(everything)
+    return 4 * _size(trained) + moments_bytes(trained, args.optim), result
 
 
 def in_parts(n: int, c: Config, total: int, budget: dict[str, float]) -> dict[str, float]:
@@ -261,11 +279,12 @@ def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list)
     instead = f"no critic: {args.advantage}, groups of {args.group} answers"
     other = instead if args.group else f"{_size(critic):,} of the critic ({args.critic})"
     _say("trained", f"{_size(policy):,} of the policy, {other}")
-    _say("data", f"{len(problems):,} problems, {_held_out(held_out)}; prompt and answer up to "
-         f"{longest} tokens")  # fmt: skip
-    if earlier not in (None, len(held_out)):
-        _say("note", f"{args.init} held out {earlier} problems, this run {len(held_out)}: some are "
-             "held out by one and trained on by the other")  # fmt: skip
+    _say("data", f"{len(problems):,} problems, {_held_out(args, held_out)}; prompt and answer up "
+         f"to {longest} tokens")  # fmt: skip
+    _say_patience(args, held_out)
+    if earlier not in (None, args.val_examples):
+        _say("note", f"{args.init} held out {earlier} problems, this run {args.val_examples}: some "
+             "are held out by one and trained on by the other")  # fmt: skip
     if found.adapter and args.lora:
         _say("note", "base and adapter together are the start and the reference; the result is one "
              "adapter with both changes")  # fmt: skip

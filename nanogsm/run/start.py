@@ -18,7 +18,7 @@ NO_SETTINGS = ("dry_run", "gpu_memory", "overwrite", "out")
 # spelt otherwise, because their contents are compared by digest.
 MAY_DIFFER = ("save_every", "data_dir", "data", "model", "init", "base", "device", "merge", "wandb",
               "checkpointing", "micro_batch", "accumulation", "rollout_batch", "shard",
-              "reward")  # fmt: skip
+              "reward", "pause_at")  # fmt: skip
 
 
 def find_start(args, flag: str) -> hub.ModelFiles:
@@ -50,13 +50,21 @@ def set_rank(args, found: hub.ModelFiles) -> None:
 
 
 def split_problems(args, found: hub.ModelFiles) -> tuple[list[data.Problem], list[data.Problem]]:
-    """(training problems, problems held out of them for validation). Fills in args.val_examples."""
+    """(training problems, problems held out of them and used for validation). Fills in
+    args.val_examples."""
     problems = known.load_problems(args, found)
     if args.tiny and args.data not in data.NAMED:
         note_unknown_words(problem.question + " " + problem.answer for problem in problems)
     if args.val_examples is None:
         args.val_examples = data.usual_held_out(len(problems), args.tiny)
     problems, held_out = data.split_validation(problems, args.val_examples)
+    if args.keep == "best" and not held_out:
+        flag = "--patience" if args.patience else "--keep best"
+        raise UserError(f"{flag} has nothing to choose by: --val-examples is 0")
+    if args.val_use:
+        if args.val_use > len(held_out):
+            raise UserError(f"--val-use {args.val_use}: only {len(held_out)} problems are held out")
+        held_out = past.drawn(held_out, 0, args.val_use)
     used = data.subset(problems, getattr(args, "max_examples", None) or len(problems))
     trained = {problem.question for problem in used}
     if twice := sum(problem.question in trained for problem in held_out):
@@ -129,8 +137,9 @@ def open_folder(args, flag: str, found: hub.ModelFiles, prompt: data.Prompt, pro
     places = ("device", "data_dir", "data", "model", "init", "base", "reward")
     same = {name: value for name, value in settings.items() if name not in places}
     distributed.check_same(files.strict(same))
-    # PPO's learning rate is constant, so a run of 10 steps is the beginning of one of 20.
-    grows = "steps" if flag == "init" else None
+    # PPO's learning rate is constant, so a run of 10 steps is the beginning of one of 20. The best
+    # of 10 may come from its last validation, which a run of 20 need not have.
+    grows = "steps" if flag == "init" and args.keep != "best" else None
     return open_run_folder(args.out, settings, info, args.overwrite, MAY_DIFFER, grows)
 
 

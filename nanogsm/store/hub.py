@@ -92,6 +92,12 @@ def _adapter_in(folder: Path) -> Path | None:
 
 
 def _local_model(folder: Path, weights: bool, base: str | None, base_of: str | None) -> ModelFiles:
+    unfinished = (folder / "checkpoint").is_dir() and not (folder / "summary.json").is_file()
+    if unfinished and (folder / "run_args.json").is_file():
+        raise UserError(
+            f"{folder} is a run whose training has not finished; run the same training command "
+            "again to continue"
+        )
     if adapter := _adapter_in(folder):
         _refuse_as_base(str(folder), base_of)
         return _adapted_model(adapter, weights, base)
@@ -99,6 +105,8 @@ def _local_model(folder: Path, weights: bool, base: str | None, base_of: str | N
     if (model / "config.json").is_file():
         _check_complete(model, weights)
         return ModelFiles(model, None, os.path.abspath(model))
+    if (folder / "summary.json").is_file():
+        raise UserError(f"{folder} is a finished run whose weights have been deleted")
     if (folder / "run_args.json").is_file() or (folder / "checkpoint").is_dir():
         raise UserError(
             f"{folder} has no model/ or adapter/ yet because training has not finished; "
