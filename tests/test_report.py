@@ -162,6 +162,8 @@ def test_a_curve_is_drawn_for_each_metric_that_has_values(two):
     assert "%</text>" not in curves_section(own)  # and one's own may be any number
     terms = [stages[1]._replace(args=stages[1].args | {"penalty_false": 0.1})]
     assert "%</text>" not in curves_section(terms) and "penalty false 0.1" in curves_section(terms)
+    groups = [stages[1]._replace(args=stages[1].args | {"advantage": "rloo"}), stages[1]]
+    assert "<h2>RLOO, PPO: metrics by step" in curves_section(groups)
     assert curves_section([stages[0]._replace(metrics=[])]) == ""
 
 
@@ -185,7 +187,7 @@ def test_the_opening_says_which_model_which_problems_and_what_happened(two):
         path.write_text(json.dumps(record))
     said = " ".join(re.sub("<[^>]*>", "", read(*two)).split())
     for sentence in (
-        "sft: Supervised fine-tuning of all weights of the embedded model on the embedded word ",
+        "sft: Supervised fine-tuning (SFT) of all weights of the embedded model on the embedded ",
         "ppo: PPO of all weights of the embedded model on the embedded word problems, starting "
         "from sft. It finished after 3 steps.",
         "the last tenth of the steps the training loss in nats per token went from 1 to 0.333.",
@@ -197,6 +199,16 @@ def test_the_opening_says_which_model_which_problems_and_what_happened(two):
     assert "recipe tuned; learning rate 0.001, falling to 0.0001 after a warm-up over 3% of the " \
         "steps; one pass over the data in steps of 16 examples" in said  # fmt: skip
     assert "False" not in said
+
+
+def test_the_opening_compares_a_run_with_its_start_if_that_is_on_the_page(two, tmp_path):
+    other = stage(tmp_path / "other", {i: ("#### 6", 6.0) for i in range(4)}, ppo=True)
+    assert "That is 50.0 points more than ppo" in read(*two, other)  # the one before
+    path = Path(other, "run_args.json")
+    record = json.loads(path.read_text())
+    record["args"]["init"] = f"{two[0]}/model"
+    path.write_text(json.dumps(record))
+    assert "That is 75.0 points more than sft" in read(*two, other)
 
 
 def test_a_run_without_an_evaluation_has_its_curves(two, tmp_path, capsys):

@@ -3,12 +3,11 @@
 docs/metrics.md says more about each metric, and what to do if it is not healthy.
 """
 
-import html
 from typing import NamedTuple
 
 from nanogsm.report import charts
 from nanogsm.report.stages import Stage
-from nanogsm.report.words import is_ppo, points, reward_is_a_share, settings
+from nanogsm.report.words import escape, method, points, reward_is_a_share, settings
 
 
 class Curve(NamedTuple):
@@ -83,10 +82,11 @@ CURVES = {  # key in metrics.jsonl: its panel
 
 
 def curves_section(stages: list[Stage]) -> str:
-    """One panel per metric. All SFT runs share their panels, and all PPO runs theirs."""
+    """One panel per metric. All SFT runs share their panels, and all runs with rewards theirs."""
     parts = []
-    for kind in ("SFT", "PPO"):
-        runs = [s for s in stages if s.metrics and is_ppo(s.args) == (kind == "PPO")]
+    for supervised in (True, False):
+        runs = [s for s in stages if s.metrics and (method(s.args) == "SFT") == supervised]
+        kinds = escape(", ".join(dict.fromkeys(method(stage.args) for stage in runs)))
         names = [stage.name for stage in runs]
         last = max((row["step"] for stage in runs for row in stage.metrics), default=0)
         share_of_right = all(reward_is_a_share(stage.args) for stage in runs)
@@ -97,11 +97,11 @@ def curves_section(stages: list[Stage]) -> str:
             if any(line for _, line in lines) and not never:  # MATH's answers have no annotations
                 share = curve.share and (key != "reward" or share_of_right)
                 panel = charts.Panel(curve.title, lines, share, "step", last)
-                drawn, caption = charts.page([panel], names), html.escape(curve.healthy)
+                drawn, caption = charts.page([panel], names), escape(curve.healthy)
                 figures.append(f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>")
         if figures:
-            items = [f"<li><b>{html.escape(s.name)}</b>: {settings(s.args)}.</li>" for s in runs]
-            parts.append(f"<h2>{kind}: metrics by step</h2><ul>{''.join(items)}</ul>")
+            items = [f"<li><b>{escape(s.name)}</b>: {settings(s.args)}.</li>" for s in runs]
+            parts.append(f"<h2>{kinds}: metrics by step</h2><ul>{''.join(items)}</ul>")
             parts.append('<p class="dim">The line below a curve says what a healthy one looks like.'
                          "</p>")  # fmt: skip
             parts.append(f'<div class="curves">{"".join(figures)}</div>')

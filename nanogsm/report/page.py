@@ -115,9 +115,9 @@ def mistakes_section(stages: list[Stage]) -> str:
         ]
         parts.append(f"<h3>With and without a calculation</h3>{table(names, body)}")
         parts.append(
-            '<p class="dim">A model that starts to calculate guesses less often, so the number of '
-            "its arithmetic and set-up mistakes grows. Whether it calculates better is told by "
-            "their share of the answers with a calculation.</p>"
+            '<p class="dim">A model that starts to show calculations guesses less often. So the '
+            "number of its arithmetic and set-up mistakes grows, even if it calculates as well as "
+            "before. Compare their shares of the answers with a calculation.</p>"
         )
         parts += [no_longer_guessed(*pair) for pair in zip(stages, stages[1:])]
     return "\n".join(parts)

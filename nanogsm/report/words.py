@@ -29,8 +29,9 @@ def escape(value: object) -> str:
     return html.escape(console.printable(str(value)))
 
 
-def is_ppo(args: dict) -> bool:
-    return "kl_coef" in args
+def method(args: dict) -> str:
+    """SFT, PPO, or what else trained a run by rewards."""
+    return str(args.get("advantage") or "ppo").upper() if "kl_coef" in args else "SFT"
 
 
 def points(metrics: list[dict], key: str) -> list[tuple[float, float]]:
@@ -79,14 +80,12 @@ def what_it_is(stage: Stage) -> str:
             prompt = f", asked with the prompt {escape(data.Prompt(**stage.summary['prompt']))}"
         return f"No training: this is {model} as it is{prompt}."
     begin = str(args.get("init") or args.get("model"))
-    method = "Supervised fine-tuning"
-    if is_ppo(args):
-        method = str(args.get("advantage") or "ppo").upper()
+    name = method(args).replace("SFT", "Supervised fine-tuning (SFT)")
     kind = "with LoRA adapters" if args.get("lora") else "of all weights"
     run = run_of(begin)
     after = f", starting from {escape(run[0].name)}" if run else ""
     about = problems_name(str(args.get("data")))
-    return f"{method} {kind} of {model_name(begin)} on {about}{after}."
+    return f"{escape(name)} {kind} of {model_name(begin)} on {about}{after}."
 
 
 def how_it_went(stage: Stage) -> str:
@@ -140,7 +139,7 @@ def what_it_scores(stage: Stage, previous: Stage | None) -> str:
             f"{abs(points):.1f} points {'more' if points > 0 else 'less'} than"
         )  # fmt: skip
         p = f"p = {p_value(pair['p'])}".replace("= <", "<")
-        chance = "hardly by chance" if pair["p"] < 0.05 else "which may be chance"
+        chance = "unlikely to be chance" if pair["p"] < 0.05 else "which may be chance"
         said += (f" That is {amount} {name} ({p}, {chance}). Of the problems that "
                  f"both answered, {len(pair['fixed']):,} became right and {len(pair['broken']):,} "
                  "became wrong.")  # fmt: skip
@@ -170,12 +169,12 @@ def settings(args: dict) -> str:
         said.append(f"LoRA of rank {args['lora_r']}")
     if has("lr"):
         said.append(f"learning rate {number(args['lr'])}")
-    if has("value_lr"):
-        said[-1] += f" for the policy and {number(args['value_lr'])} for the critic"
-    elif has("lr", "min_lr"):
-        said[-1] += f", falling to {number(args['min_lr'])}"
-    if args.get("warmup"):
-        said[-1] += f" after a warm-up over {args['warmup']:.0%} of the steps"
+        if has("value_lr"):
+            said[-1] += f" for the policy and {number(args['value_lr'])} for the critic"
+        elif has("min_lr"):
+            said[-1] += f", falling to {number(args['min_lr'])}"
+        if args.get("warmup"):
+            said[-1] += f" after a warm-up over {args['warmup']:.0%} of the steps"
     batch = math.prod(args.get(name) or 1 for name in ("micro_batch", "accumulation"))
     if has("rollouts", "epochs", "micro_batch"):
         said.append(f"{args['rollouts']:,} answers per step")
