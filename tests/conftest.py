@@ -1,6 +1,7 @@
 """Shared by all tests: the fixtures' place, one thread (tiny models lose time to a second),
 Python's own signal handlers."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from nanogsm.model import load_model
 
 torch.set_num_threads(1)
 FIXTURES = Path(__file__).parent / "fixtures"
+# For tests of many seconds whose parts other tests cover. .ci/run runs them.
+slow = pytest.mark.skipif(not os.environ.get("NANOGSM_SLOW"), reason="NANOGSM_SLOW=1 runs it")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import slow
 import torch
 
 from benchmarks import gpu, gpu_table
@@ -52,6 +53,7 @@ def dry(tmp_path_factory):
     return said.getvalue(), read(path)
 
 
+@slow
 def test_a_dry_run_runs_every_stage(dry):
     output, results = dry
     assert list(results["stages"]) == list(gpu.STAGES)
@@ -68,11 +70,13 @@ def test_a_dry_run_runs_every_stage(dry):
         assert len(set(measures)) == len(measures), name  # Work.value finds a row by its measure
 
 
+@slow
 def test_a_dry_run_meets_the_goals_that_a_cpu_can_meet(dry):
     for name in ("correct", "resume"):
         assert all(line["met"] is not False for line in dry[1]["stages"][name]["rows"]), name
 
 
+@slow
 def test_what_only_a_gpu_knows_is_null_in_a_dry_run(dry):
     rows = {line["measure"]: line for line in dry[1]["stages"]["sft"]["rows"]}
     peak = rows["full, 16 none: peak of tensors"]
@@ -80,6 +84,7 @@ def test_what_only_a_gpu_knows_is_null_in_a_dry_run(dry):
     assert {"backward_s", "optimizer_s", "allocated"} <= rows["LoRA, 8 light"].keys()
 
 
+@slow
 def test_the_study_is_computed_from_the_other_stages(dry):
     stages = dry[1]["stages"]
     rows = {line["measure"]: line["value"] for line in stages["study"]["rows"]}

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from conftest import slow
 from huggingface_hub import constants, errors
 
 from nanogsm import UserError
@@ -529,6 +530,7 @@ def ask(home: Path, server: str, *names: str, **settings) -> list[str]:
     return done.stdout.splitlines()
 
 
+@slow
 def test_an_adapter_on_the_hub_is_a_model_like_any_other(tmp_path):
     """With the Hub's real client: what is fetched, which revision, what the cache is good for, and
     that a stranger's file never names something on this disk."""

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import slow
 
 import evaluate
 import train_ppo
@@ -282,6 +283,7 @@ def test_only_the_rows_asked_for_are_run_and_shown(faked, capsys):
     assert "PPO" not in table
 
 
+@slow
 def test_a_real_row_end_to_end(capfd):
     """Two rows on few problems, in real processes. The second call finds all done."""
     argv = ["--tiny", "--n", "6", "--out", "s", "--rows", "untuned", "full-main",

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from nanogsm import UserError, boxed, data
+from nanogsm import UserError, boxed, data, distributed
 from nanogsm.store import files
 
 
@@ -89,7 +89,9 @@ def recorded_init(folder: str) -> str | None:
 
 
 def what_next(args) -> str:
-    """The last lines that a run prints."""
+    """The last lines that a run prints. (Rank 0 may be deleting files by now.)"""
+    if distributed.RANK:
+        return ""
     more = f" --data-dir {args.data_dir}" if args.data_dir and args.data in data.NAMED else ""
     checkpoint = Path(args.out) / "checkpoint"
     size = sum(file.stat().st_size for file in checkpoint.rglob("*.*") if file.is_file())
