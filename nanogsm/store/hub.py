@@ -91,6 +91,17 @@ def _adapter_in(folder: Path) -> Path | None:
 
 
 def _local_model(folder: Path, weights: bool, base: str | None, base_of: str | None) -> ModelFiles:
+    for run in (folder, folder.absolute().parent):  # the folder may be a run's model/ or adapter/
+        if "outcome" in _run_record(run).get("args", {}):
+            raise UserError(f"{folder} is a process reward model of train_prm.py, not a language "
+                            "model: give it as --rerank to evaluate.py")  # fmt: skip
+    return find_trunk(folder, weights, base, base_of)
+
+
+def find_trunk(
+    folder: Path, weights: bool = True, base: str | None = None, base_of: str | None = None
+) -> ModelFiles:
+    """`find_model` of a folder, also where it is no language model but another's network."""
     if adapter := _adapter_in(folder):
         _refuse_as_base(str(folder), base_of)
         return _adapted_model(adapter, weights, base)
@@ -144,15 +155,23 @@ def _adapted_model(
 def _check_recorded_base(adapter: Path, name: str) -> None:
     """Raise UserError if a folder here has come to hide the Hub's model that a run was trained
     on."""
-    try:
-        base = json.loads((adapter.parent / "run_args.json").read_bytes())["info"]["base"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    base = _run_record(adapter.parent).get("info", {}).get("base")
+    if not isinstance(base, str):
         return  # not a run's adapter
     if HUB_ID.fullmatch(name) and os.path.isdir(name) and not files.same_place(base, name):
         raise UserError(
             f"{name} is a folder here, but the run in {adapter.parent} was trained on {base}: "
             "name one of them with --base"
         )
+
+
+def _run_record(folder: Path) -> dict:
+    """run_args.json, which says what a run was trained on and how. {} if it is no run."""
+    try:
+        record = json.loads((folder / "run_args.json").read_bytes())
+        return record if {type(record["args"]), type(record["info"])} == {dict} else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
 
 
 def _named_base(config_file: Path, untrusted: bool) -> str:
@@ -383,6 +402,7 @@ class DataFile(NamedTuple):
     rows: int
     sha256: str
     rows_sha256: str | None  # of the questions and answers in their order, however they are written
+    urls: tuple[str, ...] = ()  # whole ones, for a file that the folders in DATA_URLS do not have
 
 
 DATA_FILES = {
@@ -397,6 +417,13 @@ DATA_FILES = {
     "test_socratic.jsonl": DataFile(
         972_978, 1319, "c96673362fa7a699f4836a9b6474a067448f95fe58064727501ee63ba4c3fdb6",
         "9e196628ee9adb7d9d2d06cd8d1f421295f718d0c7f7204d50ccb1176caa7cf6"),
+    # PRM800K's phase 1, whose rows we have not counted. The second address has a copy by others.
+    "phase1_train.jsonl": DataFile(
+        7_900_236, 0, "e9da6a73f827ffb9a8c0dc644c541d34ed76b3d4d1e4896ff5f7b37ddf5ae34d", None,
+        ("https://media.githubusercontent.com/media/openai/prm800k/"
+         "7ecc794703b2877f63226f2477a49b34f9b25163/prm800k/data/phase1_train.jsonl",
+         "https://huggingface.co/datasets/tasksource/PRM800K/resolve/"
+         "547b19506677a59037ee888838834b65e9b1ddd4/phase1_train.jsonl")),
 }  # fmt: skip
 # Sources of each file, in the order they are tried. openai/gsm8k on the Hub has only parquet files.
 # The last two are copies by other people, and the digests make them safe to use.
@@ -425,7 +452,7 @@ def data_file(name: str, data_dir: str | Path | None = None) -> Path:
     UserError says what was tried and how to put the file there by hand. Trap: with a data_dir
     nothing is downloaded. A missing or changed file in it is an error.
     """
-    want, by_hand = DATA_FILES[name], f"download {DATA_URLS[0]}{name} by hand"
+    want, by_hand = DATA_FILES[name], f"download {_sources(name)[0]} by hand"
     path = Path(os.path.expanduser(data_dir)) / name if data_dir else cache_folder() / name
     problem = _file_problem(path, want)
     if problem is None:
@@ -452,15 +479,19 @@ def data_file(name: str, data_dir: str | Path | None = None) -> Path:
     return path
 
 
+def _sources(name: str) -> list[str]:
+    return [*DATA_FILES[name].urls] or [folder + name for folder in DATA_URLS]
+
+
 def _download(name: str, want: DataFile, tried: list[str]) -> bytes | None:
     """The verified bytes from the first source that works. Failures are added to `tried`."""
     if _offline():
         tried.append("no network: HF_HUB_OFFLINE is set")
         return None
-    for url in DATA_URLS:
-        print(f"downloading {url}{name}", flush=True)
+    for url in _sources(name):
+        print(f"downloading {url}", flush=True)
         try:
-            data = _fetch(url + name, want.bytes)
+            data = _fetch(url, want.bytes)
             problem = _problem(data, want)
         except (OSError, HTTPException) as error:
             problem = files.one_line(error)
