@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanogsm import UserError, arithmetic
-from nanogsm.report import charts, eval_files, scores
+from nanogsm.report import charts, coloured, eval_files, scores
 from nanogsm.run import console, flags
 from nanogsm.run.past import run_of
 from nanogsm.store import files
@@ -167,7 +167,7 @@ def problem(rows: list[tuple[str, dict]]) -> str:
     first = rows[0][1]
     marks = " ".join(f"{escape(name)}: {verdict(row)}" for name, row in rows)
     answers = [
-        f"<h4>{escape(name)}: {verdict(row)}</h4><pre>{escape(row['completion'].strip())}</pre>"
+        f"<h4>{escape(name)}: {verdict(row)}</h4><pre>{coloured.answer(row, escape)}</pre>"
         for name, row in rows
     ]
     return f"""<details><summary>{escape(first["question"][:90])} … <b>{first["gold"]:.15g}</b>
@@ -219,10 +219,14 @@ def main(argv: list[str] | None = None) -> int:
     p = flags.Parser("One HTML page about runs that have been evaluated.")
     p.add_argument("runs", nargs="+", help="Folders of runs or evaluations, in order.")
     p.add_argument("--out", help="File to write. Default: report.html next to the last run.")
+    p.add_argument("--steps", metavar="PRM_RUN", help="Colour the steps of all answers by this run "
+                   "of train_prm.py.")  # fmt: skip
     args = p.parse_args(argv)
     stages = [read_stage(folder) for folder in args.runs]
     for a, b in itertools.combinations(stages, 2):
         scores.in_common(a.path, a.rows, b.path, b.rows)  # raises if they are about other problems
+    if args.steps:
+        coloured.add_values(args.steps, stages)
     out = Path(args.out) if args.out else Path(args.runs[-1]).resolve().parent / "report.html"
     if not out.name:
         raise UserError(f"cannot write {out}: give --out a file name")
