@@ -161,10 +161,10 @@ def train(args, folder, found, examples: list[Example], held_out: list[Example],
     nn.init.zeros_(head.bias)
     autocast = autocast_of(args.device, args.precision)
     bits = 8 if args.optim == "adamw8bit" else 32
-    peaks = {"": args.lr, "head/": args.head_lr}
+    peaks = {"trunk/": args.lr, "head/": args.head_lr}
     # The vocabulary is not used. Where it is a matrix of its own, it gets no gradient.
     named = [(n, p) for n, p in model.named_parameters() if not n.startswith("lm_head")]
-    optimizers = {"": AdamW(named, args.lr, bits=bits)}
+    optimizers = {"trunk/": AdamW(named, args.lr, bits=bits)}
     optimizers["head/"] = AdamW(head.named_parameters(), args.head_lr, bits=32)
     run = Run(folder, steps, optimizers, args, len(held_out), {"loss": "loss"})
 
@@ -194,7 +194,7 @@ def train(args, folder, found, examples: list[Example], held_out: list[Example],
                 optimizer.zero_grad()
             run.end_step({
                 "loss": loss,
-                "lr": optimizers[""].lr,
+                "lr": optimizers["trunk/"].lr,
                 "grad_norm": norm,
                 "head_grad_norm": head_norm,
                 "labels": data.supervised_tokens(batch),

@@ -161,7 +161,7 @@ def validated(seed: int, args) -> dict:
 
 
 def noise(args) -> dict:
-    """Labels of k continuations against labels of many, on the same prefixes of seed 1's answers."""
+    """Labels of k continuations against labels of many, on prefixes of seed 1's answers."""
     known = args.out / "noise.json"
     if known.exists():
         return files.read_json(known)
@@ -184,24 +184,27 @@ def noise(args) -> dict:
         label.shares(model, tokenizer, wanted, k, seed, limit, sample)
         for k, seed in ((args.k, 1_000_001), (args.many, 1_000_002))
     )
-    result = spread([few[key] for key in chosen], [many[key] for key in chosen], args.k)
-    files.write_json(known, result | {"k": args.k, "many": args.many})
+    values = [few[key] for key in chosen], [many[key] for key in chosen]
+    files.write_json(known, spread(*values, args.k, args.many))
     return files.read_json(known)
 
 
-def spread(few: list[float], many: list[float], k: int) -> dict:
-    """How far labels of k continuations lie from better ones. `expected` is the root of the mean
-    variance that k throws of such coins have."""
+def spread(few: list[float], many: list[float], k: int, m: int) -> dict:
+    """How far labels of k continuations lie from those of m. `expected`: what chance alone would
+    make of it, if each continuation were the throw of a coin of the prefix's own."""
+    # p (1 - p) m / (m - 1) estimates the variance of a throw without bias.
+    throws = fmean(p * (1 - p) for p in many) * m / (m - 1)
     gaps = [a - b for a, b in zip(few, many)]
     return {
+        "k": k,
+        "many": m,
         "prefixes": len(few),
         "mean_label": fmean(many),
         "root_mean_square": math.sqrt(fmean(gap**2 for gap in gaps)),
-        "expected": math.sqrt(fmean(p * (1 - p) / k for p in many)),
+        "expected": math.sqrt(throws * (1 / k + 1 / m)),
         "bias": fmean(gaps),
         "other_side": fmean((a >= 0.5) != (b >= 0.5) for a, b in zip(few, many)),
-        "few": few,
-        "many": many,
+        "labels": [few, many],
     }
 
 
@@ -228,7 +231,7 @@ def tables(results: list[dict], found: dict, args) -> str:
         mean = fmean(t["points"] for t in tests)
         lines.append(f"| {of} | {name} | {' | '.join(cells)} | {mean:+.1f} |")
     keys = [*results[0]["validated"]["prm"]]
-    lines += ["", "| on held-out problems | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
+    lines += ["", f"| on held-out problems | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
     for run, name in (("prm", "PRM"), ("orm", "outcome model")):
         for r in results:
             cells = [r["validated"][run][key] for key in keys]

@@ -39,6 +39,7 @@ def answer(row: dict, escape: Callable[[object], str]) -> str:
     shown = []
     for line, value in zip(lines, values):
         hue = round(120 * value)  # in degrees: 0 is red, 120 green
-        shown.append(f'<span style="background: hsl({hue} 70% 50% / .25)">'
-                     f'<span class="dim">{100 * value:3.0f}</span> {escape(line)}</span>')  # fmt: skip
+        percent = f'<span class="dim">{100 * value:3.0f}</span>'
+        style = f"background: hsl({hue} 70% 50% / .25)"
+        shown.append(f'<span style="{style}">{percent} {escape(line)}</span>')
     return "\n".join(shown)
