@@ -22,11 +22,11 @@ FLOORS = [
     ["nanogsm/transformer.py"],
     ["nanogsm/logprob.py", "nanogsm/lora.py", "nanogsm/optim.py"],
     ["nanogsm/data.py", "nanogsm/arithmetic.py"],
-    ["nanogsm/generate.py", "nanogsm/rewards.py"],
+    ["nanogsm/generate.py", "nanogsm/rewards.py", "nanogsm/steps.py"],
     ["nanogsm/model.py"],
     ["nanogsm/run"],
     ["nanogsm/report"],
-    ["train_sft.py", "train_ppo.py", "evaluate.py", "nanogsm/tiny/__main__.py"],
+    ["train_sft.py", "train_ppo.py", "train_prm.py", "evaluate.py", "nanogsm/tiny/__main__.py"],
     ["experiments"],
     ["benchmarks", "docs"],
 ]
@@ -34,6 +34,7 @@ HEART = ["train_sft.py", "train_ppo.py"]
 HEART += [f"nanogsm/{name}.py" for name in "data transformer logprob lora generate optim".split()]
 MOST_LINES = {
     "train_sft.py": 220, "train_ppo.py": 565, "evaluate.py": 245, "nanogsm/transformer.py": 360,
+    "train_prm.py": 240,
 }  # fmt: skip
 
 
@@ -129,7 +130,7 @@ def test_run_time_packages_are_the_five_on_the_list():
     allowed = {"torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "nanogsm", "wandb"}
     for file in sources():
         if floor(file) <= floor("train_sft.py"):
-            scripts = {"train_sft", "train_ppo", "evaluate"}
+            scripts = {"train_sft", "train_ppo", "train_prm", "evaluate"}
             assert top_level(file) - sys.stdlib_module_names - scripts <= allowed, file
 
 
@@ -213,6 +214,7 @@ MOST_TOKENS = {
     "rewards.py: terms of the reward": 880,
     "run/critic.py, report/rerank.py: a critic that chooses among answers": 1760,
     "Llama 3, an untied output head, the text part of multimodal Gemmas": 1500,
+    "train_prm.py, steps.py, run/prm.py, coloured.py: a process reward model": 6450,
 }
 
 

@@ -13,7 +13,7 @@ from nanogsm.store import hub
 
 # {flag: (value, with --tiny)}; a pair is (with --full, with LoRA).
 USUAL = {
-    "lr": ((1e-5, 1e-4), (1e-3, 1e-2)),
+    "lr": ((1e-5, 1e-4), (1e-3, 3e-3)),
     "head_lr": (1e-3, 1e-2),
     "epochs": (1, 2),
     "micro_batch": (8, 64),
