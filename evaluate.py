@@ -65,7 +65,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int,
         help="Answers sampled per batch. More take more memory. Default: 64 (tiny: 256).")
     add("--seed", type=int, default=0, help="Seed of the sampling. The problems stay the same.")
-    add("--rerank", metavar="RUN", help="Choose among --samples by the critic of this PPO run.")
+    add("--rerank", metavar="RUN", help="Choose among --samples by the critic of this PPO run, or "
+        "by this run of train_prm.py.")
     add("--rerank-by", choices=("last", "least"), default="last", help="An answer's value: the "
         "critic's prediction at its end, or the least at the end of any line.")
     # Output, and the two other uses of this script
@@ -112,7 +113,7 @@ def evaluate(args: argparse.Namespace) -> int:
     boxed.check_data(args.data, args.split)
     hub.find_model(args.model, weights=False, base=args.base)
     problems = asked.choose_problems(args)
-    critic = rerank.critic_for(args.rerank, problems) if args.rerank else None
+    critic = rerank.critic_for(args.rerank, problems, args.data) if args.rerank else None
     args.model_sha256 = hub.fingerprint(hub.find_model(args.model, base=args.base))
     args.n, args.data_sha256 = len(problems), data.digest(problems)
     prompt, folder, name = resolve(args, problems)

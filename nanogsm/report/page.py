@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 from nanogsm import UserError, arithmetic, boxed, data
-from nanogsm.report import scores
+from nanogsm.report import coloured, scores
 from nanogsm.report.curves import curves_section
 from nanogsm.report.stages import Stage, read_stage
 from nanogsm.report.words import escape, opening, p_value
@@ -150,7 +150,7 @@ def problem(rows: list[tuple[str, dict]]) -> str:
     short = question if len(question) <= 90 else question[:88] + " …"
     marks = " ".join(f"{escape(name)}: {verdict(row)}" for name, row in rows)
     answers = [
-        f"<h4>{escape(name)}: {verdict(row)}</h4><pre>{escape(row['completion'].strip())}</pre>"
+        f"<h4>{escape(name)}: {verdict(row)}</h4><pre>{coloured.answer(row, escape)}</pre>"
         for name, row in rows
     ]
     gold = escape(boxed.shown(first["gold"]))
@@ -254,8 +254,12 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("runs", nargs="+", help="Folders of runs or evaluations, in order.")
     p.add_argument("--out", help="File to write. Default: report.html next to the last run. If "
                    "that is about other runs, the new name has the runs' names in it.")  # fmt: skip
+    p.add_argument("--steps", metavar="PRM_RUN", help="Colour the steps of all answers by this run "
+                   "of train_prm.py.")  # fmt: skip
     args = p.parse_args(argv)
     stages = read_stages(args.runs)
+    if args.steps:
+        coloured.add_values(args.steps, stages)
     out = Path(args.out) if args.out else place(stages)
     if not out.name:
         raise UserError(f"cannot write {out}: give --out a file name")

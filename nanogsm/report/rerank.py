@@ -8,23 +8,36 @@ A value is the critic's prediction at the position that predicts the end token, 
 whole answer. (That is the last position it was trained at.) `--rerank-by least` takes the least of
 its predictions at the end of every line, as process rewards are used: one bad step spoils the rest.
 An answer is encoded again from its text, as a training example is.
-"""
 
-import math
+A process reward model of train_prm.py is used in the same way. Its values are probabilities, and
+each row also gets the list of them, step by step, as "step_values".
+"""
 
 import torch
 
-from nanogsm import UserError, data, distributed
+from nanogsm import UserError, data, distributed, steps
 from nanogsm.report.scores import majority, mcnemar
 from nanogsm.run.critic import Critic, find_critic, load_critic
 
 
-def critic_for(run: str, problems: list[data.Problem]) -> Critic:
-    """What `rate` needs. Called before the work: UserError if there is no critic, or if the
-    problems have no answers to count by."""
+def critic_for(run: str, problems: list[data.Problem], of_data: str = "") -> Critic:
+    """What `rate` needs. Called before the work: UserError if there is no critic, if the problems
+    have no answers to count by, or if the critic may have been trained on them."""
     if any(data.extract_answer(problem.answer) is None for problem in problems):
         raise UserError("--rerank needs problems with known answers")
-    return find_critic(run)
+    critic = find_critic(run)
+    check_unseen(critic, run, of_data)
+    return critic
+
+
+def check_unseen(critic: Critic, run: str, of_data: str) -> None:
+    """UserError if a model trained on PRM800K may have seen problems of `of_data`. PRM800K holds
+    4,500 of the 5,000 test problems of MATH. Only the other 500 are test problems for it."""
+    source = critic.args.get("source", "")
+    seen = of_data != "math500" if source.endswith("phase 2") else of_data == "math"
+    if source.startswith(steps.PRM800K) and seen:
+        raise UserError(f"{run} was trained on {source}, which has test problems of MATH: evaluate "
+                        "it with --data math500")  # fmt: skip
 
 
 def example_of(tokenizer, prompt: data.Prompt, row: dict, by: str) -> data.Example:
@@ -39,22 +52,41 @@ def example_of(tokenizer, prompt: data.Prompt, row: dict, by: str) -> data.Examp
     return data.Example(ids, [*map(int, ends[:-1]), 1], row["index"])
 
 
+def stepwise(tokenizer, prompt: data.Prompt, row: dict) -> data.Example:
+    """The same for a process reward model: the mask is 1 on the last token of every step."""
+    lines = steps.steps_of(row["completion"])
+    if not lines:
+        return example_of(tokenizer, prompt, row, "last")
+    ids, ends = steps.encode(tokenizer, prompt, row["question"], lines)
+    return data.Example(ids[:-1], [int(t in ends) for t in range(len(ids) - 1)], row["index"])
+
+
 @torch.no_grad()
 def rate(critic: Critic, rows: list[dict], args) -> None:
-    """Add a "value" to each row. args: evaluate.py's."""
+    """Add a "value" to each row, and "step_values" if the critic is a process reward model. args:
+    evaluate.py's, of which precision, device, batch_size and rerank_by are read."""
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     trunk, head, tokenizer = load_critic(critic, dtype, args.device)
-    examples = [example_of(tokenizer, critic.prompt, row, args.rerank_by) for row in rows]
-    values = torch.zeros(len(rows), device=trunk.device)
+    is_prm = critic.kind == "prm"
+    examples = [
+        stepwise(tokenizer, critic.prompt, row) if is_prm
+        else example_of(tokenizer, critic.prompt, row, args.rerank_by)
+        for row in rows
+    ]  # fmt: skip
+    found = []  # (place of the first row, values of each row at the positions that are asked)
     starts = range(0, len(rows), args.batch_size)
     for some in distributed.deal([slice(i, i + args.batch_size) for i in starts], trunk):
         ids, mask, lengths = data.collate(examples[some], tokenizer.pad_id, trunk.device)
         hidden = trunk(ids, lengths).float()  # (b, T, D)
         value = (hidden * head.weight[0]).sum(-1) + head.bias  # (b, T), as train_ppo.Models.value
-        values[some] = value.masked_fill(~mask.to(trunk.device), math.inf).amin(1)
-    distributed.add_up(values)
-    for row, value in zip(rows, values.tolist()):
-        row["value"] = value
+        value = (value.sigmoid() if is_prm else value)[mask.to(trunk.device)]
+        of_rows = value.split([sum(example.mask) for example in examples[some]])
+        found.append((some.start, [values.tolist() for values in of_rows]))
+    everything = sorted(pair for share in distributed.gathered(found) for pair in share)
+    for row, values in zip(rows, (values for _, of_rows in everything for values in of_rows)):
+        row["value"] = min(values) if args.rerank_by == "least" else values[-1]
+        if is_prm:
+            row["step_values"] = [round(value, 4) for value in values]
 
 
 def summarise(rows: list[dict], args) -> dict:

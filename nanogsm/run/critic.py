@@ -4,6 +4,9 @@ The file has the value head (head.weight, head.bias) and, where the critic is se
 adapters. The rest of the critic, its trunk, is in other files: a shared critic's is the run's own
 result, a separate critic's is the run's --init. The file's metadata say what it is (`kind`) and
 which trunk it belongs to (`trunk_sha256`, of hub.fingerprint).
+
+A process reward model of train_prm.py is saved in the same way, as a shared critic is. Its kind is
+"prm". Its values are logits, of the probability that everything so far is right.
 """
 
 from pathlib import Path
@@ -27,14 +30,19 @@ def save_critic(folder, models, found: hub.ModelFiles) -> None:
     """Write the critic of train_ppo.Models to a run folder that has the run's result already.
     found: the run's --init. Without a critic nothing is written."""
     weights = {name: p.detach() for name, p in models.value_weights().items()}
-    if not weights or distributed.RANK:
+    if not weights:
         return
     trunk = found
     if models.critic is models.actor:  # the trunk was trained, too
         adapter = folder.path / "adapter" if lora.adapters(models.actor) else None
         trunk = hub.ModelFiles(found.base if adapter else folder.path / "model", adapter, "")
-    metadata = {"kind": "critic", "trunk_sha256": hub.fingerprint(trunk)}
-    folder.write(NAME, weights, metadata)
+    save_head(folder, weights, trunk, "critic")
+
+
+def save_head(folder, weights: dict, trunk: hub.ModelFiles, kind: str) -> None:
+    """Write the file. trunk: what the head reads, saved already."""
+    if not distributed.RANK:
+        folder.write(NAME, weights, {"kind": kind, "trunk_sha256": hub.fingerprint(trunk)})
 
 
 class Critic(NamedTuple):
@@ -45,21 +53,24 @@ class Critic(NamedTuple):
     prompt: data.Prompt  # that it was trained with
     args: dict  # of its run
     separate: bool
+    kind: str  # "critic" or "prm"
 
 
 def find_critic(run: str) -> Critic:
-    """The critic of a PPO run. Reads no weights. UserError says why there is none, or that it and
-    its trunk do not belong together."""
+    """The critic of a PPO run, or a run of train_prm.py. Reads no weights. UserError says why there
+    is none, or that it and its trunk do not belong together."""
     known = past.run_of(run)
     if known is None:
-        raise UserError(f"{run} is not a run folder: give a run of train_ppo.py, with a critic")
+        raise UserError(f"{run} is not a run folder: give a run of train_ppo.py, with a critic, or "
+                        "of train_prm.py")  # fmt: skip
     folder, args = known[0], known[1]["args"]
     if args.get("advantage"):
         raise UserError(f"{run} was trained by {args['advantage']}, which has no critic: give a "
                         "run of PPO")  # fmt: skip
     file = folder / NAME
     if not file.is_file():
-        raise UserError(f"{run} has no {NAME}: give a run of train_ppo.py that has ended")
+        raise UserError(f"{run} has no {NAME}: give a run of train_ppo.py or train_prm.py that has "
+                        "ended")  # fmt: skip
     try:
         with safe_open(file, framework="pt") as tensors:
             metadata, names = tensors.metadata() or {}, set(tensors.keys())
@@ -67,12 +78,16 @@ def find_critic(run: str) -> Critic:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is damaged: {error}") from error
     kind = metadata.get("kind", "critic")  # files of earlier versions do not say
-    if kind != "critic":
-        raise UserError(f"{file} is of kind {kind!r}: only a critic is supported")
+    if kind not in ("critic", "prm"):
+        raise UserError(f"{file} is of kind {kind!r}: only critic and prm are supported")
     separate = names != {"head.weight", "head.bias"}
     try:
-        start = args["init"], True, args.get("base")
-        trunk = hub.find_model(*start) if separate else hub.find_model(run)
+        if kind == "prm":
+            trunk = hub.find_trunk(folder, base=args.get("base"))
+        elif separate:
+            trunk = hub.find_model(args["init"], True, args.get("base"))
+        else:
+            trunk = hub.find_model(run)
     except UserError as error:
         raise UserError(f"{run}: the rest of its critic is not there: {error}") from error
     if metadata.get("trunk_sha256") not in (None, hub.fingerprint(trunk)):
@@ -82,7 +97,7 @@ def find_critic(run: str) -> Critic:
     if shapes.get("head.weight") != [1, size] or shapes.get("head.bias") != [1]:
         raise UserError(f"{file} has a head of shape {shapes.get('head.weight')}; the model needs "
                         f"{[1, size]}")  # fmt: skip
-    return Critic(file, trunk, past.prompt_of(run), args, separate)
+    return Critic(file, trunk, past.prompt_of(run), args, separate, kind)
 
 
 def load_critic(critic: Critic, dtype: torch.dtype, device: str):

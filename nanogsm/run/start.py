@@ -130,7 +130,7 @@ def open_folder(args, flag: str, found: hub.ModelFiles, prompt: data.Prompt, pro
         "batch": args.micro_batch * args.accumulation,
     }
     info = machine.environment() | {"prompt": settings["prompt"], "base": str(found.base)}
-    if any(problem.boxed for problem in problems):
+    if any(getattr(problem, "boxed", False) for problem in problems):  # a PRM has other rows
         info["grader"] = boxed.grader_name()
     if distributed.COUNT > 1:
         info["devices"] = distributed.COUNT

@@ -92,6 +92,17 @@ def _adapter_in(folder: Path) -> Path | None:
 
 
 def _local_model(folder: Path, weights: bool, base: str | None, base_of: str | None) -> ModelFiles:
+    for run in (folder, folder.absolute().parent):  # the folder may be a run's model/ or adapter/
+        if "outcome" in _run_record(run).get("args", {}):
+            raise UserError(f"{folder} is a process reward model of train_prm.py, not a language "
+                            "model: give it as --rerank to evaluate.py")  # fmt: skip
+    return find_trunk(folder, weights, base, base_of)
+
+
+def find_trunk(
+    folder: Path, weights: bool = True, base: str | None = None, base_of: str | None = None
+) -> ModelFiles:
+    """`find_model` of a folder, also where it is no language model but another's network."""
     unfinished = (folder / "checkpoint").is_dir() and not (folder / "summary.json").is_file()
     if unfinished and (folder / "run_args.json").is_file():
         raise UserError(
@@ -153,15 +164,23 @@ def _adapted_model(
 def _check_recorded_base(adapter: Path, name: str) -> None:
     """Raise UserError if a folder here has come to hide the Hub's model that a run was trained
     on."""
-    try:
-        base = json.loads((adapter.parent / "run_args.json").read_bytes())["info"]["base"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    base = _run_record(adapter.parent).get("info", {}).get("base")
+    if not isinstance(base, str):
         return  # not a run's adapter
     if HUB_ID.fullmatch(name) and os.path.isdir(name) and not files.same_place(base, name):
         raise UserError(
             f"{name} is a folder here, but the run in {adapter.parent} was trained on {base}: "
             "name one of them with --base"
         )
+
+
+def _run_record(folder: Path) -> dict:
+    """run_args.json, which says what a run was trained on and how. {} if it is no run."""
+    try:
+        record = json.loads((folder / "run_args.json").read_bytes())
+        return record if {type(record["args"]), type(record["info"])} == {dict} else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
 
 
 def _named_base(config_file: Path, untrusted: bool) -> str:
@@ -430,6 +449,13 @@ DATA_FILES = {
          "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be/test.jsonl",
          "https://media.githubusercontent.com/media/openai/prm800k/"
          "7ecc794703b2877f63226f2477a49b34f9b25163/prm800k/math_splits/test.jsonl")),
+    # PRM800K's phase 1, whose rows we have not counted. The second address has a copy by others.
+    "phase1_train.jsonl": DataFile(
+        7_900_236, 0, "e9da6a73f827ffb9a8c0dc644c541d34ed76b3d4d1e4896ff5f7b37ddf5ae34d", None,
+        ("https://media.githubusercontent.com/media/openai/prm800k/"
+         "7ecc794703b2877f63226f2477a49b34f9b25163/prm800k/data/phase1_train.jsonl",
+         "https://huggingface.co/datasets/tasksource/PRM800K/resolve/"
+         "547b19506677a59037ee888838834b65e9b1ddd4/phase1_train.jsonl")),
 }  # fmt: skip
 # Sources of GSM8K's files, in the order they are tried. openai/gsm8k on the Hub has only parquet
 # files. The last two are copies by other people, and the digests make them safe to use.

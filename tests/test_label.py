@@ -1,0 +1,216 @@
+"""Labels by sampling, against slow forms; what a kill leaves; and the experiment that uses them."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+
+import evaluate
+import train_ppo
+import train_prm
+import train_sft
+from experiments import label, reward_models
+from nanogsm import UserError, data, generate, steps
+from nanogsm.model import load_model
+
+PROMPT = data.Prompt()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny", torch.float32)
+
+
+def greedy(model, tokenizer, ids, limit):
+    """The slow form of sampling at temperature 0: one whole forward per token, no cache."""
+    new = []
+    with torch.no_grad():
+        while len(new) < limit and not (new and new[-1] in tokenizer.stop_ids):
+            logits = model.logits(model(torch.tensor([ids + new]))[:, -1])
+            new.append(logits[0].argmax().item())
+    return new
+
+
+def test_a_prefix_is_what_the_reward_model_is_asked_after(tiny):
+    _, tokenizer = tiny
+    lines = ["Tom has 3.", "Leo has 4.", "#### 7"]
+    found = label.prefixes_of(tokenizer, PROMPT, "How many?", lines)
+    assert [so_far for so_far, _ in found] == [("Tom has 3.",), ("Tom has 3.", "Leo has 4.")]
+    prompt = data.encode(tokenizer, PROMPT, "How many?")[0]
+    for (so_far, ids), text in zip(found, ("Tom has 3.\n", "Tom has 3.\nLeo has 4.\n")):
+        assert ids[: len(prompt)] == prompt
+        assert tokenizer.decode(ids[len(prompt) :]).lstrip(" ") == text
+    assert label.prefixes_of(tokenizer, PROMPT, "How many?", ["#### 7"]) == []
+
+
+def test_without_chance_a_label_says_what_one_continuation_comes_to(tiny, monkeypatch):
+    """Nearly at temperature 0, all continuations are the greedy one. (The untuned model gives no
+    numbers in the format, so here another rule says which texts are right.)"""
+    model, tokenizer = tiny
+    monkeypatch.setattr(data, "is_correct", lambda text, problem: len(text) % 2 == 0)
+    problems = data.load_problems("tiny", "train")[:6]
+    wanted, want = {}, {}
+    for problem in problems:
+        first = steps.steps_of(problem.answer)
+        for so_far, ids in label.prefixes_of(tokenizer, PROMPT, problem.question, first)[-1:]:
+            key = problem.index, so_far
+            wanted[key] = ids, problem
+            text = "\n".join(so_far) + "\n" + tokenizer.decode(greedy(model, tokenizer, ids, 24))
+            want[key] = float(data.is_correct(text, problem))
+    sample = {"batch_size": 8, "temperature": 0.01}
+    got = label.shares(model, tokenizer, wanted, 2, 5, 24, sample)
+    assert got == want and len(set(want.values())) == 2  # some end right and some do not
+
+
+def test_a_label_is_the_share_of_its_own_continuations(tiny, monkeypatch):
+    """Completions made by hand: of k = 4 to each of two prefixes."""
+    _, tokenizer = tiny
+    ends = ["#### 7", "#### 8", "#### 7", "#### 7", "#### 9", "#### 7", "no", "#### 5"]
+    cut_off = [False] * 3 + [True] + [False] * 4  # the fourth has the right number, and no end
+
+    def sampled(model, prompts, *_, **__):
+        assert prompts == [[1]] * 4 + [[2]] * 4
+        return [generate.Completion(tokenizer.encode(e), c) for e, c in zip(ends, cut_off)]
+
+    monkeypatch.setattr(generate, "generate", sampled)
+    problems = data.Problem("?", "#### 7", 0), data.Problem("?", "#### 9", 1)
+    wanted = {(0, ("a",)): ([1], problems[0]), (1, ("a",)): ([2], problems[1])}
+    got = label.shares(None, tokenizer, wanted, 4, 0, 9, {})
+    assert got == {(0, ("a",)): 0.5, (1, ("a",)): 0.25}
+
+
+def test_the_rows_of_a_chunk(monkeypatch, tiny):
+    """The last line's label is the answer's own; equal beginnings are labelled once."""
+    _, tokenizer = tiny
+    texts = ["a\nb\n#### 7", "a\n#### 8", " ", "a\n#### 7"]
+    cut_off = [False, False, False, True]
+    problem = data.Problem("How many?", "#### 7", 3)
+    rows = [
+        {"completion": t, "truncated": c, "correct": data.is_correct(t, problem)}
+        for t, c in zip(texts, cut_off)
+    ]
+    monkeypatch.setattr(generate, "answer_and_mark", lambda *_, **__: rows)
+
+    def shares(model, tokenizer, wanted, *_):
+        assert [key for key in wanted] == [(3, ("a",)), (3, ("a", "b"))]
+        return {(3, ("a",)): 0.25, (3, ("a", "b")): 0.75}
+
+    monkeypatch.setattr(label, "shares", shares)
+    args = label.parse_args(["tiny", "--samples", "4", "--k", "4"])
+    got = label.label_chunk(None, tokenizer, PROMPT, [problem], 0, args)
+    assert [row["labels"] for row in got] == [[0.25, 0.75, 1], [0.25, 0], [0], [0.25, 0]]
+    assert [row["steps"] for row in got][:2] == [["a", "b", "#### 7"], ["a", "#### 8"]]
+    assert all(row["index"] == 3 and row["question"] == "How many?" for row in got)
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """label(n, *more) -> the file's content, after it was made or continued."""
+    monkeypatch.setattr(label, "CHUNK", 2)
+
+    def run(n, *more, name="labels"):
+        out = tmp_path / f"{name}.jsonl"
+        argv = ["tiny", "--n", str(n), "--samples", "2", "--k", "2", "--max-new-tokens", "12",
+                "--device", "cpu", "--out", str(out)]  # fmt: skip
+        assert label.main([*argv, *more]) == 0
+        return out.read_bytes()
+
+    return run
+
+
+def test_a_kill_loses_nothing_and_the_same_command_goes_on(command, tmp_path, capsys):
+    whole = command(5)
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert len(rows) == 10 and len({row["index"] for row in rows}) == 5
+    assert len(steps.read(tmp_path / "labels.jsonl")[0]) == 10
+    lines = whole.splitlines(keepends=True)
+    for kept in (b"".join(lines[:3]) + lines[3][:20], b"".join(lines[:8]), b"", lines[0][:5]):
+        (tmp_path / "labels.jsonl").write_bytes(kept)
+        assert command(5) == whole
+    assert "continuing" in capsys.readouterr().out
+    os.remove(tmp_path / "labels.jsonl")
+    assert command(3) == b"".join(lines[:6])
+    assert command(5) == whole  # more problems begin with the same
+    assert command(3) == whole and "has 10 labelled answers already" in capsys.readouterr().out
+
+
+def test_other_settings_or_another_writer_are_one_line(command, tmp_path):
+    before = command(1)
+    with pytest.raises(UserError, match="was made with another k: 2, now 3"):
+        command(1, "--k", "3")
+    with pytest.raises(UserError, match="has changed meanwhile"):
+        label.append(tmp_path / "labels.jsonl", [{}], 7)
+    assert (tmp_path / "labels.jsonl").read_bytes() == before
+    (tmp_path / "other.jsonl").write_text("mine\n")
+    with pytest.raises(UserError, match="is there without its settings"):
+        command(1, name="other")
+    with pytest.raises(UserError, match="give a file that ends in .jsonl"):
+        label.parse_args(["tiny", "--out", "labels"])
+    with pytest.raises(UserError, match="--k is 0"):
+        label.parse_args(["tiny", "--k", "0"])
+    with pytest.raises(UserError, match="--temperature is 0"):
+        label.parse_args(["tiny", "--temperature", "0"])
+
+
+def test_problems_that_the_run_held_out_are_not_labelled(monkeypatch):
+    monkeypatch.setattr(label.past, "held_out_by", lambda *_: 300)
+    args = label.parse_args(["tiny", "--n", "9"])
+    chosen = label.choose_problems(args)
+    everything = data.load_problems("tiny", "train")
+    held_out = {p.index for p in data.split_validation(everything, 300)[1]}
+    assert len(chosen) == len(everything) - 300 and not held_out & {p.index for p in chosen}
+    assert chosen != sorted(chosen, key=lambda p: p.index)
+
+
+# ---------------------------------------------------------------------------------- the experiment
+
+
+def test_every_command_of_the_experiment_parses(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = reward_models.parse_args(["--seeds", "2", "--prm=--epochs 3"])
+    parse = {"train_sft.py": train_sft.parse_args, "train_ppo.py": train_ppo.parse_args,
+             "train_prm.py": train_prm.prm.prm_args, "evaluate.py": evaluate.parse_args,
+             "label": label.parse_args}  # fmt: skip
+    made = []
+    for seed in (1, 2):
+        for script, *flags in reward_models.commands(seed, args):
+            got = parse[script](flags)
+            made.append(str(got.out))
+            assert script != "train_prm.py" or got.epochs == 3
+    assert len(set(made)) == len(made) == 12
+    assert reward_models.main(["--dry-run", "--seeds", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("python ") == 6
+    assert "python -m experiments.label runs/tiny/reward-models/ppo-1 --n 2000" in out
+
+
+def test_paired_tests_and_noise_by_hand():
+    right = dict.fromkeys(["first", "maj", *reward_models.JUDGES], [True, False, False, False])
+    right["PRM, last"] = [False, True, True, True]
+    tests = {(t["of"], t["against"]): t for t in reward_models.compare(right)}
+    one = tests["PRM, last", "maj"]
+    assert (one["points"], one["fixed"], one["broken"]) == (50, 3, 1)
+    assert one["p"] == pytest.approx(2 * (1 + 4) / 16)
+    assert tests["outcome model", "critic"]["p"] == 1
+    got = reward_models.spread([0.5, 1.0, 0.0], [0.25, 0.75, 0.5], 4, 8)
+    assert got["root_mean_square"] == pytest.approx(math.sqrt((1 + 1 + 4) / 16 / 3))
+    assert got["bias"] == 0 and got["other_side"] == pytest.approx(2 / 3)
+    throws = (3 / 16 + 3 / 16 + 1 / 4) / 3 * 8 / 7
+    assert got["expected"] == pytest.approx(math.sqrt(throws * (1 / 4 + 1 / 8)))
+
+
+def test_the_tables_say_what_was_found():
+    args = reward_models.parse_args(["--seeds", "1"])
+    columns = ("sampled", "pass", "maj", *reward_models.JUDGES)
+    shares = {name: 0.1 * i for i, name in enumerate(columns, start=1)}
+    right = dict.fromkeys(["first", "maj", *reward_models.JUDGES], [True, False])
+    result = {"seed": 1, "shares": shares, "tests": reward_models.compare(right),
+              "validated": {"prm": {"val_auc": 0.75}, "orm": {"val_auc": None}}}  # fmt: skip
+    found = reward_models.spread([0.5], [0.5], 8, 256)
+    text = reward_models.tables([result], found, args)
+    assert "| 1 | 10.0% | 20.0% | 30.0% | 40.0% | 50.0% | 60.0% | 70.0% |" in text
+    assert "| PRM, last | maj@8 | +0.0 (0, 0; p 1) | +0.0 |" in text
+    assert "| PRM, seed 1 | 0.750 |" in text and "| outcome model, seed 1 |  |" in text
+    assert "Labels of 8 continuations against labels of 256, on 1 prefixes" in text

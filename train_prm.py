@@ -1,0 +1,238 @@
+"""A process reward model: is everything right so far, at the end of each step of an answer?
+
+    python -m experiments.label runs/ppo-full-main         # labels for the model's own answers
+    python train_prm.py --model runs/ppo-full-main --data runs/labels-ppo-full-main.jsonl
+    python train_prm.py ... --outcome                      # learns the last label alone
+    python evaluate.py runs/ppo-full-main --samples 8 --temperature 1 --rerank PRM_RUN
+
+The network of a language model gets one more output, the head: one number at every token. At the
+end of a step its sigmoid is the probability that everything so far is right. The loss is binary
+cross-entropy with the step's label, which may be a share (Lightman et al. 2023, arXiv 2305.20050;
+Wang et al. 2023, arXiv 2312.08935). Two answers of 3 and 2 steps, drawn as in train_ppo.py:
+
+    column      0    1    2    3    4    5    6    7
+    ids         p0   p1   s1   \\n   s2   \\n   s3   eos      the prompt, and steps of a token each
+    mask[1:]    0    0    0    1    0    1    1             1 where the next token follows a step
+    label                      1        .5   0              of steps 1, 2 and 3
+    value[t]                   the head's output, from the tokens 0 .. t
+
+With labels from sampling a label is an estimate of a value: how often this model gets right from
+here. So the head learns what PPO's critic learns, from more samples. A step that is wrong and can
+be repaired has a label above 0.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanogsm import data, distributed
+from nanogsm.model import read_config, save_trained
+from nanogsm.optim import AdamW, cosine_with_min_lr
+from nanogsm.run import console, prm, start
+from nanogsm.run.loop import Run, check_finite
+from nanogsm.run.machine import autocast_of
+from nanogsm.steps import Example, examples_of
+from nanogsm.transformer import Transformer
+from train_sft import examples_of_step, load_trainable
+
+RIGHT = 0.5  # a step counts as right from this label on, and as predicted right from this value
+
+# --------------------------------------------------------------------------------------- the loss
+
+
+def step_values(
+    model: Transformer, head: nn.Linear, examples: list[Example], pad_id: int, autocast: Callable
+) -> Tensor:
+    """The head's output, a logit, at every label of a micro-batch: (labels,), answer by answer."""
+    ids, mask, lengths = data.collate(examples, pad_id, model.device)  # (B, T)
+    with autocast():
+        hidden = model(ids, lengths)[:, :-1]  # (B, T - 1, D)
+    where = tuple(i.to(model.device) for i in mask[:, 1:].nonzero(as_tuple=True))
+    # A sum, not a matrix product, so that it is float32 under autocast, as PPO's values are.
+    return (hidden[where].float() * head.weight[0]).sum(-1) + head.bias
+
+
+def loss_sum(values: Tensor, examples: list[Example]) -> Tensor:
+    """Binary cross-entropy with the labels, in nats, added up. A label between 0 and 1 counts as
+    that share of a right step, and the rest of a wrong one."""
+    labels = torch.tensor([label for example in examples for label in example.labels])
+    return F.binary_cross_entropy_with_logits(values, labels.to(values), reduction="sum")
+
+
+def backward_step(model, head, examples: list, micro_batch: int, pad_id: int, autocast) -> Tensor:
+    """Add the gradient of one step's loss to .grad. Returns the loss (), in nats per label."""
+    count = data.supervised_tokens(examples)  # the labels of the whole step, as in train_sft.py
+    loss = torch.zeros((), device=model.device)
+    for rows in distributed.deal(data.micro_batches(examples, micro_batch), model, backward=True):
+        share = loss_sum(step_values(model, head, rows, pad_id, autocast), rows) / count
+        share.backward()
+        loss += share.detach()
+    distributed.add_up(loss)
+    return loss
+
+
+# --------------------------------------------------------------------------------- the validation
+
+
+@torch.no_grad()
+def predict(model, head, examples: list, micro_batch: int, pad_id: int, autocast) -> list[list]:
+    """The logits at the labels of each answer."""
+    found, batches = [], data.micro_batches(examples, micro_batch)
+    for i in distributed.deal([*range(len(batches))], model):
+        values = step_values(model, head, batches[i], pad_id, autocast)
+        sizes = [len(example.labels) for example in batches[i]]
+        found.append((i, [part.tolist() for part in values.split(sizes)]))
+    everything = [pair for share in distributed.gathered(found) for pair in share]
+    return [row for _, rows in sorted(everything) for row in rows]
+
+
+def auc(scores: list[float], right: list[bool]) -> float:
+    """The probability that a right step has a higher score than a wrong one, a tie counting half.
+    NaN without both. (It is the Mann-Whitney statistic, from ranks.)"""
+    order, ranks = sorted(range(len(scores)), key=scores.__getitem__), [0.0] * len(scores)
+    i = 0
+    while i < len(order):
+        end = i
+        while end < len(order) and scores[order[end]] == scores[order[i]]:
+            end += 1
+        for place in order[i:end]:
+            ranks[place] = (i + end + 1) / 2  # the mean of the ranks i + 1 .. end
+        i = end
+    n = sum(right)
+    pairs = n * (len(right) - n)
+    above = sum(rank for rank, is_right in zip(ranks, right) if is_right) - n * (n + 1) / 2
+    return above / pairs if pairs else math.nan
+
+
+def first_below(values: list[float], limit: float) -> int | None:
+    """The place of the first value below the limit; None if there is none."""
+    return next((i for i, value in enumerate(values) if value < limit), None)
+
+
+def share(hits: list[bool]) -> float:
+    return sum(hits) / len(hits) if hits else math.nan
+
+
+def best_of(examples: list[Example], scores: list[float]) -> tuple[float, float]:
+    """(share of right answers, share of the problems whose answer of the highest score is right).
+    An answer is right if its last step is."""
+    answers: dict[int, list[tuple[float, bool]]] = {}
+    for example, score in zip(examples, scores):
+        answers.setdefault(example.index, []).append((score, example.labels[-1] >= RIGHT))
+    chosen = [max(group, key=lambda answer: answer[0])[1] for group in answers.values()]
+    return share([right for group in answers.values() for _, right in group]), share(chosen)
+
+
+def validation_metrics(examples: list[Example], values: list[list[float]], answers: bool) -> dict:
+    """What a validation logs. values: logits. answers: whether whole answers were sampled, so that
+    their last step says whether they are right."""
+    everything = torch.tensor([value for row in values for value in row])
+    count = data.supervised_tokens(examples)
+    labels = [label for example in examples for label in example.labels]
+    metrics = {
+        "val_loss": loss_sum(everything, examples).item() / count,
+        "val_auc": auc(everything.tolist(), [label >= RIGHT for label in labels]),
+    }
+    first = [first_below(example.labels, RIGHT) for example in examples]
+    said = [first_below(row, math.log(RIGHT / (1 - RIGHT))) for row in values]
+    pairs = [*zip(first, said)]
+    # Of the answers with a wrong step: is the first one the first that is said to be wrong? Of the
+    # others: is none said to be wrong?
+    metrics["val_first_wrong"] = share([a == b for a, b in pairs if a is not None])
+    metrics["val_all_right"] = share([b is None for a, b in pairs if a is None])
+    if answers:
+        sampled, best = best_of(examples, [row[-1] for row in values])
+        metrics |= {"val_sampled": sampled, "val_best_last": best}
+        metrics["val_best_least"] = best_of(examples, [min(row) for row in values])[1]
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------- the run
+
+
+def train(args, folder, found, examples: list[Example], held_out: list[Example], steps: int) -> int:
+    """Train from the start or from the last checkpoint to the end. Returns the exit status."""
+    model, tokenizer = load_trainable(args, found)
+    head = nn.Linear(model.config.hidden_size, 1, device=model.device)
+    nn.init.zeros_(head.weight)  # as PPO's: at first every probability is one half
+    nn.init.zeros_(head.bias)
+    autocast = autocast_of(args.device, args.precision)
+    bits = 8 if args.optim == "adamw8bit" else 32
+    peaks = {"trunk/": args.lr, "head/": args.head_lr}
+    # The vocabulary is not used. Where it is a matrix of its own, it gets no gradient.
+    named = [(n, p) for n, p in model.named_parameters() if not n.startswith("lm_head")]
+    optimizers = {"trunk/": AdamW(named, args.lr, bits=bits)}
+    optimizers["head/"] = AdamW(head.named_parameters(), args.head_lr, bits=32)
+    run = Run(folder, steps, optimizers, args, len(held_out), {"loss": "loss"})
+
+    def validate() -> None:
+        size = 4 * args.micro_batch
+        values = predict(model, head, held_out, size, tokenizer.pad_id, autocast)
+        run.record_validation(validation_metrics(held_out, values, args.source == "labels"))
+
+    size, warmup = args.micro_batch * args.accumulation, round(0.03 * steps)
+    with run:  # continues from the last checkpoint; Ctrl-C saves the last whole step
+        for step in range(run.first, steps):
+            if run.validation_due():
+                validate()
+            batch = examples_of_step(examples, step, size, args.seed)
+            loss = backward_step(model, head, batch, args.micro_batch, tokenizer.pad_id, autocast)
+            norms = []
+            for prefix, optimizer in optimizers.items():
+                distributed.add_up_gradients(optimizer.params.values())
+                norms.append(optimizer.grad_norm())
+                peak = peaks[prefix]
+                optimizer.lr = cosine_with_min_lr(step, steps, peak, 0.1 * peak, warmup)
+            loss, norm, head_norm = torch.stack((loss, *norms)).tolist()
+            indices = [example.index for example in batch]
+            check_finite(step, indices, "--lr", loss=loss, gradient_norm=norm, of_head=head_norm)
+            for gradient_norm, optimizer in zip(norms, optimizers.values()):
+                optimizer.step(gradient_norm, args.max_grad_norm)
+                optimizer.zero_grad()
+            run.end_step({
+                "loss": loss,
+                "lr": optimizers["trunk/"].lr,
+                "grad_norm": norm,
+                "head_grad_norm": head_norm,
+                "labels": data.supervised_tokens(batch),
+                "tokens": sum(len(example.ids) for example in batch),
+            })  # fmt: skip
+
+        save_trained(model, tokenizer, folder.path, found.name)
+        prm.save_prm(folder, head, found, args.lora)
+        if run.validation_due():
+            validate()
+        run.finish({"loss": run.metrics["loss"]} | run.validated)
+    return run.status
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = prm.prm_args(argv)
+    prompt = prm.prompt_for(args)
+    found = start.find_start(args, "model")
+    start.set_rank(args, found)
+    config, tokenizer = read_config(found.base), data.Tokenizer(found.base)
+    solutions, held_out = prm.load_solutions(args)
+    limit = args.max_seq_length
+    examples = examples_of(tokenizer, prompt, solutions, limit, args.outcome)
+    # Validation looks at all steps, also of an outcome model.
+    held_out_examples = examples_of(tokenizer, prompt, held_out, limit)
+    steps = prm.steps_in(examples, args)
+    prm.settle(args, found, config, examples, held_out_examples, steps)
+    if args.dry_run:
+        return 0
+    with start.open_folder(args, "model", found, prompt, solutions + held_out) as folder:
+        if folder.finished:
+            print(folder.already_finished())
+        elif status := train(args, folder, found, examples, held_out_examples, steps):
+            return status
+    print(f"the result is in {args.out}; next: python evaluate.py MODEL --samples 8 "
+          f"--temperature 1 --rerank {args.out}")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    console.entry(main)
