@@ -54,14 +54,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     add("method", choices=SPACE, help="sft and lora run train_sft.py, ppo runs train_ppo.py.")
     add("--trials", type=int, default=16, help="Trials in all. More of them continue a search.")
-    add("--space", nargs="+", default=[], metavar="NAME=VALUES",
+    add("--space", nargs="+", metavar="NAME=VALUES",
         help="Search this range (lr=1e-6:1e-4) or these values (epochs=1,2) instead of the usual.")
     add("--out", help="The search's folder. Default: runs/tune-METHOD (tiny: runs/tiny/...).")
     add("--dry-run", action="store_true", help="Say what will be searched. Nothing is run.")
     # fmt: on
     args, args.flags = p.parse_known_args(argv)
     flags.check_numbers(args, {"trials": 1})
-    args.flags = ["--lora"] * (args.method == "lora") + args.flags
+    if args.method == "sft" and "--lora" in args.flags:
+        args.method = "lora"
+    elif args.method == "lora":
+        args.flags = ["--lora", *args.flags]
     args.named = {flag.split("=")[0] for flag in args.flags if flag.startswith("--")}
     if ours := sorted(args.named & OURS):
         raise UserError(f"{ours[0]} is set by the search itself: leave it out")

@@ -19,7 +19,7 @@ def space_of(args) -> dict[str, list | tuple]:
         if ("--accumulation" if name == "batch" else flag_of(name)) not in args.named:
             times = getattr(args.run, name) if isinstance(values, tuple) else 1
             space[name] = type(values)(times * value for value in values)
-    for text in args.space:
+    for text in args.space or ():
         name, _, values = text.partition("=")
         if name not in space:
             searched = ", ".join(space) or "nothing"
@@ -27,12 +27,16 @@ def space_of(args) -> dict[str, list | tuple]:
         kind, is_range = type(space[name][0]), ":" in values
         try:
             given = [kind(value) for value in values.split(":" if is_range else ",")]
-            if is_range and not (len(given) == 2 and 0 < given[0] < given[1]):
+            # A batch of 37 could only be cut into single examples.
+            if is_range and not (len(given) == 2 and 0 < given[0] < given[1] and name != "batch"):
                 raise ValueError
         except ValueError as error:
             what = "whole numbers" if kind is int else "numbers"
-            raise UserError(f"--space {text}: give {what}, as LOW:HIGH or A,B,C") from error
+            how = "A,B,C" if name == "batch" else "LOW:HIGH or A,B,C"
+            raise UserError(f"--space {text}: give {what}, as {how}") from error
         space[name] = tuple(given) if is_range else given
+    if not space:
+        raise UserError("nothing is left to search: every parameter is given as a flag")
     return space
 
 
