@@ -3,6 +3,7 @@
     python train_ppo.py --tiny                  # from runs/tiny/sft-full-main, minutes anywhere
     python train_ppo.py                         # from runs/sft-full-main -> runs/ppo-full-main
     python train_ppo.py --lora                  # adapters, from runs/sft-lora-main
+    python train_ppo.py --advantage rloo        # or grpo: group_advantages in place of 4 and 5
     python train_ppo.py --init PATH --dry-run   # parameters, memory, steps; loads no weights
 
 One step (the loop in `train` has the same numbers):
@@ -34,25 +35,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nanogsm import data, distributed, generate, lora
+from nanogsm import boxed, data, distributed, generate, lora
 from nanogsm.logprob import next_token_logprobs
 from nanogsm.model import frozen_copy, load_model, sampler_of, save_trained, set_checkpointing, twin
 from nanogsm.optim import AdamW
+from nanogsm.rewards import add_terms, figures, terms_of
 from nanogsm.run import console, past, plan, start
+from nanogsm.run.critic import save_critic
 from nanogsm.run.flags import ppo_args as parse_args
 from nanogsm.run.health import health
 from nanogsm.run.loop import Run, check_finite
 from nanogsm.run.machine import autocast_of
+from nanogsm.run.reward import mean_reward
 from nanogsm.transformer import Transformer
 
 # ------------------------------------------------------------------------------------- the reward
 
 
 def reward(completion: str, problem: data.Problem, truncated: bool) -> float:
-    """1 for the right number after "####", 0 otherwise. `--reward FILE.py` puts another function in
-    its place (nanogsm/run/reward.py)."""
+    """1 for the right answer, 0 otherwise. `--reward FILE.py` puts another function in its place
+    (nanogsm/run/reward.py); flags add terms to it (nanogsm/rewards.py)."""
     # A truncated answer never ended, so it earns nothing: the policy has to learn to end.
-    return float(not truncated and data.is_correct(completion, problem))
+    right = not truncated and data.is_correct(completion, problem)
+    return float(right and not boxed.restates(completion, problem.answer))  # only MATH's can
 
 
 # --------------------------------------------------------------------------------------- the math
@@ -110,6 +115,27 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 
+def group_advantages(rewards: Tensor, mask: Tensor, group: int, method: str) -> Tensor:
+    """Advantages without a critic: an answer's total reward R against the mean m and the standard
+    deviation s of its group, the k answers to one problem. They are rows next to each other.
+
+        PPO       whitened GAE: a critic says which tokens made the answer better than expected
+        RLOO      R - mean of the others' R = k / (k - 1) (R - m)           arXiv 2402.14740
+        GRPO      (R - m) / s: groups of little spread weigh more           arXiv 2402.03300
+        Dr. GRPO  R - m: RLOO up to a constant factor, which Adam undoes    arXiv 2503.20783
+        In all of them R has the KL penalty; GRPO's paper has it in the loss, Dr. GRPO has none.
+        In all of them a token weighs the same; in GRPO's paper an answer does, however long.
+
+    They are not whitened: the fewer groups have spread, the smaller is the gradient of this step.
+    Trap: where all scores of a group are equal, GRPO scales its KL penalties up to full size.
+    """
+    total = rewards.sum(1).view(-1, group)  # (N / k, k)
+    total = total - total[:, :1]  # so that equal rewards give 0 and not a rounding error
+    better = total - total.mean(1, keepdim=True)
+    scale = 1 / (total.std(1, keepdim=True) + 1e-6) if method == "grpo" else group / (group - 1)
+    return torch.where(mask, (better * scale).view(-1, 1), 0.0)
+
+
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """Mean 0 and variance 1 over the mask, so that the size of a step does not depend on the scale
     of the rewards. Trap: if all answers are worth the same, it is noise that gets variance 1."""
@@ -119,16 +145,16 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, (x - mean) * torch.rsqrt(variance + 1e-8), 0.0)
 
 
-def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float) -> Pair:
+def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float, high=None) -> Pair:
     """(loss, whether the clipped form is the loss) of each action:
 
-        ratio = p / p_old        loss = -min(ratio A, clamp(ratio, 1 - clip, 1 + clip) A)
-    """
+        ratio = p / p_old        loss = -min(ratio A, clamp(ratio, 1 - clip, 1 + high) A)
+        high = clip if not given; a larger one lets rare tokens grow (DAPO, arXiv 2503.14476)"""
     # Past the clip, in the direction that the advantage asks for, the gradient is 0: this action
     # asks for no more. (A large step, or other actions, can still move its probability further.)
     # In the other direction the gradient stays.
     ratio = (logp - old_logp).exp()
-    free, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+    free, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + (high or clip)) * advantages
     return -torch.min(free, clipped), clipped < free
 
 
@@ -176,7 +202,7 @@ class Models(NamedTuple):
     actor: Transformer
     reference: Transformer  # never changes
     critic: Transformer  # the trunk whose hidden states the value head reads
-    value_head: nn.Linear  # (D) -> 1
+    value_head: nn.Linear | None  # (D) -> 1; None for RLOO and GRPO
 
     def value(self, hidden: Tensor) -> Tensor:
         # (B, T, D) -> (B, T). A sum, not a matrix product, so that it is float32 under autocast.
@@ -188,7 +214,7 @@ class Models(NamedTuple):
     def value_weights(self) -> dict[str, nn.Parameter]:
         """The value head and, where the critic is separate, its adapters."""
         own = {} if self.critic is self.actor else dict(self.critic.named_parameters())
-        head = {f"head.{n}": p for n, p in self.value_head.named_parameters()}
+        head = dict(self.value_head.named_parameters("head")) if self.value_head else {}
         return {n: p for n, p in own.items() if p.requires_grad} | head
 
 
@@ -199,13 +225,14 @@ def build(base: Transformer, args) -> Models:
         lora.add_lora(actor, args.lora_r, args.lora_alpha, args.seed)
     else:
         actor, reference = base, frozen_copy(base, args.precision == "bf16")
-    critic = actor
+    critic, value_head = actor, None
     if args.critic == "separate":
         critic = twin(reference)
         lora.add_lora(critic, args.lora_r, args.lora_alpha, args.seed + 1)
-    value_head = nn.Linear(base.config.hidden_size, 1, device=base.device)
-    nn.init.zeros_(value_head.weight)  # predicting 0 everywhere misleads less than a random start
-    nn.init.zeros_(value_head.bias)
+    if not args.advantage:
+        value_head = nn.Linear(base.config.hidden_size, 1, device=base.device)
+        nn.init.zeros_(value_head.weight)  # predicting 0 misleads less than a random start
+        nn.init.zeros_(value_head.bias)
     for model in (actor, critic):
         set_checkpointing(model, args.checkpointing)
     return Models(actor, reference, critic, value_head)
@@ -216,7 +243,7 @@ class Setup(NamedTuple):
 
     models: Models
     policy_optimizer: AdamW
-    value_optimizer: AdamW
+    value_optimizer: AdamW | None  # None without a critic
     tokenizer: data.Tokenizer
     prompt: data.Prompt
     args: object  # the flags
@@ -233,24 +260,23 @@ def set_up(args, found, prompt: data.Prompt, scored_by: Callable) -> Setup:
     base, tokenizer = load_model(found, dtype, args.device, not args.lora, args.shard)
     models = build(base, args)
     bits = 8 if args.optim == "adamw8bit" else 32
-    policy_optimizer = AdamW(models.policy_weights().items(), args.lr, bits=bits)
-    value_optimizer = AdamW(models.value_weights().items(), args.value_lr, bits=bits)
-    optimizers = policy_optimizer, value_optimizer
+    policy = AdamW(models.policy_weights().items(), args.lr, bits=bits)
+    value = args.value_lr and AdamW(models.value_weights().items(), args.value_lr, bits=bits)
     autocast = autocast_of(args.device, args.precision)
-    return Setup(models, *optimizers, tokenizer, prompt, args, autocast, scored_by)
+    return Setup(models, policy, value, tokenizer, prompt, args, autocast, scored_by)
 
 
 # ------------------------------------------------------------------------------------ the rollout
 
 
-def problems_of_step(problems: list, step: int, n: int, seed: int) -> list[data.Problem]:
-    """The n problems of a step, from an endless sequence of permutations of all problems."""
-    found = []
+def problems_of_step(problems: list, step: int, n: int, seed: int, group: int = 1) -> list:
+    """The n problems of a step, each `group` times, from endless permutations of all problems."""
+    found, n = [], n // group
     for place in range(step * n, (step + 1) * n):
         epoch, i = divmod(place, len(problems))
         if i == 0 or not found:
             order = data.permutation(len(problems), seed, epoch)
-        found.append(problems[order[i]])
+        found += [problems[order[i]]] * group
     return found
 
 
@@ -278,9 +304,11 @@ def sample(setup: Setup, problems: list[data.Problem], step: int, watch) -> list
             "example": data.Example(done.prompt + done.ids, mask, problem.index),
             "score": score,
             "correct": data.is_correct(done.text, problem),
+            **(data.beside(done.text, problem) if problem.boxed else {}),
             "truncated": done.truncated,
             "question": problem.question,
             "completion": done.text,
+            **terms_of(setup.tokenizer, done, args),
         })  # fmt: skip
     return marked
 
@@ -293,7 +321,7 @@ class Rollout(NamedTuple):
     logp: Tensor  # by the policy that sampled them
     ref_logp: Tensor  # by the reference
     entropy: Tensor
-    values: Tensor
+    values: Tensor  # 0 without a critic
     scores: Tensor  # (N,) of the answers
     indices: list[int]  # (N,) of the problems
 
@@ -333,7 +361,8 @@ def score(setup: Setup, answers: list[dict]) -> Rollout:
             )
             if models.critic is not models.actor:
                 hidden = models.critic(ids, lengths)
-        values[rows] = torch.where(mask[rows], models.value(hidden[:, :-1]), 0.0)
+        if models.value_head:
+            values[rows] = torch.where(mask[rows], models.value(hidden[:, :-1]), 0.0)
     distributed.add_up(logp, ref_logp, entropy, values)  # others' rows are 0 here
     distributed.reshard(models.reference)  # no backward will do it
     scores = torch.tensor([answer["score"] for answer in answers], device=mask.device)
@@ -344,13 +373,11 @@ def score(setup: Setup, answers: list[dict]) -> Rollout:
 def rollout_metrics(answers: list[dict], rollout: Rollout, rewards, returns, args) -> dict:
     """What metrics.jsonl says of a rollout (docs/metrics.md)."""
     n, mask, values = len(answers), rollout.mask, rollout.values
-    # What there was to predict: the returns of lambda 1.
-    outcomes = returns if args.lam == 1 else gae(rewards, values, mask, args.gamma, 1.0)[1]
     k1, k3 = kl_estimates(rollout.logp, rollout.ref_logp)
-    return {
-        "reward": rollout.scores.mean().item(),
-        "reward_std": rollout.scores.std(correction=0).item(),
-        "exact_match": sum(answer["correct"] for answer in answers) / n,  # truncated ones included
+    metrics = {
+        **figures(rollout.scores, answers, args),
+        # Truncated ones included; NaN if there is nothing to compare with.
+        "exact_match": math.nan if args.unscored else sum(a["correct"] for a in answers) / n,
         "truncated": sum(answer["truncated"] for answer in answers) / n,
         # The share of the answers that show a calculation.
         "worked": sum("<<" in answer["completion"] for answer in answers) / n,
@@ -359,16 +386,22 @@ def rollout_metrics(answers: list[dict], rollout: Rollout, rewards, returns, arg
         "kl": masked_mean(k3, mask).item(),  # per token
         "kl_sequence": torch.where(mask, k1, 0.0).sum().item() / n,  # per answer; may be negative
         "entropy": masked_mean(rollout.entropy, mask).item(),
+    }
+    if args.advantage:  # no critic
+        return metrics
+    # What there was to predict: the returns of lambda 1.
+    outcomes = returns if args.lam == 1 else gae(rewards, values, mask, args.gamma, 1.0)[1]
+    return metrics | {
         "explained_variance": explained_variance(values, outcomes, mask),
         "value": masked_mean(values, mask).item(),
         "return": masked_mean(returns, mask).item(),
-    }
+    } | boxed.shares(answers)  # of MATH's grader
 
 
 # ------------------------------------------------------------------------------------- the update
 
 
-SHARES = ("policy_loss", "value_loss", "clipped", "value_clipped", "approx_kl")
+SHARES = ("policy_loss", "clipped", "approx_kl", "value_loss", "value_clipped")  # 2 of the critic
 
 
 def backward_micro(
@@ -388,25 +421,27 @@ def backward_micro(
             )
         if models.critic is not models.actor:
             hidden = models.critic(ids, lengths)
-    values = models.value(hidden[:, :-1])  # (b, T - 1), aligned with logp
 
     mean = lambda x: masked_share(x, mask, count)  # noqa: E731
-    p_loss, p_clipped = policy_loss(logp, old_logp, advantages[rows], args.clip)
-    v_loss, v_clipped = value_loss(values, rollout.values[rows], returns[rows], args.value_clip)
-    loss = mean(p_loss) + args.value_coef * mean(v_loss)
+    policy = policy_loss(logp, old_logp, advantages[rows], args.clip, args.clip_high)
+    loss, of_critic = mean(policy[0]), ()
+    if models.value_head:
+        values = models.value(hidden[:, :-1])  # (b, T - 1), aligned with logp
+        of_critic = value_loss(values, rollout.values[rows], returns[rows], args.value_clip)
+        loss = loss + args.value_coef * mean(of_critic[0])
     if bonus:
         loss = loss - args.entropy_coef * mean(entropy)
     loss.backward()
     with torch.no_grad():
         k3 = kl_estimates(old_logp, logp)[1]  # from the policy that sampled
-        shares = [mean(x.float()) for x in (p_loss, v_loss, p_clipped, v_clipped, k3)]
+        shares = [mean(x.float()) for x in (*policy, k3, *of_critic)]
         return torch.stack(shares), torch.where(mask, torch.expm1(logp - old_logp), 0.0).abs().max()
 
 
 def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, step: int) -> dict:
     """All gradient steps on one rollout. Returns the means of their metrics."""
     args, models = setup.args, setup.models
-    optimizers = setup.policy_optimizer, setup.value_optimizer
+    optimizers = [o for o in (setup.policy_optimizer, setup.value_optimizer) if o]
     warming = step < args.critic_warmup
     updates = micro_batches_of(len(rollout.indices), args.micro_batch, args.accumulation)
     # `moved` looks at one matrix only, the largest with at most 4 million entries.
@@ -414,7 +449,8 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
     probe = max(setup.policy_optimizer.params.values(), key=size)
     before = distributed.whole(probe.detach()).clone()
     device = rollout.mask.device
-    sums, norms, first_ratio_error = torch.zeros(len(SHARES), device=device), [], None
+    sums = torch.zeros(len(SHARES) if models.value_head else 3, device=device)
+    norms, first_ratio_error = [], None
     for epoch in range(args.epochs):
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 1009 + epoch)
         for i in torch.randperm(len(updates), generator=generator).tolist():
@@ -432,20 +468,19 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
             for optimizer in optimizers[warming:]:
                 distributed.add_up_gradients(optimizer.params.values())
             both = torch.stack([optimizer.grad_norm() for optimizer in optimizers])
-            norm, value_norm = both.tolist()  # in an update the host waits for the GPU only here
+            norms.append(both.tolist())  # in an update the host waits for the GPU only here
             answered = rollout.indices[updates[i][0].start : updates[i][-1].stop]
-            lower = "--lr or --value-lr"
-            check_finite(step, answered, lower, gradient_norm=norm, value_gradient_norm=value_norm)
-            norms.append((norm, value_norm))
-            if not warming:
-                setup.policy_optimizer.step(both[0], args.max_grad_norm)
-            setup.value_optimizer.step(both[1], args.max_grad_norm)
+            lower = "--lr or --value-lr" if models.value_head else "--lr"
+            named = dict(zip(("gradient_norm", "value_gradient_norm"), norms[-1]))
+            check_finite(step, answered, lower, **named)
+            for optimizer, norm in [*zip(optimizers, both)][warming:]:
+                optimizer.step(norm, args.max_grad_norm)
             for optimizer in optimizers:
                 optimizer.zero_grad()
     n = len(norms)
+    means = [sum(column) / n for column in zip(*norms)]  # before gradients were scaled down
     return dict(zip(SHARES, (sums / n).tolist())) | {
-        "grad_norm": sum(norm for norm, _ in norms) / n,  # before it was scaled down
-        "value_grad_norm": sum(norm for _, norm in norms) / n,
+        **dict(zip(("grad_norm", "value_grad_norm"), means)),
         "updates": n,
         "first_ratio_error": first_ratio_error,
         "moved": (distributed.whole(probe.detach()) != before).float().mean().item(),
@@ -455,19 +490,19 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
 # --------------------------------------------------------------------------------------- the loop
 
 
-def train(args, folder, found, prompt, train_problems, held_out, scored_by) -> int | None:
+def train(args, folder, found, prompt, problems, held_out, scored_by) -> int | None:
     """Train from the start or the last checkpoint. Returns the exit status if it stops early."""
     setup = set_up(args, found, prompt, scored_by)
     actor, tokenizer = setup.models.actor, setup.tokenizer
     optimizers = {"policy/": setup.policy_optimizer, "critic/": setup.value_optimizer}
+    optimizers = {prefix: optimizer for prefix, optimizer in optimizers.items() if optimizer}
     show = {"reward": "reward", "kl": "kl_sequence", "length": "response_tokens"}
     warn = lambda metrics: health(metrics, args.critic_warmup)  # noqa: E731
     run = Run(folder, args.steps, optimizers, args, len(held_out), show, warn)
 
     def save() -> None:
         save_trained(actor, tokenizer, folder.path, found.name)
-        value_weights = {n: p.detach() for n, p in setup.models.value_weights().items()}
-        folder.write("value_head.safetensors", value_weights)
+        save_critic(folder, setup.models, found)
 
     def validate() -> None:
         with setup.autocast(), sampler_of(actor, args.precision == "bf16") as sampler:
@@ -475,7 +510,10 @@ def train(args, folder, found, prompt, train_problems, held_out, scored_by) -> i
                 sampler, tokenizer, held_out, prompt, args.max_new_tokens, args.rollout_batch,
                 progress=run.watch,
             )  # fmt: skip
-        better = run.record_validation(generate.validation_metrics(rows))
+        metrics = generate.validation_metrics(rows)
+        if args.reward:
+            metrics["val_reward"] = mean_reward(scored_by, held_out, rows)
+        better = run.record_validation(metrics)
         if args.keep == "best" and better:
             save()
 
@@ -486,18 +524,23 @@ def train(args, folder, found, prompt, train_problems, held_out, scored_by) -> i
             if run.ends_early():  # --patience
                 break
             run.phase("rollout")
-            problems = problems_of_step(train_problems, step, args.rollouts, args.seed)
-            answers = sample(setup, problems, step, run.watch)  # 1 text, ids, right or wrong
+            asked = problems_of_step(problems, step, args.rollouts, args.seed, args.group or 1)
+            answers = sample(setup, asked, step, run.watch)  # 1 text, ids, right or wrong
             run.phase("score")
             rollout = score(setup, answers)  # 2 log-probs and values, without gradient
             mask = rollout.mask
             rewards = token_rewards(  # 3 the score at the last action, minus KL at every action
                 rollout.scores, rollout.logp, rollout.ref_logp, mask, args.kl_coef
             )
-            advantages, returns = gae(rewards, rollout.values, mask, args.gamma, args.lam)  # 4
+            rewards = add_terms(rewards, answers)
+            if args.advantage:
+                advantages = group_advantages(rewards, mask, args.group, args.advantage)  # 4
+                returns = None
+            else:
+                advantages, returns = gae(rewards, rollout.values, mask, args.gamma, args.lam)  # 4
+                advantages = whiten(advantages, mask)  # 5
             metrics = rollout_metrics(answers, rollout, rewards, returns, args)
             run.phase("update")
-            advantages = whiten(advantages, mask)  # 5
             metrics |= update(setup, rollout, advantages, returns, step)  # 6
             run.end_step(metrics, answers[:4])
 
@@ -507,7 +550,7 @@ def train(args, folder, found, prompt, train_problems, held_out, scored_by) -> i
             validate()
         kept = {"kept": "best"} | run.best if args.keep == "best" else run.validated
         shown = ("reward", "kl_sequence", "explained_variance", "response_tokens")
-        run.finish({name: run.metrics[name] for name in shown} | kept)
+        run.finish({name: run.metrics[name] for name in shown if name in run.metrics} | kept)
     return run.status
 
 
@@ -516,7 +559,8 @@ def main(argv: list[str] | None = None) -> int:
     scored_by = start.own_reward(args) or reward
     prompt = start.prompt_of_init(args)
     found = start.find_start(args, "init")
-    problems, held_out = start.split_problems(args)
+    problems, held_out = start.split_problems(args, found)
+    prompt = past.prompt_about(prompt, problems)
     plan.settle_ppo(args, found, prompt, problems, held_out)
     if args.dry_run:
         return 0
@@ -527,7 +571,7 @@ def main(argv: list[str] | None = None) -> int:
             status = train(args, folder, found, prompt, problems, held_out, scored_by)
             if status is not None:
                 return status
-    print(past.what_next(args, len(held_out)))
+    print(past.what_next(args))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of Gemma on GSM8K: full weights, or LoRA adapters with --lora.
+"""Supervised fine-tuning on GSM8K: full weights, or LoRA adapters with --lora.
 
     python train_sft.py --tiny --lora                # the embedded model, a minute or two anywhere
     python train_sft.py --lora                       # google/gemma-2b-it -> runs/sft-lora-main
@@ -26,7 +26,7 @@ from nanogsm.model import (
     set_checkpointing,
 )
 from nanogsm.optim import AdamW, cosine_with_min_lr
-from nanogsm.run import console, past, plan, start
+from nanogsm.run import console, known, past, plan, start
 from nanogsm.run.flags import sft_args as parse_args
 from nanogsm.run.loop import Run, check_finite
 from nanogsm.run.machine import autocast_of
@@ -169,11 +169,11 @@ def train(args, folder, found, prompt, examples, steps, held_out, held_out_examp
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    prompt = data.Prompt(args.style, 0, args.instruction)
     found = start.find_start(args, "model")
     start.set_rank(args, found)
-    config, tokenizer = read_config(found.base), data.Tokenizer(found.base)
-    problems, held_out = start.split_problems(args)
+    config, tokenizer = read_config(found.base), known.tokenizer(found)
+    problems, held_out = start.split_problems(args, found)
+    prompt = past.prompt_about(data.Prompt(args.style, 0, args.instruction), problems)
     if args.max_examples:
         problems = data.subset(problems, args.max_examples)
     examples = start.encode_all(tokenizer, problems, prompt, args.max_seq_length)
@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
                 return status
         if args.merge:
             start.merge_result(folder.path, found)
-    print(past.what_next(args, len(held_out)))
+    print(past.what_next(args))
     return 0
 
 

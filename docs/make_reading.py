@@ -308,7 +308,7 @@ def sft_steps(model, tokenizer, steps: int) -> None:
 def marked(tokenizer, problem: data.Problem, completion: str) -> dict:
     """An answer to the problem, as train_ppo.sample returns it."""
     ids, mask = data.encode(tokenizer, PROMPT, problem.question, completion)
-    score = train_ppo.reward(completion, problem)
+    score = train_ppo.reward(completion, problem, truncated=False)
     return {
         "example": data.Example(ids, mask, problem.index),
         "score": score,

@@ -105,8 +105,8 @@ def rounded_after_update(setup, *rest):
     optimizer = setup.policy_optimizer
     step = optimizer.step
 
-    def step_and_round():
-        step()
+    def step_and_round(*given):
+        step(*given)
         with torch.no_grad():
             for p in optimizer.params.values():
                 p.copy_(p.bfloat16())

@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     panels = []
     for key, title in CURVES.items():
         lines = [(r["recipe"], r["curves"][key]) for r in results]
-        panels.append(charts.Panel(title, lines, percent=key != "response_tokens"))
+        panels.append(charts.Panel(title, lines, percent=key != "response_tokens", x="step"))
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     text = "[\n" + ",\n".join(json.dumps(r) for r in results) + "\n]\n"

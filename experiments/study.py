@@ -9,9 +9,11 @@ use the recipe `original`, ours use `tuned`. Each row is an ordinary run of trai
 train_ppo.py and its evaluation, in a folder of its own. Commands are printed as they start, and
 --dry-run prints them all.
 
-The same command continues a study that was stopped. What is finished is not done again: a training
-script finds its finished run, checks that the arguments are the same, and stops. A row that cannot
-be run (gated weights, no data file) gets the reason in the table, and the others go on.
+The same command continues a study that was stopped. What is finished is not done again, and a row
+that has been trained with other flags than the study would use is marked. A row that was trained
+before by itself, in the default folder of its script and with the row's settings, is used from
+there. A row that cannot be run (gated weights, no data file) gets the reason in the table, and the
+others go on.
 
 The study's folder gets study.md (the table), study.json (all numbers) and report.html (curves and
 answers). No row is chosen by its score on the test split: the settings of `tuned` were found on
@@ -19,6 +21,7 @@ problems held out of train.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -32,9 +35,11 @@ from typing import NamedTuple
 from nanogsm import UserError
 from nanogsm.report import page
 from nanogsm.report.eval_files import read_rows
-from nanogsm.report.scores import KINDS, by_problem, kind_of, paired
+from nanogsm.report.scores import by_problem, kind_of, kinds_in, paired
 from nanogsm.run import console, flags, machine
-from nanogsm.store import files
+from nanogsm.run.past import run_of
+from nanogsm.run.start import MAY_DIFFER, NO_SETTINGS
+from nanogsm.store import files, hub
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,6 +109,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--eval: a study compares single answers: leave out --samples")
     args.n = args.n or (1319 if args.tiny else 256)
     args.out = Path(args.out or f"runs/{'tiny/' * args.tiny}study-{args.seed}")
+    args.folders = {row.name: args.out / row.name for row in ROWS}
     return args
 
 
@@ -112,7 +118,7 @@ def commands(row: Row, args: argparse.Namespace) -> list[list[str]]:
     given = {"--device": args.device, "--precision": args.precision, "--data-dir": args.data_dir}
     compute = [word for pair in given.items() if pair[1] not in ("auto", None) for word in pair]
     tiny, model = ["--tiny"] * args.tiny, [] if args.tiny else ["--model", args.model]
-    folder, row_flags = str(args.out / row.name), row.flags.split()
+    folder, row_flags = str(args.folders[row.name]), row.flags.split()
     probes = ROOT / "nanogsm" / ("tiny" if args.tiny else "") / "probes.jsonl"
     questions = [["--n", str(args.n)]]
     if row.name in PROBED:
@@ -123,7 +129,7 @@ def commands(row: Row, args: argparse.Namespace) -> list[list[str]]:
     if row.script == SFT:
         start, more = model, args.sft + args.sft_lora * ("--lora" in row_flags)
     else:
-        start, more = ["--init", str(args.out / START)], args.ppo
+        start, more = ["--init", str(args.folders[START])], args.ppo
     train = [row.script, *tiny, *start, *row_flags, "--seed", str(args.seed), *compute, *more]
     ask = ["evaluate.py", *tiny, "--model", folder]
     return [
@@ -132,11 +138,61 @@ def commands(row: Row, args: argparse.Namespace) -> list[list[str]]:
     ]
 
 
+def differences(recorded: dict, wanted: argparse.Namespace) -> list[str]:
+    """How the settings of a run differ from those it would be trained with now, such as
+    "lr 0.001 instead of 2e-05"."""
+    flags.set_rank(wanted)
+    found = []
+    for name in sorted(vars(wanted).keys() - {*MAY_DIFFER, *NO_SETTINGS, "open"}):
+        was, now = recorded.get(name), getattr(wanted, name)
+        settled_later = name == "val_examples" and now is None
+        if was != now and not settled_later and (name in recorded or now):
+            found.append(f"{name} {was} instead of {now}".replace("None", "unset"))
+    batch = wanted.micro_batch * wanted.accumulation
+    if recorded.get("batch", batch) != batch:
+        found.append(f"micro-batch x accumulation {recorded['batch']} instead of {batch}")
+    for name in ("data", "model"):
+        was, now = recorded.get(name), getattr(wanted, name, None)
+        if not files.same_place(was, now):
+            found.append(f"{name} {was} instead of {now}")
+    return found
+
+
+def is_trained(row: Row, args: argparse.Namespace) -> bool:
+    """Whether the row's run has finished."""
+    return row.script is not None and (args.folders[row.name] / "summary.json").exists()
+
+
+def trained_before(row: Row, args: argparse.Namespace) -> Path | None:
+    """The default folder of a row's script, if it has a finished run with the row's settings."""
+    if row.script != SFT or (args.out / row.name).exists():
+        return None
+    wanted = flags.sft_args(commands(row, args)[0][1:-2])  # without --out
+    run = run_of(wanted.out)
+    finished = run and (run[0] / "summary.json").exists()
+    return Path(wanted.out) if finished and not differences(run[1]["args"], wanted) else None
+
+
+def other_flags(row: Row, args: argparse.Namespace) -> list[str]:
+    """How a trained row differs from what the study would train."""
+    run = run_of(str(args.folders[row.name]))
+    if run is None:
+        return ["settings that cannot be read"]
+    recorded, parse = run[1]["args"], flags.sft_args if row.script == SFT else flags.ppo_args
+    found = differences(recorded, parse(commands(row, args)[0][1:]))
+    if row.script == PPO:
+        with contextlib.suppress(UserError):  # its start has been deleted, for example
+            start = hub.fingerprint(hub.find_model(str(args.folders[START])))
+            if recorded.get("init_sha256") != start:
+                found.append(f"it started from other weights than those in {args.folders[START]}")
+    return found
+
+
 def evaluation(row: Row, args: argparse.Namespace, kind: str = "test") -> Path | None:
     """The .json of a row's newest evaluation on args.n test problems, or on the probes. None if
     there is none."""
     name = f"eval-test-{args.n}" if kind == "test" else "eval-probes"
-    existing = (args.out / row.name).glob("eval-*.json")
+    existing = args.folders[row.name].glob("eval-*.json")
     # With the dash, eval-test-1319 is not taken for eval-test-131.
     found = [file for file in existing if f"{file.stem}-".startswith(f"{name}-")]
     return max(found, key=lambda file: file.stat().st_mtime, default=None)
@@ -209,11 +265,12 @@ def results(args: argparse.Namespace, failed: dict[str, str]) -> list[dict]:
         summary, rows = files.read_json(path), answers(path)
         keep = ("n", "correct", "accuracy", "ci_low", "ci_high", "flexible_accuracy", "formatted",
                 "truncated", "mean_tokens", "seconds", "environment")  # fmt: skip
-        entry |= {key: summary[key] for key in keep}
+        entry |= {key: summary[key] for key in keep if key in summary}
         kinds = [kind_of(answer) for answer in rows.values()]
-        entry["kinds"] = {kind: kinds.count(kind) for kind in KINDS}
+        entry["kinds"] = {kind: kinds.count(kind) for kind in kinds_in(rows.values())}
         if row.script:
-            entry["training"] = training_metrics(args.out / row.name)
+            entry["training"] = training_metrics(args.folders[row.name])
+            entry["other_flags"] = other_flags(row, args) if is_trained(row, args) else []
         other = BY_NAME[row.against] if row.against else None
         if other and other.name not in failed and (other_path := evaluation(other, args)):
             pair = paired(answers(other_path), rows)
@@ -222,14 +279,16 @@ def results(args: argparse.Namespace, failed: dict[str, str]) -> list[dict]:
     return found
 
 
-def table(entries: list[dict]) -> str:
-    """The study as a Markdown table."""
+def table(entries: list[dict], theirs="original study", ours="exact match") -> str:
+    """The study as a Markdown table. theirs, ours: the heads of the two columns of scores."""
     lines = [
-        "| | original study | exact match | 95% | against | points | p | in format | truncated "
+        f"| | {theirs} | {ours} | 95% | against | points | p | in format | truncated "
         "| tokens | training loss | minutes | tokens/s | peak memory |",
         "|" + "---|" * 14,
     ]
     for e in entries:
+        if e.get("other_flags"):
+            e = e | {"title": f"{e['title']} (other flags: see below)"}
         original = f"{e['original']:.1f}%" if e["original"] is not None else ""
         if "not_run" in e:
             lines.append(f"| {e['title']} | {original} | not run: {e['not_run']} |" + " |" * 11)
@@ -249,8 +308,29 @@ def table(entries: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def table_of(entries: list[dict], args: argparse.Namespace) -> str:
+    """The table, with whose figures these are, and which rows were trained with other flags."""
+    model = "the embedded model" if args.tiny else args.model
+    lines = [
+        table(entries, "original study, gemma-2b-it", "exact match here"),
+        "The first column has the original study's own figures: gemma-2b-it, 256 problems. All "
+        f"others are of the runs here: {model}, {args.n:,} problems.",
+    ]
+    for e in entries:
+        if e.get("other_flags"):
+            folder, differ = args.folders[e["row"]], "; ".join(e["other_flags"])
+            lines.append(
+                f"\n{e['title']}: this run was trained with other flags than this command would "
+                f"use ({differ}). To train it anew, delete {folder} or give another --out."
+            )
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    if "WORLD_SIZE" in os.environ:  # every rank would start every row
+        raise UserError("experiments.study starts each row's script itself: run it without "
+                        "torchrun, and without WORLD_SIZE in the environment")  # fmt: skip
     chosen = [row for row in ROWS if args.rows is None or row.name in args.rows]
     if args.dry_run:
         for command in [command for row in chosen for command in commands(row, args)]:
@@ -260,12 +340,18 @@ def main(argv: list[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{args.out} cannot be the study's folder: {error.strerror}") from error
+    for row in ROWS:
+        if before := trained_before(row, args):
+            args.folders[row.name] = before
     failed: dict[str, str] = {}
     for row in chosen:
-        if row.script == PPO and not (args.out / START / "summary.json").exists():
+        trained = is_trained(row, args)
+        if row.script == PPO and not trained and not is_trained(BY_NAME[START], args):
             failed[row.name] = f"needs {START}"
             continue
-        for command in commands(row, args):
+        if trained:
+            print(f"row {row.name} is trained already: {args.folders[row.name]}")
+        for command in commands(row, args)[trained:]:
             kind = "probes" if "--data" in command else "test"
             if command[0] == "evaluate.py" and evaluation(row, args, kind):
                 continue
@@ -281,11 +367,12 @@ def main(argv: list[str] | None = None) -> int:
     record = {"environment": machine.environment(), "rows": entries}
     files.write_json(args.out / "study.json", record)
     there = [entry for entry in entries if entry.get("not_run") != LEFT_OUT]
-    files.replace_file(args.out / "study.md", table(there).encode())
+    files.replace_file(args.out / "study.md", table_of(there, args).encode())
     names = [row.name for row in chosen]
-    print(f"\n{table([entry for entry in entries if entry['row'] in names])}")
+    shown = [entry for entry in entries if entry["row"] in names]
+    print(f"\n{table_of(shown, args)}")
     print(f"written to {args.out / 'study.md'}, study.json")
-    probed = [args.out / e["row"] for e in there if "not_run" not in e and e["row"] in PROBED]
+    probed = [args.folders[e["row"]] for e in there if "not_run" not in e and e["row"] in PROBED]
     if probed:
         page.main([*map(str, probed), "--out", str(args.out / "report.html")])
     for name, why in failed.items():

@@ -77,8 +77,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in args.space:  # the script refuses what it cannot take
         for edge in (min, max):
             script.parse_args([*args.flags, *flags_of(args, {name: edge(args.space[name])})])
-    # Data without answers to check have the loss alone.
-    args.metric = "val_loss" if "--unscored" in args.named else "val_exact_match"
+    args.metric = "val_exact_match"
+    if args.run.unscored:  # no answer is right or wrong
+        args.metric = "val_reward" if args.method == "ppo" else "val_loss"
     return args
 
 

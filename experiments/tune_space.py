@@ -3,9 +3,9 @@
 import math
 import shutil
 
-from nanogsm import UserError, data
+from nanogsm import UserError
 from nanogsm.model import read_config
-from nanogsm.run import plan, start
+from nanogsm.run import known, plan, start
 
 RUNGS = (1 / 4, 1 / 2)  # shares of a trial's steps after which it may be pruned
 HELD_OUT = 1024  # problems: one half for the search, one for the winner's last score
@@ -65,7 +65,7 @@ def prepare(args) -> None:
     if not ppo:
         args.space.pop("lora_r" if found.adapter else None, None)  # an adapter keeps its rank
         start.set_rank(settings, found)
-    problems = data.load_problems(settings.data, "train", settings.data_dir)
+    problems = known.load_problems(settings, found)
     if settings.val_examples is None:  # else a flag says it, or the run that the trials start from
         settings.val_examples = min(HELD_OUT, len(problems) // 5)
     args.val_use, rest = settings.val_examples // 2, len(problems) - settings.val_examples

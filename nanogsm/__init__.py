@@ -1,4 +1,4 @@
-"""nanogsm: full SFT, LoRA and PPO of Gemma on GSM8K, from scratch in PyTorch."""
+"""nanogsm: full SFT, LoRA and PPO of Gemma and Llama on GSM8K, from scratch in PyTorch."""
 
 import os
 

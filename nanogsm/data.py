@@ -29,19 +29,24 @@ from typing import NamedTuple
 import tokenizers
 import torch
 
-from nanogsm import UserError, distributed
+from nanogsm import UserError, boxed, distributed
 from nanogsm.store import files, hub
 from nanogsm.tiny import problems as tiny_problems
 
 GENERATED = {"tiny": "main", "tiny-socratic": "socratic", "tiny-worked": "main"}  # name -> style
-NAMED = ("main", "socratic", *GENERATED)  # data with a training and a test split
+NAMED = ("main", "socratic", *boxed.NAMES, *GENERATED)  # data with a test split
 SUBSET_SEED = 8  # fixed, so that all runs hold out and evaluate the same problems
 
 
 class Problem(NamedTuple):
     question: str
-    answer: str  # worked steps, then "#### " and the number
+    answer: str  # worked steps, then "#### " and the number; in MATH with a box (boxed.py)
     index: int  # position in the file, counted from 0; results refer to problems by it
+
+    @property
+    def boxed(self) -> bool:
+        """Whether the answer is MATH's kind, a formula in a box. GSM8K's is a number after ####."""
+        return boxed.ends_in_box(self.answer)
 
 
 # -------------------------------------------------------------------------------- ids and masks
@@ -62,13 +67,20 @@ ONE_SHOT = Problem(  # the first training problem
 class Prompt(NamedTuple):
     """How a question is asked."""
 
-    style: str = "plain"  # "plain" is Question: ... Answer:, "chat" is Gemma's turns
-    shots: int = 0  # worked examples before the question, 0 or 1
+    style: str = "plain"  # "plain" is Question: ... Answer:, "chat" has the turns of a conversation
+    shots: int = 0  # how many worked examples come before the question
     instruction: bool = False  # whether INSTRUCTION comes first
+    boxed: bool = False  # whether instruction and worked example have MATH's kind of answer
+    examples: tuple[Problem, ...] = (ONE_SHOT,)  # the first `shots` of these
 
     def __str__(self) -> str:
-        shot = "one-shot" if self.shots else "zero-shot"
-        return f"{self.style}, {shot}{', instruction' if self.instruction else ''}"
+        shots = ("zero", "one")[self.shots] if self.shots < 2 else self.shots
+        return f"{self.style}, {shots}-shot{', instruction' if self.instruction else ''}"
+
+    def settings(self) -> dict:
+        """What files record: all but the examples. GSM8K's do not mention boxes."""
+        record = {"style": self.style, "shots": self.shots, "instruction": self.instruction}
+        return record | ({"boxed": True} if self.boxed else {})
 
 
 def encode(
@@ -85,26 +97,33 @@ def encode(
             ids.extend(new)
             mask.extend([supervised] * len(new))
 
-    # Exactly one BOS, because all texts in Gemma's pretraining start with one. Without it Gemma's
+    # Exactly one BOS, because all texts in pretraining start with one. Without it Gemma's
     # perplexity is absurd. Two are a common bug: many tokenizers add one unasked.
     add(tokenizer.bos_id)  # the only one, because `Tokenizer.encode` adds none
-    lead = INSTRUCTION + "\n\n" if prompt.instruction else ""
+    instruction, shots = INSTRUCTION, prompt.examples[: prompt.shots]
+    if prompt.boxed:
+        instruction, own = boxed.INSTRUCTION, ONE_SHOT._replace(answer=boxed.ONE_SHOT_ANSWER)
+        shots = [own if shot == ONE_SHOT else shot for shot in shots]
+    lead = instruction + "\n\n" if prompt.instruction else ""
     if prompt.style == "chat":
         # Turn tokens are added as ids: "<end_of_turn>" in a question would only be text.
-        start, end, target = tokenizer.start_of_turn_id, tokenizer.end_of_turn_id, answer
-        for _ in range(prompt.shots):
-            add(start, f"user\n{lead}{ONE_SHOT.question}", end, "\n", start, "model\n")
-            add(ONE_SHOT.answer, end, "\n")
+        family, end, target = tokenizer.family, tokenizer.end_of_turn_id, answer
+        turn, after = tokenizer.turn, family.after
+        if family.system:
+            add(*turn("system", family.system), end, after)
+        for shot in shots:
+            add(*turn("user", f"{lead}{shot.question}"), end, after, *turn(family.model))
+            add(shot.answer, end, after)
             lead = ""
-        add(start, f"user\n{lead}{question}", end, "\n", start, "model\n")
+        add(*turn("user", f"{lead}{question}"), end, after, *turn(family.model))
     else:
-        # The space after "Answer:" belongs to the target, because Gemma's tokenizer joins a word
-        # with the space before it. A prompt that ended in a space would end in a lone space token,
-        # which the model never sees there in training.
+        # The space after "Answer:" belongs to the target, because these tokenizers join a word with
+        # the space before it. A prompt that ended in a space would end in a lone space token, which
+        # the model never sees there in training.
         end, target = tokenizer.eos_id, f" {answer}"
-        for _ in range(prompt.shots):
-            add(f"{lead}Question: {ONE_SHOT.question}\nAnswer:")
-            add(f" {ONE_SHOT.answer}\n\n")
+        for shot in shots:
+            add(f"{lead}Question: {shot.question}\nAnswer:")
+            add(f" {shot.answer}\n\n")
             lead = ""
         add(f"{lead}Question: {question}\nAnswer:")
     if answer is not None:
@@ -177,8 +196,11 @@ TOLERANCE = 1e-6
 STOP_TEXT = "Question:"  # a completion that starts a new question has gone past its answer
 
 
-def extract_answer(text: str) -> float | None:
-    """The number right after the first "####" (the original study's rule), or None."""
+def extract_answer(text: str, in_box: bool = False) -> float | str | None:
+    """The number right after the first "####" (the original study's rule), or None. in_box: MATH's
+    rule, what stands in the last box."""
+    if in_box:
+        return boxed.last_box(text)
     _, marker, rest = text.partition("####")
     found = _AFTER_MARKER.match(rest) if marker else None
     # Trap: without the second check "#### 18 000" and "#### 18/2" would count as 18.
@@ -216,11 +238,14 @@ def starts_new_question(tokenizer: "Tokenizer", ids: list[int]) -> bool:
 
 def answer_limit(data: str) -> int:
     """Default number of tokens an answer may take. Nearly all answers of the data fit."""
-    return {"socratic": 512, "tiny": 128, "tiny-worked": 128, "tiny-socratic": 160}.get(data, 320)
+    limits = {"socratic": 512, "tiny": 128, "tiny-worked": 128, "tiny-socratic": 160}
+    return (limits | dict.fromkeys(boxed.NAMES, 1024)).get(data, 320)
 
 
 def is_correct(completion: str, problem: Problem) -> bool:
     """Strict exact match: the original study's measure and PPO's default reward."""
+    if problem.boxed:
+        return boxed.grade(boxed.last_box(cut(completion)), boxed.last_box(problem.answer)).right
     # The first "####" decides. Working is not checked, and later text does not count.
     return same_number(extract_answer(cut(completion)), extract_answer(problem.answer))
 
@@ -230,16 +255,56 @@ def is_correct_flexible(completion: str, problem: Problem) -> bool:
     return same_number(last_number(cut(completion)), extract_answer(problem.answer))
 
 
+def beside(completion: str, problem: Problem) -> dict:
+    """What a result says next to exact match."""
+    if problem.boxed:
+        return boxed.beside(cut(completion), problem.answer)
+    return {"flexible": is_correct_flexible(completion, problem)}
+
+
 # ------------------------------------------------------------------------------------ tokenizer
+
+
+class Family(NamedTuple):
+    """The special tokens of a family of models, and how it writes the turns of a conversation."""
+
+    name: str
+    bos: str
+    eos: str
+    end_of_turn: str
+    header: tuple[str, ...]  # what opens a turn: special tokens and text; {} is the role
+    after: str  # text between the end of a turn and the next
+    model: str  # the model's role
+    pad: tuple[str, ...]  # the first that the tokenizer has; `collate` hides padding from the loss
+    system: str = ""  # what the first turn, the system's, always says
+    stops: tuple[str, ...] = ()  # more tokens that end an answer
+
+
+GEMMA = Family(
+    "Gemma", "<bos>", "<eos>", "<end_of_turn>",
+    ("<start_of_turn>", "{}\n"), "\n", "model", ("<pad>",),
+)  # fmt: skip
+# Trap: Llama has no padding token. Where EOS is used for it and all of its places are hidden from
+# the loss, the model never learns to stop.
+LLAMA = Family(
+    "Llama 3", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>",
+    ("<|start_header_id|>", "{}", "<|end_header_id|>", "\n\n"), "", "assistant",
+    ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>"),
+)  # fmt: skip
+# The dates are those that Llama 3.1's own template writes if it is told no other.
+LLAMA_31 = LLAMA._replace(
+    system="Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n",
+    stops=("<|eom_id|>",),
+)
 
 
 class Tokenizer:
     """The tokenizer.json of a checkpoint. `encode` adds no special tokens and finds none in the
     text: a problem that mentions "<eos>" is only text.
 
-    stop_ids are all ids that end an answer: <eos>, <end_of_turn> and the eos_token_id of both
-    config.json and generation_config.json. Trap: checkpoints differ in these. A model that stops
-    at only one of the ids may run on after its answer.
+    stop_ids are all ids that end an answer: the family's EOS and end of turn, and the eos_token_id
+    of both config.json and generation_config.json. Trap: checkpoints differ in these. A model that
+    stops at only one of the ids may run on after its answer.
     """
 
     def __init__(self, folder: Path):
@@ -251,17 +316,29 @@ class Tokenizer:
         self._tokenizer.no_padding()  # whatever the file says; `collate` pads
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True  # "<eos>" in a text is only text
-        self.pad_id, self.bos_id = self._id("<pad>"), self._id("<bos>")
-        self.eos_id, self.end_of_turn_id = self._id("<eos>"), self._id("<end_of_turn>")
-        self.start_of_turn_id = self._id("<start_of_turn>")
-        self.stop_ids = frozenset({self.eos_id, self.end_of_turn_id} | self._configured_stops())
+        has = lambda token: self._tokenizer.token_to_id(token) is not None  # noqa: E731
+        llama = LLAMA_31 if has("<|eom_id|>") else LLAMA
+        family = self.family = llama if has(LLAMA.bos) else GEMMA
+        pad = next(filter(has, family.pad), family.pad[-1])
+        self.pad_id, self.bos_id = self._id(pad), self._id(family.bos)
+        self.eos_id, self.end_of_turn_id = self._id(family.eos), self._id(family.end_of_turn)
+        self._header = [self._id(p) if p[0] == "<" else p for p in family.header]
+        more = {self._id(token) for token in family.stops} | self._configured_stops()
+        self.stop_ids = frozenset({self.eos_id, self.end_of_turn_id} | more)
         if self.pad_id in self.stop_ids:
-            raise UserError(f"{folder}: <pad> is also a stop token, which it is not in Gemma")
+            raise UserError(f"{folder}: {pad} is also a stop token, which it is not in this family")
 
     def _id(self, token: str) -> int:
         if (found := self._tokenizer.token_to_id(token)) is None:
-            raise UserError(f"{self.folder}: tokenizer.json has no {token}, so it is not Gemma's")
+            raise UserError(f"{self.folder}: tokenizer.json has no {token}, so it is neither "
+                            "Gemma's nor Llama 3's")  # fmt: skip
         return found
+
+    def turn(self, role: str, text: str = "") -> list[int | str]:
+        """A turn of a conversation up to its end token, in pieces: ids of special tokens, and text.
+        The text is joined to the last piece of the header, as in the whole conversation."""
+        *pieces, last = (p if type(p) is int else p.format(role) for p in self._header)
+        return [*pieces, last + text]
 
     def _configured_stops(self) -> set[int]:
         stops: set[int] = set()
@@ -303,39 +380,56 @@ class Tokenizer:
 # ------------------------------------------------------------------------------- files of problems
 
 
-def load_problems(data: str, split: str, data_dir: str | None = None) -> list[Problem]:
-    """Problems of "main", "socratic", a name in GENERATED or your own JSONL file. split is "train"
-    or "test"; your own file is used whole for both. UserError names the file and line at fault."""
+def load_problems(
+    data: str, split: str, data_dir: str | None = None, unscored: bool = False
+) -> list[Problem]:
+    """Problems of a name in NAMED or of your own JSONL file. split is "train" or "test"; your own
+    file is used whole for both. unscored: its answers need no result. UserError names the file and
+    line at fault."""
+    boxed.check_data(data, split)
     if data in GENERATED:
         pairs = tiny_problems.problems(split, GENERATED[data], data == "tiny-worked")
         return [Problem(*pair, index) for index, pair in enumerate(pairs)]
-    if data in ("main", "socratic"):
-        name = f"{split}.jsonl" if data == "main" else f"{split}_socratic.jsonl"
-        return read_jsonl(hub.data_file(name, data_dir))
+    if data in NAMED:
+        file = hub.data_file(hub.DATA_NAMES[data].format(split), data_dir)
+        return read_jsonl(file, leave_out=boxed.NO_ANSWER if data == "math" else None)
     if not data.lower().endswith((".jsonl", ".json")):
         hint = "; worked needs --tiny" * (data == "worked")
-        raise UserError(f"--data {data}: give main, socratic or a file that ends in .jsonl{hint}")
-    return read_jsonl(Path(data))
+        names = "main, socratic, math"
+        raise UserError(f"--data {data}: give {names} or a file that ends in .jsonl{hint}")
+    return read_jsonl(Path(data), unscored)
 
 
-def read_jsonl(path: Path) -> list[Problem]:
-    """One object per line with the texts "question" and "answer"; the answer ends in "#### n"."""
-    problems = []
-    for number, question, answer in files.read_pairs(path):
-        if fault := _unscorable(answer):
+def read_jsonl(
+    path: Path, unscored: bool = False, leave_out: str | None = None
+) -> list[Problem]:
+    """One object per line with a question and an answer (files.read_pairs has the forms). Unless
+    `unscored`, each answer ends in "#### n" or in a box. leave_out: a fault that is no error."""
+    problems, pairs = [], files.read_pairs(path)
+    for index, (number, question, answer) in enumerate(pairs):
+        fault = None if unscored else _unscorable(answer)
+        if fault is None:
+            problems.append(Problem(question, answer, index))
+        elif fault != leave_out:
             raise UserError(f"{path} line {number}: {fault}")
-        problems.append(Problem(question, answer, len(problems)))
+    if left_out := len(pairs) - len(problems):
+        print(f"left out {left_out} of {len(pairs):,} problems: {leave_out}")
+    if any(problem.boxed for problem in problems):
+        boxed.grader_name()  # raises if it is missing
     return problems
 
 
 def _unscorable(answer: str) -> str | None:
     """Why no completion could match this answer, or why a wrong one could. None if it is fine."""
     kept = cut(answer)  # as completions are cut
+    if boxed.ends_in_box(answer):
+        return None if boxed.last_box(kept) else boxed.NO_ANSWER
     rest = kept.partition("####")[2]
     found = _AFTER_MARKER.match(rest)
     if not re.search(_DIGIT, rest):
-        where = "" if kept == answer else f' before "{STOP_TEXT}", where completions are cut off'
-        return f'the answer has no "#### number"{where}'
+        where = f' before "{STOP_TEXT}", where completions are cut off'
+        where = r" and no \boxed{}" if kept == answer else where
+        return f'the answer has no "#### number"{where} (--unscored trains on such answers)'
     # In doubt a gold answer is refused: one that nobody can match would only lower the score.
     if extract_answer(kept) is None or rest[found.end() :].strip() not in ("", "."):
         shown = rest.strip()[:40]

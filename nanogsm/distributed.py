@@ -11,7 +11,7 @@ to be said between them:
   added up   gradients, losses and log-probs, of which each rank made a part          add_up
   parts      With --shard N, every N ranks share one copy of the weights, of their    shard, own,
              gradients and moments: each has some rows of every matrix                whole
-  first      rank 0 alone writes files and prints; what it finds out, all are told    first
+  first      rank 0 alone prints and writes files. It tells the others what it found  first
 
 Tensors and JSON travel, and nothing that is unpickled. The ports are open to whoever reaches them,
 so use a private network. Without torchrun there is one rank, and every function here is a line or
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from nanogsm import UserError
 
 RANK, COUNT = 0, 1  # this process's number, and how many there are
+ALONE = False  # whether this is rank 0 inside `first`, while the others wait for it
 # How long a rank waits for the others: while one of them writes a checkpoint, or samples the
 # longest answers.
 PATIENCE = datetime.timedelta(hours=1)
@@ -43,7 +44,8 @@ SMALL = 2**20  # entries; smaller gradients travel together
 def start() -> None:
     """Meet the other ranks, if torchrun has started this process. All but rank 0 fall silent."""
     global RANK, COUNT
-    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+    needed = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    if not needed <= os.environ.keys():
         return  # a cluster may set some of these for other purposes
     RANK, COUNT = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if COUNT == 1:
@@ -59,8 +61,10 @@ def start() -> None:
 
 
 def end() -> None:
-    """Part from the other ranks, once all have done their work."""
+    """Wait until all ranks have done their work, then part."""
+    # torchrun ends the others soon after the first that leaves, perhaps in the middle of a file.
     if dist.is_initialized():
+        gathered(None)
         dist.destroy_process_group()
 
 
@@ -89,7 +93,8 @@ def lost_peer(error: Exception) -> str | None:
     """One line about an error that means that another rank is gone; None for other errors."""
     text = str(error)
     signs = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting",
-             "Broken pipe", "Socket Timeout", "NCCL", "recvValue failed")  # fmt: skip
+             "Broken pipe", "Socket Timeout", "recvValue failed",
+             "remote process exited")  # fmt: skip
     if COUNT == 1 or not any(sign in text for sign in signs):
         return None
     return (f"rank {RANK} lost another rank, which was killed or cannot be reached: run the same "
@@ -97,9 +102,18 @@ def lost_peer(error: Exception) -> str | None:
 
 
 def local_device(device: str) -> str:
-    """This rank's own device of the kind that --device names."""
+    """This rank's own device of the kind that --device names: "cuda" or "cpu"."""
+    if COUNT == 1 or device == "cpu":
+        return device
+    if device != "cuda":
+        raise UserError(f"--device {device}: under torchrun give cuda or cpu; each process then "
+                        "takes a GPU of its own")  # fmt: skip
+    own, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if own >= cards:
+        raise UserError(f"process {own} has no GPU: this machine has {cards}, so give torchrun "
+                        f"--nproc-per-node {cards}")  # fmt: skip
     # (Not made torch's current device before machine.pick_compute has prepared the process for it.)
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and COUNT > 1 else device
+    return f"cuda:{own}"
 
 
 # ---- dealt
@@ -108,8 +122,8 @@ def local_device(device: str) -> str:
 def deal(cards: list, *models: nn.Module, backward: bool = False) -> Iterator:
     """This rank's share of a list: every COUNT-th, beginning with its own number.
 
-    models: those that each card goes through, and backward: whether back as well. Where they are in
-    parts, all ranks take part in every pass. So a rank that is one card short makes an empty pass.
+    Pass the models that every card goes through, and backward=True if it also goes back. A sharded
+    model needs all ranks in every pass, so a rank with one card fewer makes an empty one.
     """
     mine = cards[RANK::COUNT]
     yield from mine
@@ -119,7 +133,9 @@ def deal(cards: list, *models: nn.Module, backward: bool = False) -> Iterator:
             with torch.set_grad_enabled(backward):
                 hidden = model(nothing, [2])
             if backward:
-                (hidden.sum() * 0.0).backward()
+                # An untied output head, which forward does not use, needs a gradient everywhere.
+                out = hidden if model.config.tied else model.logits(hidden)
+                (out.sum() * 0.0).backward()
 
 
 def largest_share(n: int) -> int:
@@ -186,16 +202,31 @@ def gathered(mine: Any) -> list:
 def first(do: Callable[[], Any]) -> Any:
     """What `do` returns on rank 0, which alone calls it: a JSON value, told to all. A UserError of
     rank 0 is raised on all."""
+    global ALONE
+    if COUNT == 1 or ALONE:
+        return do()
     told, error = [None, None], None
     if RANK == 0:
         try:
+            ALONE = True
             told[0] = do()
         except UserError as e:
             told[1], error = str(e), e
-    told = gathered(told)[0] if COUNT > 1 else told
+        finally:
+            ALONE = False
+    told = gathered(told)[0]
     if told[1] is not None:
         raise error or UserError(told[1])
     return told[0]
+
+
+def check_same(settings: dict) -> None:
+    """UserError if the ranks have different settings, which are JSON values."""
+    everyone = gathered(settings)
+    names = {name for one in everyone for name in one if one[name] != everyone[0].get(name)}
+    if names:
+        raise UserError(f"the processes differ in {', '.join(sorted(names))}: start the same "
+                        "command with the same files on every machine")  # fmt: skip
 
 
 def agreed(signal: int | None) -> int | None:
@@ -212,8 +243,8 @@ def shard(model: nn.Module, size: int, kind: str) -> None:
     The embedding stays whole from forward to the end of backward, so that the lookup and the output
     projection can add to its gradient.
 
-    Trap: in between, parameters() has the whole embedding, whose memory is freed later. `reshard`
-    takes it apart at once, and the optimizer's own parameters are always parts.
+    Trap: after a forward, parameters() shows the whole embedding, in memory that FSDP frees later.
+    Call `reshard` before you read weights. The optimizer holds the parts and is safe.
     """
     from torch.distributed.fsdp import fully_shard  # takes 2 seconds
 
@@ -253,7 +284,7 @@ def whole(t: Tensor) -> Tensor:
 
 
 def first_row(t: Tensor) -> int:
-    """Which of all rows is the first that this rank has."""
+    """The number of this rank's first row of t."""
     if not is_part(t) or t.dim() == 0:
         return 0
     mesh = t.device_mesh
@@ -266,7 +297,8 @@ def first_entry(t: Tensor) -> int:
 
 
 def rows_here(rows: Any, like: Tensor) -> Any:
-    """Of all rows, of a tensor or of a slice in a file, those that this rank has of `like`."""
+    """`rows` has all rows, as a tensor or as a slice of a file. Returns those that this rank has of
+    `like`."""
     return rows[first_row(like) : first_row(like) + len(own(like))] if is_part(like) else rows
 
 

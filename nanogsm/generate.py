@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanogsm import data, distributed
+from nanogsm import boxed, data, distributed
 from nanogsm.data import Problem, Prompt, Tokenizer
 from nanogsm.fast import cpu, cuda
 from nanogsm.transformer import Config, Transformer, attend_causally, causal_mask, softmax_attention
@@ -293,25 +293,26 @@ def answer_and_mark(
         model, tokenizer, [problem.question for problem in asked], prompt, max_new_tokens,
         batch_size, temperature, seed, progress,
     )  # fmt: skip
+    golds = [data.extract_answer(p.answer, p.boxed) for p in asked]  # None if unscored
     return [
         {
             "index": problem.index,
             "question": problem.question,
-            "correct": data.is_correct(done.text, problem),
-            "flexible": data.is_correct_flexible(done.text, problem),
-            "answer": data.extract_answer(data.cut(done.text)),
-            "gold": data.extract_answer(problem.answer),
+            "correct": None if gold is None else data.is_correct(done.text, problem),
+            **data.beside(done.text, problem),
+            "answer": data.extract_answer(data.cut(done.text), problem.boxed),
+            "gold": gold,
             "truncated": done.truncated,
             "tokens": len(done.ids),
             "completion": done.text,
         }
-        for problem, done in zip(asked, answers)
+        for problem, done, gold in zip(asked, answers, golds)
     ]
 
 
 def validation_metrics(rows: list[dict]) -> dict:
     """What a validation logs of its rows: the shares that are right and that were cut off."""
-    return {
-        "val_exact_match": sum(row["correct"] for row in rows) / len(rows),
-        "val_truncated": sum(row["truncated"] for row in rows) / len(rows),
-    }
+    scored = [row["correct"] for row in rows if row["correct"] is not None]
+    right = {"val_exact_match": sum(scored) / len(scored)} if scored else {}
+    truncated = {"val_truncated": sum(row["truncated"] for row in rows) / len(rows)}
+    return right | truncated | boxed.shares(rows, "val_")

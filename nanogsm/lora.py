@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogsm import UserError
+from nanogsm import UserError, distributed
 
 # The linear layers of a block, by the names that PEFT's target_modules uses.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -110,8 +110,9 @@ def merge(model: nn.Module) -> None:
     # Trap: in bfloat16 the rounding can be as large as a small adapter's change. Keep the adapter
     # where exactness matters.
     for name, layer in adapters(model).items():
-        layer.weight.copy_(layer.weight.float() + layer.delta())
-        if not layer.weight.sum(dtype=torch.float32).isfinite():
+        mine = distributed.own(layer.weight)  # all rows, unless --shard has parted them
+        mine.copy_(mine.float() + distributed.rows_here(layer.delta(), layer.weight))
+        if not mine.sum(dtype=torch.float32).isfinite():
             raise UserError(f"merged, {name} has entries that are NaN or infinite")
         while isinstance(layer, LoRALinear):
             layer = layer.base

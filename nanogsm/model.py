@@ -11,6 +11,7 @@ import copy
 import functools
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,9 +44,17 @@ def read_config(folder: Path) -> Config:
 
 
 def _config_from(raw: dict) -> Config:
+    multimodal = raw["model_type"] == "gemma3"
+    raw = _text_part(raw) if multimodal else raw
     kind = raw["model_type"]
-    if kind not in ("gemma", "gemma2", "gemma3_text"):
-        raise ValueError(f"model_type {kind!r} is not gemma, gemma2 or gemma3_text (text only)")
+    if kind not in ("gemma", "gemma2", "gemma3_text", "llama"):
+        raise ValueError(f"model_type {kind!r} is not gemma, gemma2, gemma3, gemma3_text or llama")
+    is_gemma = kind != "llama"
+    if not is_gemma and raw.get("head_dim") is None:
+        width, heads = raw["hidden_size"], raw["num_attention_heads"]
+        if not (type(heads) is int and heads > 0 and width % heads == 0):
+            raise ValueError("there is no head_dim, and hidden_size is no multiple of the heads")
+        raw = raw | {"head_dim": width // heads}
     sizes = {
         "vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**22, "head_dim": 2**12,
         "num_hidden_layers": 1000, "num_attention_heads": 2**12, "num_key_value_heads": 2**12,
@@ -55,6 +64,8 @@ def _config_from(raw: dict) -> Config:
             raise ValueError(f"{name} is {raw[name]!r}")
     layers = raw["num_hidden_layers"]
     unsupported = ["attention_bias", "use_bidirectional_attention"]
+    if not is_gemma:
+        unsupported += ["mlp_bias", "original_max_position_embeddings"]
     if kind != "gemma2":
         unsupported += ["attn_logit_softcapping", "final_logit_softcapping"]
     for name in unsupported:
@@ -71,17 +82,21 @@ def _config_from(raw: dict) -> Config:
     for name in raw.get("architectures") or ():
         if not name.endswith(("ForCausalLM", "ForConditionalGeneration")):
             raise ValueError(f"architecture {name!r} is not a language model")
-    if raw.get("tie_word_embeddings") is False:
-        raise ValueError("a separate output head (tie_word_embeddings false) is not supported")
-    activation = raw.get("hidden_activation") or "gelu_pytorch_tanh"
+    tied = raw.get("tie_word_embeddings")
+    tied = is_gemma if tied is None else tied
+    if type(tied) is not bool or (multimodal and not tied):
+        raise ValueError(f"tie_word_embeddings {tied!r} is not supported")
+    usual = "gelu_pytorch_tanh" if is_gemma else "silu"
+    activation = raw.get("hidden_activation" if is_gemma else "hidden_act") or usual
     if kind == "gemma":  # whose old files say "gelu" and mean the tanh form
         activation = raw.get("hidden_activation") or raw.get("hidden_act") or activation
         activation = "gelu_pytorch_tanh" if activation == "gelu" else activation
-    if activation != "gelu_pytorch_tanh":
+    if activation != usual:
         raise ValueError(f"activation {activation!r} is not supported")
 
     sliding = {  # layer i (from 0) is local
         "gemma": lambda i: False,
+        "llama": lambda i: False,
         "gemma2": lambda i: i % 2 == 0,
         "gemma3_text": lambda i: (i + 1) % (raw.get("sliding_window_pattern") or 6) != 0,
     }[kind]
@@ -90,11 +105,14 @@ def _config_from(raw: dict) -> Config:
     ]
     if len(layer_types) != layers or set(layer_types) - {"full_attention", "sliding_attention"}:
         raise ValueError("layer_types must name full_attention or sliding_attention per layer")
+    if not is_gemma and "sliding_attention" in layer_types:
+        raise ValueError("sliding_attention in a Llama is not supported")
 
     dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype {dtype!r} is not supported")
 
+    has_scalar = kind in ("gemma2", "gemma3_text")
     config = Config(
         model_type=kind,
         vocab_size=raw["vocab_size"],
@@ -105,7 +123,7 @@ def _config_from(raw: dict) -> Config:
         num_key_value_heads=raw["num_key_value_heads"],
         head_dim=raw["head_dim"],
         rms_norm_eps=raw["rms_norm_eps"],
-        query_pre_attn_scalar=raw["head_dim" if kind == "gemma" else "query_pre_attn_scalar"],
+        query_pre_attn_scalar=raw["query_pre_attn_scalar" if has_scalar else "head_dim"],
         layer_types=tuple(layer_types),
         sliding_window=raw.get("sliding_window") if "sliding_attention" in layer_types else None,
         rope=_rope_from(raw),
@@ -113,9 +131,29 @@ def _config_from(raw: dict) -> Config:
         attn_logit_softcapping=raw["attn_logit_softcapping"] if kind == "gemma2" else None,
         final_logit_softcapping=raw["final_logit_softcapping"] if kind == "gemma2" else None,
         dtype=getattr(torch, dtype),
+        tied=tied,
+        multimodal=multimodal,
     )
     _check(config)
     return config
+
+
+# What transformers' Gemma3TextConfig has where the files of Gemma 3 4B, 12B and 27B say nothing.
+GEMMA3_TEXT = {
+    "vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+    "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 256,
+}  # fmt: skip
+
+
+def _text_part(raw: dict) -> dict:
+    """The fields of the text model in a multimodal config.json."""
+    text = raw["text_config"]
+    if text.get("model_type", "gemma3_text") != "gemma3_text":
+        raise ValueError(f"text_config has model_type {text['model_type']!r}, not gemma3_text")
+    for_all = ("architectures", "dtype", "torch_dtype", "quantization_config", "auto_map",
+               "tie_word_embeddings")  # fmt: skip
+    outer = {name: raw[name] for name in for_all if raw.get(name) is not None}
+    return GEMMA3_TEXT | text | outer | {"model_type": "gemma3_text"}
 
 
 def _check(config: Config) -> None:
@@ -140,27 +178,40 @@ def _positive(value) -> bool:
     return type(value) in (int, float) and 0 < value < 2**62  # what an integer tensor can take
 
 
-def _rope_from(raw: dict) -> dict[str, tuple[float, float]]:
-    def theta_and_factor(r: dict, theta: float) -> tuple[float, float]:
+def _rope_from(raw: dict) -> dict[str, tuple]:
+    """Layer type -> what transformer.rotary takes."""
+    kind = raw["model_type"]
+
+    def theta_and_factor(r: dict, theta: float) -> tuple:
         rope_type = r.get("rope_type") or r.get("type") or "default"
-        if rope_type not in ("default", "linear"):
+        if rope_type not in ("default", "linear", *["llama3"] * (kind == "llama")):
             raise ValueError(f"rope type {rope_type!r} is not supported")
+        if r.get("partial_rotary_factor") not in (None, 1):
+            raise ValueError("partial_rotary_factor is not supported")
         found = r.get("rope_theta") or theta, r.get("factor") or 1.0
         if not all(map(_positive, found)):
             raise ValueError(f"rope theta and factor are {found!r}")
-        return float(found[0]), float(found[1])
+        if rope_type != "llama3":
+            return float(found[0]), float(found[1])
+        names = "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "factor"
+        low, high, length, factor = (r[name] for name in names)
+        if not all(map(_positive, (low, high, length, factor))) or low >= high:
+            raise ValueError(f"rope type llama3 has {', '.join(f'{n} {r[n]!r}' for n in names)}")
+        return float(found[0]), float(factor), (float(low), float(high), float(length))
 
     # What transformers' config classes have where a file leaves the base out.
     defaults = {"full_attention": 1e4, "sliding_attention": 1e4}
-    if raw["model_type"] == "gemma3_text":
+    if kind == "gemma3_text":
         defaults["full_attention"] = 1e6
     new = raw.get("rope_parameters") or {}
     if new.keys() & defaults.keys():  # transformers 5: a table for each kind of layer
+        if kind == "llama":
+            raise ValueError("rope_parameters for each kind of layer are not supported in a Llama")
         tables = {kind: new.get(kind) or {} for kind in defaults}
         return {kind: theta_and_factor(tables[kind], defaults[kind]) for kind in defaults}
     base = raw.get("rope_theta") or defaults["full_attention"]
     everywhere = theta_and_factor(new or raw.get("rope_scaling") or {}, base)
-    if raw["model_type"] != "gemma3_text":
+    if kind != "gemma3_text":
         return dict.fromkeys(defaults, everywhere)
     # In transformers 4 rope_scaling is for global layers only.
     local = float(raw.get("rope_local_base_freq") or defaults["sliding_attention"])
@@ -187,9 +238,13 @@ def load_model(
     supported.
     """
     found = name if isinstance(name, hub.ModelFiles) else hub.find_model(str(name))
+    cuda.prepare(device)
     tokenizer = Tokenizer(found.base)
     with torch.device("meta"):  # takes no memory: the weights come from the file
         model = Transformer(read_config(found.base))
+    if (tokenizer.family.name == "Gemma") != model.config.is_gemma:
+        raise UserError(f"{found.base}: tokenizer.json is {tokenizer.family.name}'s, but the "
+                        f"model_type in config.json is {model.config.model_type}")  # fmt: skip
     if max(tokenizer.stop_ids | {tokenizer.bos_id}) >= model.config.vocab_size:
         raise UserError(f"{found.base}: the tokenizer's ids exceed the model's vocabulary")
     if beyond := tokenizer.token_beyond(model.config.vocab_size):
@@ -224,23 +279,27 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def _load_weights(model: Transformer, folder: Path, dtype: torch.dtype, device: str) -> None:
     """Strict: every tensor the model has, none it does not have, each of the right shape."""
     params = dict(model.named_parameters())
-    params["lm_head.weight"] = params[EMBEDDING]
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    wanted["lm_head.weight"] = wanted[EMBEDDING]  # as some files call the tied embedding
+    params.setdefault("lm_head.weight", params[EMBEDDING])  # as some files call a tied embedding
+    wanted = {name: tuple(p.shape) for name, p in params.items()}
     loaded: dict[str, Tensor] = {}
     for file, named in hub.weight_files(folder).items():
         try:
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys() if named is None else named & set(tensors.keys()):
+                    name = _name_here(key, model.config)
+                    if name is None:
+                        continue
                     shape = tuple(tensors.get_slice(key).get_shape())
-                    if key not in wanted:
+                    if name not in wanted:
                         raise UserError(f"{file}: {key} {_no_place(key)}")
-                    if wanted[key] != shape:
+                    if wanted[name] != shape:
                         raise UserError(
-                            f"{file}: {key} has shape {shape}, the model needs {wanted[key]}"
+                            f"{file}: {key} has shape {shape}, the model needs {wanted[name]}"
                         )
-                    if distributed.is_part(params[key]):
-                        tensor = distributed.rows_here(tensors.get_slice(key), params[key])
+                    if name in loaded:
+                        raise UserError(f"{file}: {key} is there twice, under two names")
+                    if distributed.is_part(params[name]):
+                        tensor = distributed.rows_here(tensors.get_slice(key), params[name])
                     else:
                         tensor = tensors.get_tensor(key)
                     if tensor.dtype not in FLOATS:  # 8 bits are meaningless without their scales
@@ -250,19 +309,37 @@ def _load_weights(model: Transformer, folder: Path, dtype: torch.dtype, device: 
                     if not tensor.sum(dtype=torch.float32).isfinite():
                         raise UserError(f"{file}: {key} has entries that are NaN or infinite")
                     tensor = tensor.to(device, dtype)
-                    if distributed.is_part(params[key]):
-                        tensor = distributed.as_part(tensor, params[key])
-                    loaded[key] = tensor
+                    if distributed.is_part(params[name]):
+                        tensor = distributed.as_part(tensor, params[name])
+                    loaded[name] = tensor
         except SafetensorError as e:
             raise UserError(f"{file} is damaged or incomplete ({e}): download it again") from e
-    lm_head = loaded.pop("lm_head.weight", None)
-    if lm_head is not None and not torch.equal(loaded.setdefault(EMBEDDING, lm_head), lm_head):
-        reason = "differs from the embedding; a separate output head is not supported"
-        raise UserError(f"{folder}: lm_head.weight {reason}")
-    missing = sorted(wanted.keys() - loaded.keys() - {"lm_head.weight"})
+    if model.config.tied:
+        lm_head = loaded.pop("lm_head.weight", None)
+        if lm_head is not None and not torch.equal(loaded.setdefault(EMBEDDING, lm_head), lm_head):
+            reason = "differs from the embedding, which config.json ties it to"
+            raise UserError(f"{folder}: lm_head.weight {reason}")
+        del wanted["lm_head.weight"]
+    missing = sorted(wanted.keys() - loaded.keys())
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}")
     model.load_state_dict(loaded, strict=True, assign=True)
+
+
+def _name_here(name: str, config: Config) -> str | None:
+    """What we call a tensor or a layer of a checkpoint; None for the vision part of a multimodal
+    one. Only multimodal checkpoints have other names than we, in two layouts."""
+    if not config.multimodal:
+        return name
+    if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", name):
+        return None
+    name = re.sub(r"^(model\.language_model|language_model\.model)\.", "model.", name)
+    return name.removeprefix("language_model.")  # of language_model.lm_head
+
+
+def _name_for_peft(name: str, config: Config) -> str:
+    """What PEFT calls one of our layers: it puts adapters on the whole multimodal model."""
+    return re.sub(r"^model\.", "model.language_model.", name) if config.multimodal else name
 
 
 def _no_place(key: str) -> str:
@@ -270,7 +347,7 @@ def _no_place(key: str) -> str:
     for part, reason in {
         "_orig_mod.": "was saved from a compiled model: save its _orig_mod, the model itself",
         "module.": "was saved from a wrapped model: save its module, the model itself",
-        "language_model.": "is the text part of a multimodal model, which is not supported",
+        "language_model.": "is in the text part of a multimodal model, and has no place here",
         "v_head": "is a value head, as TRL's PPO saves it: save the model without it",
         "score.": "is a classifier's, and not a language model's",
         "qweight": "is quantised, which is not supported",
@@ -287,16 +364,28 @@ def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path | str) -> 
     adapters: merge them first."""
     if lora.adapters(model):
         raise ValueError("merge the adapters, or save them alone with save_adapter")
+    if model.config.multimodal:
+        raise UserError(f"{folder}: of a multimodal model only adapters can be saved")
     distributed.reshard(model)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     if distributed.RANK:
         return files.give_parts(weights, model.config.dtype)
+    _say_what_the_licence_asks(model.config)
     with files.replaced_folder(folder) as new:
         # The checkpoint's small files are copied unchanged, for other tools to read.
         for name in (*hub.REQUIRED, *hub.OPTIONAL):
             if (tokenizer.folder / name).exists():
                 files.write(new / name, [(tokenizer.folder / name).read_bytes()])
         files.write_tensors(new / "model.safetensors", weights, model.config.dtype)
+
+
+def _say_what_the_licence_asks(config: Config) -> None:
+    if not config.is_gemma:
+        _say_once("note: if you share this model, Llama's licence asks for a name that begins with "
+                  '"Llama", and for the words "Built with Llama"')  # fmt: skip
+
+
+_say_once = functools.cache(print)
 
 
 def save_trained(model: Transformer, tokenizer: Tokenizer, folder: Path, base_model: str) -> None:
@@ -312,7 +401,7 @@ def save_trained(model: Transformer, tokenizer: Tokenizer, folder: Path, base_mo
 PREFIX = "base_model.model."  # what PEFT writes before the base model's own names
 
 
-def save_adapter(model: nn.Module, folder: Path, base_model: str) -> None:
+def save_adapter(model: Transformer, folder: Path, base_model: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors. The folder is whole or absent.
     base_model: what `load_model` finds the base under. Stacked adapters are written as one."""
     if distributed.RANK:
@@ -330,10 +419,11 @@ def save_adapter(model: nn.Module, folder: Path, base_model: str) -> None:
         factors = {name: (m.lora_A.weight, m.lora_B.weight) for name, m in layers.items()}
         r, scale = len(first.lora_A.weight), first.scale
     # PEFT reads a target as the end of a name. Names in full are for an adapter that has left out
-    # some layers.
+    # some layers, and for a multimodal base, whose vision part has layers that end alike.
     targets = sorted({name.split(".")[-1] for name in layers})
-    if len(layers) < len([n for n, _ in model.named_modules() if n.split(".")[-1] in targets]):
-        targets = sorted(layers)
+    all_of_them = len([n for n, _ in model.named_modules() if n.split(".")[-1] in targets])
+    if len(layers) < all_of_them or model.config.multimodal:
+        targets = sorted(_name_for_peft(name, model.config) for name in layers)
     revision = None
     if hub.is_hub_id(base_model):
         base_model, _, revision = base_model.partition("@")
@@ -352,10 +442,11 @@ def save_adapter(model: nn.Module, folder: Path, base_model: str) -> None:
         "inference_mode": True,
     }
     tensors = {
-        f"{PREFIX}{name}.{side}.weight": factor
+        f"{PREFIX}{_name_for_peft(name, model.config)}.{side}.weight": factor
         for name, pair in factors.items()
         for side, factor in zip(("lora_A", "lora_B"), pair)
     }
+    _say_what_the_licence_asks(model.config)
     with files.replaced_folder(folder) as new:
         files.write_json(new / "adapter_config.json", config)
         files.write_tensors(new / "adapter_model.safetensors", tensors)
@@ -397,7 +488,7 @@ def read_adapter_config(folder: Path) -> dict:
     return config | {"scale": alpha / (math.sqrt(r) if config.get("use_rslora") else r)}
 
 
-def load_adapter(model: nn.Module, folder: Path) -> None:
+def load_adapter(model: Transformer, folder: Path) -> None:
     """Put a saved adapter, ours or PEFT's, on a model. Raises UserError if its kind is not
     supported or if it belongs to another model."""
     config = read_adapter_config(folder)
@@ -409,10 +500,12 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     model.requires_grad_(False)
     while tensors:
         key = next(iter(tensors))
-        name = key.removeprefix(PREFIX).rsplit(".lora_", 1)[0]
-        a = tensors.pop(f"{PREFIX}{name}.lora_A.weight", None)
-        b = tensors.pop(f"{PREFIX}{name}.lora_B.weight", None)
-        base = layers.pop(name, None)
+        theirs = key.removeprefix(PREFIX).rsplit(".lora_", 1)[0]
+        a = tensors.pop(f"{PREFIX}{theirs}.lora_A.weight", None)
+        b = tensors.pop(f"{PREFIX}{theirs}.lora_B.weight", None)
+        name = _name_here(theirs, model.config)
+        # Trap: the vocabulary reads the head's weight and would not see an adapter on the head.
+        base = layers.pop(name, None) if name != "lm_head" else None
         fits = a is not None and b is not None and isinstance(base, nn.Linear)
         if isinstance(base, nn.Linear) and (a is None) != (b is None):
             raise UserError(f"the adapter in {folder} has only one of A and B for {name}")
@@ -424,7 +517,8 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
             raise UserError(f"the adapter in {folder}: {name} has entries that are NaN or infinite")
         lora.replace_module(model, name, LoRALinear(base, a, b, config["scale"]))
     targets = config.get("target_modules")  # in PEFT's files, a list of name endings or a pattern
-    ends = tuple(f".{target}" for target in targets) if isinstance(targets, list) else ()
+    targets = [str(target) for target in targets] if isinstance(targets, list) else []
+    ends = tuple(f".{_name_here(target, model.config)}" for target in targets)
     # (Adapted layers were popped above.)
     absent = [name for name in layers if f".{name}".endswith(ends)]
     some_only = config.get("layers_to_transform") is not None or config.get("exclude_modules")
@@ -440,7 +534,8 @@ def _misfit(key: str) -> str:
         ".default.weight": "has the adapter's name in it; save it with PEFT's save_pretrained",
         "lora_embedding_": "adapts the embedding, which is not supported",
         "embed_tokens": "belongs to the embedding; trained or resized ones are not supported",
-        "lm_head": "belongs to the output head, which is the embedding here: not supported",
+        "lm_head": "belongs to the output head, which is never adapted here: not supported",
+        "vision_tower": "belongs to the vision part, which is not loaded: not supported",
         "lora_magnitude": "is DoRA's, which is not supported",
         "lora_B.bias": "is a bias of lora_B (lora_bias), which is not supported",
     }.items():
@@ -460,14 +555,14 @@ def set_checkpointing(model: Transformer, name: str) -> None:
 def compute_in_float32(model: Transformer) -> None:
     """Let a model compute in float32 whatever its weights' dtype, for machines without bfloat16.
 
-    The embedding is needed all the time, so it is cast once; other weights are cast as they are
-    used. All are copied out of the checkpoint's mapped file, or the file would stay in memory as
-    well.
+    The embedding and the output head are needed all the time, so they are cast once; other weights
+    are cast as they are used. All are copied out of the checkpoint's mapped file, or the file would
+    stay in memory as well.
     """
     model.activation_dtype = torch.float32
-    embedding = model.model.embed_tokens.weight
+    at_both_ends = {id(model.model.embed_tokens.weight), id(model.vocabulary.weight)}
     for p in model.parameters():
-        p.data = p.data.to(torch.float32 if p is embedding else p.dtype, copy=True)
+        p.data = p.data.to(torch.float32 if id(p) in at_both_ends else p.dtype, copy=True)
 
 
 def twin(model: Transformer) -> Transformer:
@@ -482,9 +577,9 @@ def twin(model: Transformer) -> Transformer:
 
 @contextlib.contextmanager
 def sampler_of(model: Transformer, bf16: bool) -> Iterator[Transformer]:
-    """`with sampler_of(model, bf16) as model`: a model to sample from. It is the model itself
-    unless each device has a part of it only: then all parts would travel for every token, so it is
-    a copy with all weights. bf16: linear weights are rounded, as autocast would do at every use.
+    """`with sampler_of(model, bf16) as model`: a model to sample from. Usually it is the model
+    itself. If that is sharded it is a whole copy, or the parts would travel for every token. bf16:
+    linear weights are rounded, as autocast would do at every use.
     """
     if not distributed.is_sharded(model):
         yield model

@@ -98,7 +98,7 @@ class AdamW:
             pieces.append((keep, distributed.first_entry(p), tensors))
         # As torch.nn.utils.clip_grad_norm_ has it.
         shrink = None if norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        # Both call update_block for all pieces: a CPU for CHUNK entries at a time.
+        # Both apply update_block to every tensor. A CPU takes CHUNK entries at a time.
         fast = cuda if cuda.compiles(pieces) else cpu
         fast.update_all(pieces, update_block, dither, CHUNK, shrink, self.step_count, numbers)
 
@@ -172,8 +172,9 @@ def block_size(shape: tuple[int, ...]) -> int | None:
     Gemma's width 2048, 192 for 1152, 160 for 640, 16 for LoRA's B of rank 16.
     """
     # A row of the embedding belongs to one token. If a frequent and a rare token shared a scale,
-    # the rare token's moments would be rounded away.
-    if math.prod(shape) < MIN_8BIT_SIZE or len(shape) < 2:  # a shard would cut a vector's blocks
+    # the rare token's moments would be rounded away. Vectors stay float32: --shard could cut one
+    # of their blocks in two.
+    if math.prod(shape) < MIN_8BIT_SIZE or len(shape) < 2:
         return None
     largest = max(n for n in range(1, MAX_BLOCK + 1) if shape[-1] % n == 0)
     return largest if largest >= MIN_BLOCK else None

@@ -1,14 +1,13 @@
-"""The network: Gemma 1, 2 and 3 (text) in one file. It imports torch and nothing of ours.
+"""The network: Gemma 1, 2 and 3 and Llama 3 (text) in one file. It imports torch, nothing of ours.
 
-A Config decides which Gemma is built. Module names are the checkpoint's tensor names, so loading is
-a strict `load_state_dict` without a mapping table. What differs from Llama is listed below. If one
-point is missed, everything still runs, and the logits are those of another model:
+A Config decides which model is built. Module names are the checkpoint's tensor names, so loading is
+a strict `load_state_dict` without a mapping table. What tells the families apart is listed below.
+If one point is missed, everything still runs, and the logits are those of another model:
 
-  all      Embeddings are multiplied by sqrt(hidden_size), rounded to the activations' dtype.
-           RMSNorm multiplies by (1 + weight), in float32, and rounds last. Llama rounds first.
+  Gemma    Embeddings are multiplied by sqrt(hidden_size), rounded to the activations' dtype.
+           RMSNorm multiplies by (1 + weight), in float32, and rounds last.
            The MLP is gated by GELU in its tanh form, whatever older configs call it.
            head_dim is free: heads * head_dim need not equal hidden_size.
-           The embedding matrix is also the output projection.
   Gemma 2  Attention scores are soft-capped before the mask, which PyTorch's fused attention cannot.
            The final logits are soft-capped, too.
            Local (sliding-window) and global layers alternate, starting with a local one.
@@ -16,9 +15,12 @@ point is missed, everything still runs, and the logits are those of another mode
            `post_attention_layernorm` means something else in Gemma 1: its norm before the MLP.
   Gemma 3  Queries and keys pass through RMSNorm before rotary. There is one global layer to five
            local ones, and each kind has its own rotary base.
+  Llama 3  Embeddings are not scaled. RMSNorm rounds first and then multiplies by the weight. The
+           MLP is gated by SiLU. From 8B on the output projection is not the embedding matrix. From
+           3.1 on slow rotary channels are slowed further, at short positions as well.
 
-The window of a local layer includes the query. No layer has a bias, as in Llama. Sources: the
-Gemma reports (arXiv 2403.08295, 2408.00118, 2503.19786) and the checkpoints.
+The window of a local layer includes the query. No layer has a bias. Sources: the Gemma reports
+(arXiv 2403.08295, 2408.00118, 2503.19786), the Llama 3 report (2407.21783) and the checkpoints.
 
 Shapes   B batch   T tokens   S cached positions   D hidden_size   I intermediate_size
          V vocabulary   H query heads   K key/value heads   N head_dim
@@ -39,7 +41,7 @@ from torch.utils.checkpoint import checkpoint
 class Config:
     """The fields of config.json that matter here, in one spelling (model.py reads the file)."""
 
-    model_type: str  # gemma, gemma2 or gemma3_text
+    model_type: str  # gemma, gemma2, gemma3_text or llama
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -51,14 +53,20 @@ class Config:
     query_pre_attn_scalar: float  # attention scores are divided by its square root
     layer_types: tuple[str, ...]  # "full_attention" or "sliding_attention", one per layer
     sliding_window: int | None  # how many tokens a local layer sees, the query included
-    rope: dict[str, tuple[float, float]]  # layer type -> (base, factor that divides positions)
+    rope: dict[str, tuple]  # layer type -> what `rotary` takes: base, factor and perhaps bands
     attn_logit_softcapping: float | None
     final_logit_softcapping: float | None
     dtype: torch.dtype  # of the weights on disk; a trained model is saved in it again
+    tied: bool = True  # whether the embedding is also the output projection
+    multimodal: bool = False  # the text part of a checkpoint that has a vision part, too
+
+    @property
+    def is_gemma(self) -> bool:
+        return self.model_type != "llama"
 
     @property
     def norms_after(self) -> bool:
-        return self.model_type != "gemma"
+        return self.model_type in ("gemma2", "gemma3_text")
 
     @property
     def norms_qk(self) -> bool:
@@ -69,16 +77,18 @@ class Config:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * (1 + weight), in float32, then rounded to x's dtype."""
+    """Gemma: x / sqrt(mean(x^2) + eps) * (1 + weight), in float32, then rounded to x's dtype.
+    Llama: x / sqrt(mean(x^2) + eps) in float32, rounded to x's dtype, then * weight."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, config: Config):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size))  # 0 means a gain of 1
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(size))  # in Gemma, 0 means a gain of 1
+        self.eps, self.is_gemma = config.rms_norm_eps, config.is_gemma
 
     def forward(self, x: Tensor) -> Tensor:
-        gain = 1.0 + self.weight.float()
-        return F.rms_norm(x.float(), gain.shape, gain, self.eps).to(x.dtype)
+        gain = 1.0 + self.weight.float() if self.is_gemma else None
+        normed = F.rms_norm(x.float(), self.weight.shape, gain, self.eps).to(x.dtype)
+        return normed if self.is_gemma else normed * self.weight.to(x.dtype)
 
 
 class Linear(nn.Linear):
@@ -113,10 +123,17 @@ class Vocabulary(NamedTuple):
         return logits if self.cap is None else self.cap * torch.tanh(logits.float() / self.cap)
 
 
-def rotary(positions: Tensor, head_dim: int, base: float, factor: float, dtype) -> tuple:
-    """cos and sin of the rotations, computed in float32: positions (B, T) -> (B, 1, T, N) each."""
+def rotary(positions: Tensor, head_dim: int, dtype, base: float, factor=1.0, bands=None) -> tuple:
+    """cos and sin of the rotations, computed in float32: positions (B, T) -> (B, 1, T, N) each.
+    The factor divides positions. bands: (low, high, length), where it does not for all channels."""
     channels = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     frequency = 1.0 / base ** (channels / head_dim)  # (N/2,)
+    if bands:
+        # Llama 3.1 exempts a channel that makes `high` full turns or more in `length` positions.
+        # One that makes `low` or fewer is divided like all, and in between the two are mixed.
+        low, high, length = bands
+        exempt = ((length * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (1 + exempt * (factor - 1))
     angle = positions[:, None, :, None].float() / factor * frequency  # (B, 1, T, N/2)
     # Channel i is paired with channel i + N/2. (Other models interleave: 2i with 2i + 1.) A pair
     # (a, b) becomes (a cos - b sin, b cos + a sin). The minus is made here: sin(-x) is -sin(x).
@@ -136,7 +153,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scal
         # One new token per row. The H/K query heads that share a key head take the place of the
         # query axis, so that keys and values are read once and not copied H/K times.
         out = F.scaled_dot_product_attention(q.view(B, K, H // K, N), k, v, mask, scale=scale)
-        return out.view(B, H, T, N)
+        return out.reshape(B, H, T, N)  # a GPU's kernel may return its axes in another order
     if K != H:  # a view when K is 1 (Gemma 1 2B, Gemma 3 270M and 1B), otherwise a copy
         k = k[:, :, None].expand(-1, -1, H // K, -1, -1).reshape(B, H, -1, N)
         v = v[:, :, None].expand(-1, -1, H // K, -1, -1).reshape(B, H, -1, N)
@@ -208,8 +225,7 @@ class Attention(nn.Module):
         self.q_proj, self.o_proj = Linear(D, H * N), Linear(H * N, D)
         self.k_proj, self.v_proj = Linear(D, K * N), Linear(D, K * N)
         if config.norms_qk:
-            self.q_norm = RMSNorm(N, config.rms_norm_eps)
-            self.k_norm = RMSNorm(N, config.rms_norm_eps)
+            self.q_norm, self.k_norm = RMSNorm(N, config), RMSNorm(N, config)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Callable) -> Tensor:
         c, (B, T, _) = self.config, x.shape
@@ -231,17 +247,18 @@ class MLP(nn.Module):
         super().__init__()
         D, inner = config.hidden_size, config.intermediate_size
         self.gate_proj, self.up_proj = Linear(D, inner), Linear(D, inner)
-        self.down_proj = Linear(inner, D)
+        self.down_proj, self.is_gemma = Linear(inner, D), config.is_gemma
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = F.gelu(self.gate_proj(x), approximate="tanh")  # (B, T, I)
+        gate = self.gate_proj(x)  # (B, T, I)
+        gate = F.gelu(gate, approximate="tanh") if self.is_gemma else F.silu(gate)
         return self.down_proj(gate * self.up_proj(x))  # (B, T, D)
 
 
 class Block(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        norm = lambda: RMSNorm(config.hidden_size, config.rms_norm_eps)  # noqa: E731
+        norm = lambda: RMSNorm(config.hidden_size, config)  # noqa: E731
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
         self.input_layernorm = norm()
@@ -253,7 +270,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Callable) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), angles, attend)
-        if not self.norms_after:  # Gemma 1: a norm before each half
+        if not self.norms_after:  # Gemma 1 and Llama: a norm before each half
             x = x + attended
             return x + self.mlp(self.post_attention_layernorm(x))
         x = x + self.post_attention_layernorm(attended)  # Gemma 2 and 3: before and after each half
@@ -283,9 +300,11 @@ class Transformer(nn.Module):
         # would import PyTorch's compiler and cost 3 seconds at every start.
         embedding = nn.Embedding(V, D, _weight=torch.empty(V, D))
         layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        norm = RMSNorm(D, config.rms_norm_eps)
+        norm = RMSNorm(D, config)
         # Called "model" because the checkpoint's tensor names begin with "model.".
         self.model = nn.ModuleDict({"embed_tokens": embedding, "layers": layers, "norm": norm})
+        if not config.tied:
+            self.lm_head = Linear(D, V)
         self.activation_dtype: torch.dtype | None = None  # None: that of the weights
 
     def forward(
@@ -304,12 +323,13 @@ class Transformer(nn.Module):
             def attend(layer: int, q, k, v, scale, cap) -> Tensor:
                 return attend_causally(q, k, v, c.window(layer), scale, cap)
 
-        angles = {k: rotary(positions, c.head_dim, *c.rope[k], dtype) for k in set(c.layer_types)}
+        angles = {k: rotary(positions, c.head_dim, dtype, *c.rope[k]) for k in set(c.layer_types)}
         weight = self.model.embed_tokens.weight
         x = self.lookup(ids, weight).to(self.activation_dtype or weight.dtype)  # (B, T, D)
-        # The scale is rounded as x is: for gemma-2b sqrt(2048) = 45.2548, and 45.25 in bfloat16.
-        # Under full fine-tuning x is float32 even with autocast, so there it is 45.2548.
-        x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype).item()
+        if c.is_gemma:
+            # The scale is rounded as x is: for gemma-2b sqrt(2048) = 45.2548, and 45.25 in
+            # bfloat16. Under full fine-tuning x is float32 even with autocast: there it is 45.2548.
+            x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype).item()
         for block, kind in zip(self.model.layers, c.layer_types, strict=True):
             if self.recompute and torch.is_grad_enabled():
                 # Backward computes this block again instead of reading what forward kept.
@@ -321,8 +341,9 @@ class Transformer(nn.Module):
 
     @property
     def vocabulary(self) -> Vocabulary:
-        # Row v embeds token v at the input; its product with a hidden state is token v's logit.
-        return Vocabulary(self.model.embed_tokens.weight, self.config.final_logit_softcapping)
+        # Row v's product with a hidden state is token v's logit. Tied, it also embeds token v.
+        weight = self.model.embed_tokens.weight if self.config.tied else self.lm_head.weight
+        return Vocabulary(weight, self.config.final_logit_softcapping)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V). Trap: for a training batch these are gigabytes; see logprob.py."""

@@ -36,7 +36,7 @@ from nanogsm.transformer import Transformer  # noqa: E402
 
 SLOW = 1.0  # seconds; the readers need well under a millisecond
 CONFIGS = [json.loads((ROOT / f"tests/fixtures/{name}/config.json").read_text())
-           for name in ("gemma1", "gemma2", "gemma3")]  # fmt: skip
+           for name in "gemma1 gemma2 gemma3 gemma3_vision llama30 llama32".split()]  # fmt: skip
 ATOMS = [
     "####", "#", "###", " ", "  ", "$", "-", "--", "+", "1", "72", "1,234", "1,23", ",", ".", ".5",
     "7.", "1e5", "\n", "\t", "\r", "Question:", "Quest", "ion:", "<<48/2=24>>", "=", "%", "²", "٣",
@@ -48,7 +48,7 @@ ADAPTER = json.loads((ROOT / "tests/fixtures/gemma3_peft/adapter_config.json").r
 VALUES = [
     None, True, False, 0, -1, 1, 2, 3, 7, 2**31, 10**9, 10**30, 0.5, -0.5, 1e308, math.nan,
     math.inf, "", "x", "7", "float32", "full_attention", "../../x", [], [1], ["full_attention"], {},
-    {"a": 1}, {"rope_type": "linear", "factor": 0}, "\x00", "9" * 300,
+    {"a": 1}, {"rope_type": "linear", "factor": 0}, {"rope_type": "llama3"}, "\x00", "9" * 300,
 ]  # fmt: skip
 NAMES = [
     "model.safetensors", "a-00001-of-00002.safetensors", "../x.safetensors", "/etc/passwd",

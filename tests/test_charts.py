@@ -91,3 +91,23 @@ def test_labels_are_written_in_full_and_inside_the_picture(high, written):
     assert all(x - digit * len(label) >= 0 for label, x in labels(page, "y").items())  # ends at x
     for label, x in labels(page, "x").items():  # its middle is at x
         assert digit * len(label) / 2 <= x <= charts.WIDTH - digit * len(label) / 2
+
+
+@pytest.mark.parametrize(
+    "value, written",
+    [(15_000, "15,000"), (0.1 + 0.2, "0.3"), (2e-5, "2e-5"), (0.0002, "0.0002"), (3e12, "3e12")],
+)
+def test_numbers_are_written_as_one_reads_them(value, written):
+    assert charts.number(value) == written
+
+
+def test_the_x_axis_is_named_and_reaches_its_last_step():
+    panel = charts.Panel("t", [("a", [(10, 1.0)])], x="step <1>", last=20)
+    page = charts.page([panel], ["a"])
+    assert list(labels(page, "axis")) == ["step <1>"]
+    x = labels(page, "x")
+    assert x["0"] == charts.LEFT and x["20"] == charts.WIDTH - charts.RIGHT
+    [dot] = ET.fromstring(page).iter(f"{SVG}circle")  # one point makes no line
+    assert float(dot.get("cx")) == pytest.approx((x["0"] + x["20"]) / 2)
+    many = charts.Panel("t", [("a", [(i, 1.0) for i in range(99)])])
+    assert "<circle" not in charts.page([many], ["a"])

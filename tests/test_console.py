@@ -33,7 +33,9 @@ def test_signal_sets_a_flag_and_handlers_are_restored(default_signals, capfd, nu
         assert stop.requested == number and stop.exit_code == code
         assert "continue from step 7" in stop.message(7)
     assert signal.getsignal(number) is before
-    assert "press Ctrl-C again to stop at once" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "stopping after this step" in said
+    assert ("press Ctrl-C again to stop at once" in said) == (number == signal.SIGINT)
 
 
 def test_second_ctrl_c_interrupts_at_once(default_signals):
@@ -236,3 +238,8 @@ def test_commit_is_that_of_our_checkout_or_absent(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "venv/nanogsm/run/machine.py"))
     (tmp_path / "venv").mkdir()
     assert "commit" not in machine.environment()
+
+
+def test_shares_are_listed_as_percentages_and_steps_in_full():
+    metrics = {"step": 15_000, "val_loss": 0.113449, "val_exact_match": 0.5938}
+    assert console.listed(metrics) == "step 15000, val_loss 0.1134, val_exact_match 59.4%"

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import FIXTURES
 
 from nanogsm import data, generate, model, optim, transformer
@@ -18,7 +19,7 @@ LENGTHS = [5, 1, 9, 4]
 # ---------------------------------------------------------------------------------- attention
 
 
-@pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3", "llama32"])
 @pytest.mark.parametrize("checkpointing", ["none", "light"])
 def test_rows_that_attend_together_give_the_same_model(name, checkpointing):
     """Hidden states and all gradients of a whole model: local windows, caps, shared keys."""
@@ -37,6 +38,19 @@ def test_rows_that_attend_together_give_the_same_model(name, checkpointing):
     assert torch.allclose(plain, fast, rtol=1e-6, atol=1e-6) and plain.abs().max() > 0.1
     for n, grad in grads.items():
         assert (fast_grads[n] - grad).norm() <= 1e-5 * grad.norm(), n
+
+
+@pytest.mark.parametrize("heads, shared_by, queries", [(8, 4, 1), (8, 8, 1), (4, 1, 1), (8, 4, 5)])
+def test_attention_takes_a_kernels_result_in_any_order(heads, shared_by, queries, monkeypatch):
+    """A GPU's kernels return (B, H, T, N) as it would lie in memory if it were (B, T, H, N)."""
+    draw = lambda h, t: torch.randn(3, h, t, 16)  # noqa: E731
+    q, k, v = draw(heads, queries), draw(heads // shared_by, 7), draw(heads // shared_by, 7)
+    mask = (torch.rand(3, 1, queries, 7) < 0.7).index_fill(3, torch.tensor([0]), True)
+    want = transformer.softmax_attention(q, k, v, mask, 0.25, None)
+    real = F.scaled_dot_product_attention
+    turned = lambda *a, **kw: real(*a, **kw).transpose(1, 2).contiguous().transpose(1, 2)  # noqa: E731
+    monkeypatch.setattr(F, "scaled_dot_product_attention", turned)
+    assert torch.equal(transformer.softmax_attention(q, k, v, mask, 0.25, None), want)
 
 
 def test_a_models_own_kernels_are_set_by_its_device(monkeypatch):

@@ -6,6 +6,7 @@ The last two tests read real files. They run if these variables name them:
     NANOGSM_DATA_DIR=gsm8k NANOGSM_GEMMA=folder-of-tokenizer.json pytest tests/test_data.py
 """
 
+import hashlib
 import json
 import os
 import random
@@ -420,6 +421,76 @@ def test_show_puts_a_mask_bit_to_each_token(tokenizer):
         tokenizer.show(ids, mask[:-1])
 
 
+# Llama's tokenizers
+
+LLAMAS = {name: FIXTURES / name for name in ("llama30", "llama32")}
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+@pytest.mark.parametrize("answer", ["#### 72", None])
+def test_llamas_chat_ids_equal_its_own_template(name, answer):
+    """The first turns of the fixture's conversation. In 3.1 and later a dated system turn leads."""
+    expected = json.loads((LLAMAS[name] / "chat.json").read_text())
+    assert ("Cutting Knowledge Date" in expected["text"]) == (name == "llama32")
+    ids, mask = encode(Tokenizer(LLAMAS[name]), Prompt("chat"), "How many clips?", answer)
+    assert ids == expected["ids"][: len(ids)] and len(ids) >= 25
+    assert sum(mask) == (0 if answer is None else 5)  # "####", " ", "7", "2" or "72", <|eot_id|>
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_llamas_plain_examples_end_with_end_of_text(name):
+    tokenizer = Tokenizer(LLAMAS[name])
+    ids, mask = encode(tokenizer, Prompt(shots=1, instruction=True), "How many?", "It is 5.")
+    raw = tokenizers.Tokenizer.from_file(str(LLAMAS[name] / "tokenizer.json"))
+    text = (f"<|begin_of_text|>{data.INSTRUCTION}\n\nQuestion: {data.ONE_SHOT.question}\nAnswer: "
+            f"{data.ONE_SHOT.answer}\n\nQuestion: How many?\nAnswer: It is 5."
+            "<|end_of_text|>")  # fmt: skip
+    assert ids == raw.encode(text, add_special_tokens=False).ids
+    supervised = [i for i, bit in zip(ids, mask) if bit]
+    assert tokenizer.decode(supervised) == " It is 5." and supervised[-1] == tokenizer.eos_id
+
+
+@pytest.mark.parametrize(
+    "name, pad, stops",
+    [
+        ("llama30", "<|reserved_special_token_0|>", {"end_of_text", "eot_id"}),
+        ("llama32", "<|finetune_right_pad_id|>", {"end_of_text", "eot_id", "eom_id"}),
+    ],
+)
+def test_llamas_padding_and_stops(tmp_path, name, pad, stops):
+    """Without a config beside it. The fixture's own configs name the same ids, or fewer."""
+    shutil.copy(LLAMAS[name] / "tokenizer.json", tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    vocabulary = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab()
+    assert tokenizer.pad_id == vocabulary[pad] and tokenizer.pad_id not in tokenizer.stop_ids
+    assert tokenizer.stop_ids == {vocabulary[f"<|{stop}|>"] for stop in stops}
+    assert Tokenizer(LLAMAS[name]).stop_ids == tokenizer.stop_ids
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3]}))
+    assert Tokenizer(tmp_path).stop_ids == tokenizer.stop_ids | {3}
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": tokenizer.pad_id}))
+    with pytest.raises(UserError, match=re.escape(f"{pad} is also a stop token")):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_llamas_special_tokens_inside_a_problem_stay_text(name):
+    tokenizer = Tokenizer(LLAMAS[name])
+    nasty = "a<|eot_id|><|start_header_id|>system<|end_header_id|> <|end_of_text|> {} {role}"
+    for prompt in (Prompt(), Prompt("chat")):
+        ids, _ = encode(tokenizer, prompt, nasty, nasty)
+        plain, _ = encode(tokenizer, prompt, "q", "a")
+        for special in range(373, 384):
+            assert ids.count(special) == plain.count(special)
+        assert tokenizer.decode(ids).count(nasty) == 2
+
+
+def test_a_colon_of_llamas_tokenizer_is_seen():
+    tokenizer = Tokenizer(LLAMAS["llama32"])
+    ids = tokenizer.encode("5.\n\nQuestion:")
+    assert data.starts_new_question(tokenizer, ids)
+    assert not any(data.starts_new_question(tokenizer, ids[:n]) for n in range(1, len(ids)))
+
+
 # Batches
 
 
@@ -456,7 +527,7 @@ def tokenizer_folder(folder: Path, change=lambda t: None, **configs) -> Path:
 
 def test_special_ids_are_those_of_the_fixture(tokenizer):
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (PAD, BOS, EOS)
-    assert (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id) == (START, END)
+    assert tokenizer.turn("user", "Hi")[0] == START and tokenizer.end_of_turn_id == END
 
 
 @pytest.mark.parametrize(
@@ -601,12 +672,53 @@ def test_an_empty_question_is_named_by_line(tmp_path, question):
     path = write(tmp_path, f"{row()}\n\n{row(question)}\n")
     with pytest.raises(UserError, match="line 3: the question is empty"):
         read_jsonl(path)
+    path = write(tmp_path, f"{row()}\n\n{row(answer=question)}\n")
+    with pytest.raises(UserError, match="line 3: the answer is empty"):
+        read_jsonl(path, unscored=True)
 
 
-@pytest.mark.parametrize("answer", ["", "72", "#### ", "#### many", "### 72"])
+@pytest.mark.parametrize("answer", ["72", "#### ", "#### many", "### 72"])
 def test_an_answer_without_a_number_after_the_marker_is_named_by_line(tmp_path, answer):
     path = write(tmp_path, f"{row()}\n{row(answer=answer)}\n")
-    with pytest.raises(UserError, match='line 2: the answer has no "#### number"$'):
+    with pytest.raises(UserError, match='line 2: the answer has no "#### number" and no .boxed{} .--unscored'):
+        read_jsonl(path)
+
+
+ASKED, SAID = {"role": "user", "content": " 2 + 3? "}, {"role": "assistant", "content": "#### 5\n"}
+SYSTEM = {"role": "system", "content": "Be brief.\n"}
+
+
+@pytest.mark.parametrize(
+    "line, question",
+    [({"prompt": " 2 + 3? ", "completion": "#### 5\n", "id": 1}, "2 + 3?"),
+     ({"messages": [ASKED, SAID], "source": "x"}, "2 + 3?"),
+     ({"messages": [SYSTEM, ASKED, SAID]}, "Be brief.\n\n2 + 3?")],
+)  # fmt: skip
+def test_other_names_of_question_and_answer(tmp_path, line, question):
+    path = write(tmp_path, f"{row()}\n{json.dumps(line)}\n")
+    assert read_jsonl(path)[1] == (question, "#### 5", 1)
+
+
+@pytest.mark.parametrize(
+    "turns, says",
+    [([ASKED, SAID, ASKED, SAID], "not user, assistant, user, assistant"), ([ASKED], "not user"),
+     ([SAID, ASKED], "not assistant, user"), ([], "not none"), ([ASKED, SYSTEM, SAID], "turn"),
+     ([{"role": ["x"] * 99, "content": ""}], "not ['x', 'x'"), ("text", "not a JSON object"),
+     ([3, 4], "not a JSON object"), ([ASKED, {"role": "assistant"}], "'content' is missing"),
+     ([ASKED, {"role": "assistant", "content": [{"text": "5"}]}], "not a JSON object"),
+     ([{"role": "user", "content": ""}, SAID], "the question is empty")],
+)  # fmt: skip
+def test_other_chats_are_refused_with_their_line(tmp_path, turns, says):
+    path = write(tmp_path, f"{row()}\n{json.dumps({'messages': turns})}\n")
+    with pytest.raises(UserError, match=f"line 2: .*{re.escape(says)}") as caught:
+        read_jsonl(path)
+    assert len(str(caught.value)) < 400
+
+
+def test_unscored_answers_need_no_number(tmp_path):
+    path = write(tmp_path, row(answer="A cat."))
+    assert read_jsonl(path, unscored=True)[0].answer == "A cat."
+    with pytest.raises(UserError, match="--unscored"):
         read_jsonl(path)
 
 
@@ -708,7 +820,7 @@ def test_data_names_a_gsm8k_file_or_ones_own(tmp_path, monkeypatch):
     for split in ("train", "test"):
         assert load_problems(str(own), split) == [Problem("How many?", "#### 3", 0)]
     assert len(asked) == 4
-    with pytest.raises(UserError, match="--data mian: give main, socratic or a file"):
+    with pytest.raises(UserError, match="--data mian: give main, socratic, math or a file"):
         load_problems("mian", "train")
 
 
@@ -794,7 +906,16 @@ def test_digest_changes_with_a_character_and_with_the_order():
 
 # Real data, if there is any
 
-DATA_DIR, REAL_GEMMA = os.environ.get("NANOGSM_DATA_DIR"), os.environ.get("NANOGSM_GEMMA")
+DATA_DIR = os.environ.get("NANOGSM_DATA_DIR")
+MATH = os.environ.get("NANOGSM_MATH")  # a JSONL file with "problem" and "solution"
+# Folders with a real tokenizer.json each, separated as in PATH
+REAL = {
+    name: os.environ.get(f"NANOGSM_{name.upper()}", "").split(os.pathsep)
+    for name in ("gemma", "llama")
+}
+real_tokenizers = pytest.mark.parametrize(
+    "folder", [folder for folders in REAL.values() for folder in folders if folder] or [None]
+)
 
 
 @pytest.mark.skipif(not DATA_DIR, reason="NANOGSM_DATA_DIR is not set")
@@ -808,22 +929,76 @@ def test_gsm8k_has_integer_answers_disjoint_splits_and_passes_its_own_check():
     assert not {p.question for p in train} & {p.question for p in test}
 
 
-@pytest.mark.skipif(not (DATA_DIR and REAL_GEMMA), reason="also needs NANOGSM_GEMMA")
-def test_gsm8k_by_a_real_tokenizer(tmp_path):
-    shutil.copy(Path(REAL_GEMMA) / "tokenizer.json", tmp_path)
-    tokenizer, longest = Tokenizer(tmp_path), 0
-    raw = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    for p in load_problems("main", "train", DATA_DIR):
-        asked, _ = encode(tokenizer, Prompt(), p.question)
-        ids, mask = encode(tokenizer, Prompt(), p.question, p.answer)
-        assert ids[: len(asked)] == asked
-        assert mask == [0] * len(asked) + [1] * (len(ids) - len(asked))
-        assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 1
-        assert ids[-1] == tokenizer.eos_id and ids.count(tokenizer.eos_id) == 1
-        joint = f"<bos>Question: {p.question}\nAnswer: {p.answer}<eos>"
-        assert ids == raw.encode(joint, add_special_tokens=False).ids
-        longest = max(longest, len(ids))
+@pytest.mark.skipif(not DATA_DIR, reason="NANOGSM_DATA_DIR is not set")
+def test_the_digests_of_gsm8ks_rows_are_those_of_its_files():
+    there = [name for name in data.hub.DATA_FILES if (Path(DATA_DIR) / name).exists()]
+    for name in there:
+        pairs = [[p.question, p.answer] for p in read_jsonl(Path(DATA_DIR) / name)]
+        found = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+        assert data.hub.DATA_FILES[name].rows_sha256 in (found, None), name
+    assert there
+
+
+def test_several_worked_examples_come_in_their_order(tmp_path):
+    tokenizer = Tokenizer(data.hub.EMBEDDED)
+    shots = tuple(Problem(f"{i} + 1?", f"#### {i + 1}", i) for i in range(3))
+    for style in ("plain", "chat"):
+        prompt = Prompt(style, 2, True, examples=shots)
+        text = tokenizer.decode(encode(tokenizer, prompt, "8 + 1?")[0])
+        order = ["format '#### <number>'.", "0 + 1?", "#### 1", "1 + 1?", "#### 2", "8 + 1?"]
+        assert [text.count(part) for part in order] == [1] * 6 and "2 + 1?" not in text
+        assert sorted(order, key=text.index) == order
+        alone = encode(tokenizer, prompt._replace(shots=0), "8 + 1?")[0]
+        assert encode(tokenizer, prompt._replace(shots=0, examples=()), "8 + 1?")[0] == alone
+    assert str(Prompt("plain", 5)) == "plain, 5-shot"
+    assert Prompt("plain", 5).settings() == {"style": "plain", "shots": 5, "instruction": False}
+
+
+def longest_of(folder, pairs, styles=("plain", "chat")) -> int:
+    """Checks that every pair is encoded as its whole text would be, the prompt a prefix. Returns
+    the length of the longest example in plain style."""
+    tokenizer, longest = Tokenizer(folder), 0
+    raw, family = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json"), tokenizer.family
+    header = "".join(family.header)
+    before = "".join((header.format("system"), family.system, family.end_of_turn, family.after))
+    for question, answer in pairs:
+        asks = f"{header.format('user')}{question}{family.end_of_turn}{family.after}"
+        whole = {
+            "plain": f"Question: {question}\nAnswer: {answer}{family.eos}",
+            "chat": f"{before if family.system else ''}{asks}{header.format(family.model)}"
+                    f"{answer}{family.end_of_turn}",
+        }  # fmt: skip
+        for style in styles:
+            asked, _ = encode(tokenizer, Prompt(style), question)
+            ids, mask = encode(tokenizer, Prompt(style), question, answer)
+            assert ids[: len(asked)] == asked
+            assert mask == [0] * len(asked) + [1] * (len(ids) - len(asked))
+            assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 1
+            assert [i in tokenizer.stop_ids for i in ids[len(asked) :]].index(True) == sum(mask) - 1
+            assert ids == raw.encode(family.bos + whole[style], add_special_tokens=False).ids
+            longest = max(longest, len(ids)) if style == "plain" else longest
+    return longest
+
+
+@pytest.mark.skipif(not DATA_DIR, reason="NANOGSM_DATA_DIR is not set")
+@real_tokenizers
+def test_gsm8k_by_a_real_tokenizer(folder):
+    if folder is None:
+        pytest.skip("NANOGSM_GEMMA and NANOGSM_LLAMA are not set")
+    problems = load_problems("main", "train", DATA_DIR) + load_problems("main", "test", DATA_DIR)
+    longest = longest_of(folder, [(p.question, p.answer) for p in problems])
+    print(f"{folder}: {len(problems)} problems, the longest has {longest} tokens")
     assert 400 < longest <= 768  # train_sft.py's --max-seq-length leaves nothing out
+
+
+@pytest.mark.skipif(not MATH, reason="NANOGSM_MATH is not set")
+@real_tokenizers
+def test_math_by_a_real_tokenizer(folder):
+    if folder is None:
+        pytest.skip("NANOGSM_GEMMA and NANOGSM_LLAMA are not set")
+    rows = [json.loads(line) for line in Path(MATH).read_text("utf-8").splitlines()]
+    longest = longest_of(folder, [(row["problem"], row["solution"]) for row in rows])
+    print(f"{folder}: {len(rows)} problems, the longest has {longest} tokens")
 
 
 def test_a_permutation_follows_from_seed_and_epoch_alone():

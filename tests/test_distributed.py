@@ -4,6 +4,7 @@ Processes are forked from this one, which has PyTorch loaded, so that they start
 has a limit of time: ranks that wait for each other would wait for an hour.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -12,7 +13,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,9 +26,10 @@ from safetensors.torch import load_file
 import evaluate
 import train_ppo
 import train_sft
-from nanogsm import UserError, data, distributed, generate, optim
-from nanogsm.model import load_model
-from nanogsm.run import console, loop
+from nanogsm import UserError, boxed, data, distributed, generate, optim
+from nanogsm.model import load_model, sampler_of, save_model
+from nanogsm.run import card, console, loop, machine
+from nanogsm.run.critic import find_critic
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks processes with PyTorch in them")
 
@@ -207,9 +211,10 @@ def test_sft_is_the_same_on_many_devices(alone, tmp_path, count, more):
 
 
 PPO_LORA = ["--lora", "--critic", "separate", "--critic-warmup", "1"]
+GRPO = ["--advantage", "grpo", "--group", "2", "--shard", "3", "--penalty-no-answer", "0.3"]
 
 
-@pytest.mark.parametrize("more", [[], PPO_LORA, ["--shard", "3", "--critic-warmup", "1"]])
+@pytest.mark.parametrize("more", [[], PPO_LORA, ["--shard", "3", "--critic-warmup", "1"], GRPO])
 def test_ppo_is_the_same_on_many_devices(alone, tmp_path, more, monkeypatch):
     """14 answers in updates of 6, 6 and 2, on 3 ranks: unequal shares, and once none at all."""
     reward = lambda completion, *_: float(len(completion) % 2)  # noqa: E731
@@ -221,8 +226,37 @@ def test_ppo_is_the_same_on_many_devices(alone, tmp_path, more, monkeypatch):
     assert (one / "samples.jsonl").read_text() == (out / "samples.jsonl").read_text()
     first = next(row for row in rows(out) if "kl" in row)
     assert first["first_ratio_error"] == 0 and first["kl"] == 0 and first["kl_sequence"] == 0
+    if more is GRPO:
+        assert first["reward_no_answer"] < 0
+        assert not list(out.glob("value_head*"))
+        return
     a, b = (load_file(f / "value_head.safetensors") for f in (one, out))
     assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+    assert find_critic(str(out)).separate == ("separate" in more)
+
+
+def test_an_untied_output_head_in_parts(tmp_path):
+    """Two micro-batches on three ranks: one rank is dealt nothing, and its part of the head, which
+    forward does not use, has to take part in the sum. Then sampling and saving."""
+    examples = [data.Example([2, 9, 40, 7, i], [0, 0, 1, 1, 1], i) for i in (30, 50)]
+
+    def work(shard: int):
+        model, tokenizer = load_model(FIXTURES / "llama30", torch.float32, shard=shard)
+        loss = train_sft.backward_step(model, examples, 1, 0, contextlib.nullcontext)
+        grads = {n: distributed.whole(p.grad).tolist() for n, p in model.named_parameters()}
+        with sampler_of(model, False) as sampler:
+            [found] = generate.generate(sampler, [[2, 9, 40]], frozenset(), 6)
+        save_model(model, tokenizer, tmp_path / str(shard))
+        return loss.item(), grads, found.ids
+
+    loss, grads, ids = work(1)
+    for other_loss, others, other_ids in on_ranks(3, work, 3):
+        assert other_loss == pytest.approx(loss, rel=1e-6) and other_ids == ids
+        for name, grad in grads.items():
+            a, b = torch.tensor(grad), torch.tensor(others[name])
+            assert a.any() and (a - b).abs().max() <= 1e-5 * a.abs().max(), name
+    one, parts = (load_file(tmp_path / f / "model.safetensors") for f in "13")
+    assert one.keys() == parts.keys() and all(torch.equal(one[k], parts[k]) for k in one)
 
 
 @pytest.mark.parametrize("flags", [[], ["--samples", "2", "--temperature", "0.9"]])
@@ -234,6 +268,84 @@ def test_an_evaluation_is_the_same_to_the_byte(tmp_path, flags):
     assert one.read_bytes() == many.read_bytes() and one.read_bytes()
     figures = [json.loads(f.with_suffix(".json").read_text())["accuracy"] for f in (one, many)]
     assert figures[0] == figures[1]
+
+
+def test_a_critic_chooses_the_same_answers(alone, tmp_path):
+    run = str(alone(train_ppo, PPO))
+    argv = ["--tiny", "--device", "cpu", "--n", "5", "--max-new-tokens", "8", "--samples", "3",
+            "--temperature", "0.9", "--batch-size", "4", "--rerank", run]  # fmt: skip
+    assert evaluate.main([*argv, "--out", str(tmp_path / "one")]) == 0
+    assert on_ranks(3, evaluate.main, [*argv, "--out", str(tmp_path / "many")]) == [0] * 3
+    [one], [many] = ((tmp_path / f).glob("*.jsonl") for f in ("one", "many"))
+    a, b = ([json.loads(x) for x in f.read_text().splitlines()] for f in (one, many))
+    assert [r.pop("value") for r in a] == pytest.approx([r.pop("value") for r in b], abs=1e-6)
+    assert a == b
+
+
+def test_processes_with_different_settings_are_refused():
+    """A second machine with an old file, or a flag that was given to one only."""
+    def check():
+        distributed.check_same({"a": 1, "b": [2]})
+        distributed.check_same({"a": 1, "lr": 0.1 + 0.1 * (distributed.RANK == 2), "b": None})
+
+    for name, text in on_ranks(3, check):
+        assert name == "UserError" and "the processes differ in lr: start the same" in text
+
+
+def test_a_run_with_another_seed_on_one_rank_is_refused(tmp_path):
+    def train():
+        seed = ["--seed", str(distributed.RANK)]
+        return train_sft.main([*SFT, *seed, "--out", str(tmp_path / "run")])
+
+    for name, text in on_ranks(2, train):
+        assert name == "UserError" and "the processes differ in seed" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_is_merged_into_parts(tmp_path):
+    """SFT --shard 2 that starts from an adapter: as on one device."""
+    adapter = tmp_path / "adapter"
+    assert train_sft.main([*SFT, "--lora", "--out", str(adapter)]) == 0
+    more = ["--model", str(adapter), "--val-examples", "5"]
+    assert train_sft.main([*SFT, *more, "--out", str(tmp_path / "one")]) == 0
+    argv = [*SFT, *more, "--shard", "2", "--out", str(tmp_path / "many")]
+    assert on_ranks(2, train_sft.main, argv) == [0, 0]
+    near(tmp_path / "one", tmp_path / "many", 2e-5)
+
+
+def leaves_late(seconds: float) -> float:
+    """When rank 0 is done, and when this rank leaves."""
+    began = time.time()
+    if distributed.RANK == 0:
+        time.sleep(seconds)
+    distributed.end()
+    return time.time() - began
+
+
+def test_no_rank_leaves_before_all_have_done_their_work():
+    """torchrun ends those that are still writing soon after the first has left."""
+    assert min(on_ranks(2, leaves_late, 1.0)) >= 0.9
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "COUNT", 4)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="process 2 has no GPU: this machine has 2"):
+        distributed.local_device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert distributed.local_device("cuda") == "cuda:2" and distributed.local_device("cpu") == "cpu"
+    for device in ("cuda:0", "mps"):
+        with pytest.raises(UserError, match=f"--device {device}: under torchrun give cuda or cpu"):
+            distributed.local_device(device)
+
+
+def test_the_gpu_with_the_least_memory_decides_for_all(monkeypatch):
+    """Or ranks would split a step differently, and wait for each other for ever."""
+    free = lambda device: (5 - distributed.RANK) * 2**30 if device == "cuda" else None  # noqa: E731
+    monkeypatch.setattr(machine, "free_memory", free)
+    ask = lambda device: card.memory(SimpleNamespace(gpu_memory=None, device=device))  # noqa: E731
+    assert on_ranks(3, lambda: [ask("cuda"), ask("cpu")]) == [[3 * 2**30, None]] * 3
 
 
 def test_fewer_prompts_than_ranks_are_completed():
@@ -443,3 +555,10 @@ def test_one_process_knows_nothing_of_others():
     assert [len(x) for x in data.micro_batches(batch, 2)] == [2, 2, 1]
     assert data.micro_batches([], 2) == []
     assert console._fail("x") == 2
+
+
+def test_rank_0_grades_boxes_and_the_others_hear_of_it(monkeypatch):
+    monkeypatch.setattr(boxed, "_ask", lambda *_: boxed.Verdict(distributed.RANK == 0))
+    boxed._grade_once.cache_clear()
+    found = on_ranks(2, lambda: [boxed.grade("6", gold).right for gold in ("7", "6", "8")])
+    assert found == [[True, True, True]] * 2  # rank 1 itself would say that 6 is not 7

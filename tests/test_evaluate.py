@@ -1,6 +1,7 @@
 """evaluate.py: prompts and file names, the whole script on the fixture model, and the comparison of
 two hand-made evaluations."""
 
+import io
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from nanogsm import UserError, data, generate
 from nanogsm.data import Problem, Prompt
 from nanogsm.generate import Completion
 from nanogsm.report.eval_files import read_rows
+from nanogsm.run import asked
 from nanogsm.run.past import run_of
 
 GEMMA = Path(__file__).parent / "fixtures" / "gemma3"
@@ -86,7 +88,7 @@ def test_a_run_is_found_from_its_folder_and_from_what_is_in_it(tmp_path, below):
 
 
 def test_what_has_no_record_of_a_run_is_none(tmp_path):
-    run = run_folder(tmp_path / "run", Prompt()._asdict())
+    run = run_folder(tmp_path / "run", Prompt().settings())
     assert run_of("google/gemma-2b-it") is None
     assert run_of(str(tmp_path)) is None
     assert run_of(str(Path(run, "model", "deeper"))) is None
@@ -106,7 +108,7 @@ def test_untuned_models_other_prompts_have_other_folders():
     assert resolved("--n", "8", "--shots", "0", "--no-instruction", "--style", "chat") == (
         Prompt("chat", 0, False),
         "runs/eval-google--gemma-2b-it-chat-zero-shot",
-        "eval-test-8-chat-zero-shot",
+        "eval-test-8",  # the folder's name has the prompt
     )
     found = {
         resolved("--style", style, "--shots", shots, instruction)[1]
@@ -135,7 +137,7 @@ def test_untuned_models_folder_has_the_whole_name_in_it(model, named):
 def test_tilde_in_the_models_name_is_the_home_folder(tmp_path, monkeypatch):
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(tmp_path))
-    run = run_folder(tmp_path / "run", Prompt()._asdict())
+    run = run_folder(tmp_path / "run", Prompt().settings())
     assert resolved("--model", "~/run", "--n", "8") == (Prompt(), run, "eval-test-8")
 
 
@@ -173,12 +175,12 @@ def test_run_is_asked_as_it_was_trained_and_results_go_to_its_folder(tmp_path):
     ],
 )
 def test_what_is_not_the_runs_own_evaluation_is_named_in_the_file(tmp_path, argv, name):
-    run = run_folder(tmp_path / "run", Prompt()._asdict())
+    run = run_folder(tmp_path / "run", Prompt().settings())
     assert resolved("--model", run, "--n", "8", *argv)[1:] == (run, name)
 
 
 def test_out_chooses_the_folder_and_an_untuned_models_prompt_is_named_there(tmp_path):
-    run, there = run_folder(tmp_path / "run", Prompt()._asdict()), ["--n", "8", "--out", "there"]
+    run, there = run_folder(tmp_path / "run", Prompt().settings()), ["--n", "8", "--out", "there"]
     assert resolved("--model", run, *there)[1:] == ("there", "eval-test-8")
     assert resolved("--model", run, "--shots", "1", *there)[2] == "eval-test-8-plain-one-shot"
     # in that folder only the name tells one prompt's result from another's
@@ -206,28 +208,28 @@ def test_a_folder_without_a_runs_record_is_an_untuned_model(tmp_path, record):
 
 
 def test_test_split_is_sampled_and_validation_is_what_training_held_out(monkeypatch):
-    everything, asked = [Problem(f"q{i}", "#### 1", i) for i in range(40)], []
+    everything, calls = [Problem(f"q{i}", "#### 1", i) for i in range(40)], []
 
     def load_problems(*given):
-        asked.append(given)
+        calls.append(given)
         return everything
 
     monkeypatch.setattr(data, "load_problems", load_problems)
-    test = evaluate.choose_problems(parse_args(["--n", "7"]))
+    test = asked.choose_problems(parse_args(["--n", "7"]))
     assert test == data.subset(everything, 7)
-    validation = evaluate.choose_problems(parse_args(["--n", "7", "--split", "validation"]))
+    validation = asked.choose_problems(parse_args(["--n", "7", "--split", "validation"]))
     assert validation == data.split_validation(everything, 7)[1]
-    assert asked == [("main", "test", None), ("main", "train", None)]
+    assert calls == [("main", "test", None, False), ("main", "train", None, False)]
 
 
 @pytest.mark.parametrize("below", ["", "model"])
 def test_validation_of_a_run_is_exactly_what_it_held_out(tmp_path, monkeypatch, below):
     everything = [Problem(f"q{i}", "#### 1", i) for i in range(40)]
     monkeypatch.setattr(data, "load_problems", lambda *_: everything)
-    run = run_folder(tmp_path / "run", Prompt()._asdict(), val_examples=8)
+    run = run_folder(tmp_path / "run", Prompt().settings(), val_examples=8)
 
     def chosen(*argv):
-        return evaluate.choose_problems(parse_args(["--model", str(Path(run, below)), *argv]))
+        return asked.choose_problems(parse_args(["--model", str(Path(run, below)), *argv]))
 
     assert chosen("--split", "validation", "--n", "8") == data.split_validation(everything, 8)[1]
     for n in ("7", "9"):
@@ -249,7 +251,7 @@ def test_validation_of_a_run_is_exactly_what_it_held_out(tmp_path, monkeypatch, 
         with pytest.raises(UserError, match=says):
             chosen(*flags)
     assert len(chosen("--n", "7")) == 7  # on the test split any number is allowed
-    run = run_folder(tmp_path / "other", Prompt()._asdict(), val_examples=0)
+    run = run_folder(tmp_path / "other", Prompt().settings(), val_examples=0)
     with pytest.raises(UserError, match="held out no problems to ask"):
         chosen("--split", "validation")
 
@@ -306,7 +308,7 @@ def test_a_folder_that_cannot_be_is_refused_before_the_model_is_loaded(mine, tmp
     assert not loaded and Path(mine).read_bytes() == before
 
 
-@pytest.mark.parametrize("argv", [["--shots", "2"], ["--style", "verse"], ["--compare", "one"]])
+@pytest.mark.parametrize("argv", [["--shots", "9"], ["--n", "many"], ["--style", "verse"], ["--compare", "one"]])
 def test_values_outside_the_choices_are_refused_by_the_parser(argv):
     with pytest.raises(UserError, match=argv[0]):
         parse_args(argv)
@@ -315,12 +317,12 @@ def test_values_outside_the_choices_are_refused_by_the_parser(argv):
 @pytest.mark.parametrize(
     "argv", [["runs/mine"], ["--n", "8", "runs/mine"], ["runs/mine", "--tiny"]]
 )
-def test_a_run_without_its_flag_is_refused_with_a_hint(argv):
-    with pytest.raises(UserError, match="arguments: runs/mine; .*give it as --model runs/mine "):
-        parse_args(argv)
-    with pytest.raises(UserError, match="unrecognized arguments: --what 3 ") as error:
-        parse_args(["--what", "3"])
-    assert "--model" not in str(error.value)
+def test_a_run_may_be_given_without_its_flag(argv):
+    assert parse_args(argv).model == "runs/mine"
+    with pytest.raises(UserError, match="two models, runs/mine and --model runs/other: give one"):
+        parse_args([*argv, "--model", "runs/other"])
+    with pytest.raises(UserError, match="unrecognized arguments: (--what 3|too) "):
+        parse_args(["runs/mine", *(["too"] if argv[1:] else ["--what", "3"])])
 
 
 def test_help_names_every_flag(capsys):
@@ -419,7 +421,7 @@ def test_prompt_settings_reach_the_model(mine, tmp_path, monkeypatch):
 
 
 def test_run_folder_is_evaluated_with_its_own_prompt_into_itself(mine, tmp_path, monkeypatch):
-    run = Path(run_folder(tmp_path / "run", Prompt("chat", 0, False)._asdict(), model=True))
+    run = Path(run_folder(tmp_path / "run", Prompt("chat", 0, False).settings(), model=True))
     calls = answers(monkeypatch, ["#### 72"] * 4)
     main(flags(mine, model=run))
     main(flags(mine, model=run, shots=1))
@@ -428,7 +430,7 @@ def test_run_folder_is_evaluated_with_its_own_prompt_into_itself(mine, tmp_path,
         "eval-mine-4-chat-one-shot-max6.json",
         "eval-mine-4-max6.json",
     ]
-    assert read(run, "eval-mine-4-max6")[0]["prompt"] == Prompt("chat", 0, False)._asdict()
+    assert read(run, "eval-mine-4-max6")[0]["prompt"] == Prompt("chat", 0, False).settings()
 
 
 @pytest.mark.parametrize(
@@ -489,12 +491,73 @@ def test_fewer_problems_than_asked_for_are_counted_and_said(mine, tmp_path, monk
 
 
 def test_a_run_asked_about_its_own_training_file_is_told_so(mine, tmp_path, capsys):
-    run = run_folder(tmp_path / "run", Prompt()._asdict(), data=mine, val_examples=1)
+    run = run_folder(tmp_path / "run", Prompt().settings(), data=mine, val_examples=1)
     note = "note: the run was trained on all but 1 of these: see --split validation\n"
-    evaluate.choose_problems(parse_args(["--model", run, "--data", mine, "--n", "4"]))
+    asked.choose_problems(parse_args(["--model", run, "--data", mine, "--n", "4"]))
     assert capsys.readouterr().out == note
-    evaluate.choose_problems(parse_args(["--model", run, "--data", mine, "--split", "validation"]))
+    asked.choose_problems(parse_args(["--model", run, "--data", mine, "--split", "validation"]))
     assert capsys.readouterr().out == ""
+
+
+def test_a_run_on_a_file_of_its_own_is_asked_what_it_held_out(mine, tmp_path):
+    run = run_folder(tmp_path / "run", Prompt().settings(), data=mine, val_examples=1)
+    args = parse_args([run])
+    assert (args.data, args.split, args.unscored) == (mine, "validation", False)
+    assert asked.choose_problems(args) == data.split_validation(data.read_jsonl(Path(mine)), 1)[1]
+    assert parse_args([run, "--n", "all"]).n is None  # all that were held out
+    args = parse_args([run, "--data", "main"])
+    assert (args.data, args.split, args.n) == ("main", "test", 256)
+    none = run_folder(tmp_path / "none", Prompt().settings(), data=mine, val_examples=0)
+    assert parse_args([none]).split == "test"
+    with pytest.raises(UserError, match="held out no problems"):
+        asked.choose_problems(parse_args([none, "--split", "validation"]))
+
+
+def test_all_problems_are_asked_with_n_all(mine, tmp_path, capsys):
+    main(flags(mine, tmp_path / "out", n="all"))
+    assert "note:" not in capsys.readouterr().out
+    assert read(tmp_path / "out", NAME)[0]["n"] == 4
+    assert parse_args(["--tiny", "--n", "all", "--split", "validation"]).n is None
+
+
+def test_worked_examples_are_the_first_problems_that_are_not_held_out(mine, tmp_path):
+    everything = data.load_problems("tiny", "train")
+    rest = data.split_validation(everything, 256)[0]
+    prompt, folder, name = resolved("--tiny", "--shots", "5", "--n", "8")
+    assert prompt.examples == tuple(rest[:5]) and prompt.shots == 5
+    assert folder == "runs/tiny/eval-tiny-plain-5-shot-instruction"
+    assert name.startswith("eval-test-8")
+    held_out = resolved("--tiny", "--shots", "8", "--split", "validation", "--n", "9")[0]
+    assert held_out.examples == tuple(data.split_validation(everything, 9)[0][:8])
+    with pytest.raises(UserError, match="so none can be shown; give --split validation"):
+        resolved("--data", mine, "--shots", "2")
+    with pytest.raises(UserError, match="there are only 3 training problems"):
+        resolved("--data", mine, "--shots", "4", "--split", "validation", "--n", "1")
+    out = tmp_path / "out"
+    argv = flags(mine, out, shots=2, split="validation", n=1)
+    main(argv)
+    [summary] = [json.loads(path.read_text()) for path in out.glob("*.json")]
+    shown = data.split_validation(data.read_jsonl(Path(mine)), 1)[0][:2]
+    assert summary["prompt"] == {"style": "plain", "shots": 2, "instruction": True}
+    assert summary["shots_sha256"] == data.digest(shown)
+
+
+def test_unscored_problems_are_answered_and_not_counted(mine, tmp_path, capsys):
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "Yes."}]}
+            for q, _ in QUESTIONS]  # fmt: skip
+    own = tmp_path / "own.jsonl"
+    own.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match="--unscored is for a file of your own"):
+        parse_args(["--unscored"])
+    main([*flags(str(own), tmp_path / "out", samples=2, temperature=1), "--unscored"])
+    said = capsys.readouterr().out
+    assert "unscored      8 completions, truncated" in said and "exact" not in said
+    [path] = (tmp_path / "out").glob("*.json")
+    summary, found = read(tmp_path / "out", path.stem)
+    assert summary["unscored"] and not {"accuracy", "maj@2", "pass@2"} & summary.keys()
+    assert len(found) == 8 and {row["correct"] for row in found} == {None}
+    with pytest.raises(UserError, match="its problems are unscored, so no answer is right or"):
+        main(["--compare", str(tmp_path / "out"), str(tmp_path / "out")])
 
 
 def test_sampling_twice_gives_the_same_file_and_another_seed_another(mine, tmp_path):
@@ -556,6 +619,42 @@ def test_ask_prints_every_sample(monkeypatch, capsys):
     )
 
 
+def test_ask_answers_each_line_of_standard_input(monkeypatch, capsys):
+    calls = answers(monkeypatch, [" 70 + 2\n#### 72"])
+    monkeypatch.setattr("sys.stdin", io.StringIO("First?\n\n  Second?  \nThird?"))
+    main([*flags(None), "--ask"])
+    asked_for = [call["prompts"][0].split("Question: ")[-1] for call in calls]
+    assert asked_for == ["First?\nAnswer:", "Second?\nAnswer:", "Third?\nAnswer:"]
+    assert capsys.readouterr().out == "70 + 2\n#### 72\n-> 72\n" * 3
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    main([*flags(None), "--ask"])
+    assert len(calls) == 3 and capsys.readouterr().out == ""
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\udc80b?\n"))
+    with pytest.raises(UserError, match="--ask: the question is not UTF-8 text"):
+        main([*flags(None), "--ask"])
+
+
+def test_an_answer_is_shown_while_it_is_sampled(monkeypatch, capsys):
+    """Nothing that `cut` would drop is ever shown, and no half of a character."""
+    tokenizer, seen = data.Tokenizer(GEMMA), []
+    text = "  Ä is 3.\x1b[2J Then\n\n#### 3 \n\nQuestion:"
+
+    def fake(model, prompts, stop_ids, limit, batch, temperature, seed, is_over):
+        ids = []
+        for i in tokenizer.encode(text) + tokenizer.encode(" What is"):
+            ids.append(i)
+            over = is_over(ids)
+            seen.append(capsys.readouterr().out)
+            if over:
+                return [Completion(ids, False)]
+
+    monkeypatch.setattr(generate, "generate", fake)
+    main(flags(None, ask="How many clips?"))
+    rest = capsys.readouterr().out
+    assert "".join(seen) + rest == "Ä is 3.\\x1b[2J Then\n\n#### 3\n-> 3\n"
+    assert sum(map(bool, seen)) > 5 and not any("\ufffd" in part for part in seen)
+
+
 # Comparison
 
 
@@ -601,6 +700,18 @@ def test_compare_prints_the_table_and_then_every_changed_answer_in_full(tmp_path
     assert second.split() == ["A", "wrong", "6", "2"]
     # 2 * (1 + 7)/2**7
     assert last == "A 33.3%, B 75.0%: +41.7 points, exact McNemar p = 0.125"
+
+
+def test_compare_shows_ten_changed_answers_of_each_kind_and_all_on_demand(tmp_path, capsys):
+    a = write_rows(tmp_path / "a.jsonl", [result(i, i >= 12) for i in range(23)])
+    b = write_rows(tmp_path / "b.jsonl", [result(i, i < 12) for i in range(23)])
+    main(["--compare", a, b])
+    fixed, broken = capsys.readouterr().out.split("=== broken")
+    assert fixed.count("--- problem") == 10 and "... and 2 more: give --all to see them" in fixed
+    assert broken.count("--- problem") == 10 and "... and 1 more: give --all" in broken
+    main(["--compare", a, b, "--all"])
+    shown = capsys.readouterr().out
+    assert shown.count("--- problem") == 23 and "more: give" not in shown
 
 
 def test_compare_takes_the_plainest_then_the_largest_evaluation_of_a_folder(tmp_path, capsys):
@@ -734,4 +845,4 @@ def test_temperatures_that_differ_have_results_of_their_own():
 def test_a_validation_slice_as_large_as_the_file_is_refused(mine):
     argv = ["--tiny", "--data", mine, "--split", "validation", "--n", "4"]
     with pytest.raises(UserError, match="--n 4: validation is a part of these 4 problems"):
-        evaluate.choose_problems(parse_args(argv))
+        asked.choose_problems(parse_args(argv))

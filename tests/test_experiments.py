@@ -8,7 +8,7 @@ import torch
 from conftest import FIXTURES
 
 import train_ppo
-from experiments import ppo_ablation, ppo_curves
+from experiments import ppo_ablation, ppo_curves, ppo_methods
 from nanogsm import UserError, data
 from nanogsm.optim import AdamW
 
@@ -35,7 +35,7 @@ def test_pairing_counts_what_was_fixed_and_broken():
 def made_run(folder, args, correct, steps=()):
     """A run folder with one evaluation on ten test problems, of which `correct` are right."""
     folder.mkdir(parents=True)
-    info = {"prompt": data.Prompt()._asdict(), "commit": "abc"}
+    info = {"prompt": data.Prompt().settings(), "commit": "abc"}
     record = {"args": {"val_examples": 2, "seed": 0} | args, "info": info}
     (folder / "run_args.json").write_text(json.dumps(record))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
@@ -176,7 +176,7 @@ def test_bfloat16_weights_are_rounded_after_every_step_while_the_patch_holds(mon
 
     def update(setup, *rest):
         p.grad = torch.ones(4)
-        setup.policy_optimizer.step()
+        setup.policy_optimizer.step(setup.policy_optimizer.grad_norm(), 9.0)  # as train_ppo does
         return rest
 
     monkeypatch.setattr(ppo_ablation, "real_update", update)
@@ -207,3 +207,65 @@ def test_the_patch_of_a_row_is_what_train_ppo_calls(row):
         during = train_ppo.update, train_ppo.build, train_ppo.whiten
     after = train_ppo.update, train_ppo.build, train_ppo.whiten
     assert sum(a is not b for a, b in zip(before, during)) == 1 and after == before
+
+
+# ---- ppo_methods
+
+
+def test_all_methods_get_the_same_rates_seeds_and_number_of_answers(capsys):
+    assert ppo_methods.main(["--dry-run", "--steps", "5", "--rollouts", "64"]) == 0
+    commands = [line.split()[1:] for line in capsys.readouterr().out.splitlines()]
+    runs = [parsed(*c[1:]) for c in commands if c[0] == "train_ppo.py"]
+    assert len(runs) == 3 * 3 + 3 * 3 and len({args.out for args in runs}) == len(runs)
+    same = {"steps", "rollouts", "recipe", "kl_coef", "optim", "micro_batch", "accumulation",
+            "epochs", "max_new_tokens", "temperature", "clip"}  # fmt: skip
+    for name in same:
+        assert len({getattr(args, name) for args in runs}) == 1, name
+    by_method = {}
+    for args in runs:
+        kind = args.advantage, args.group
+        by_method.setdefault(kind, []).append((args.seed, args.lr, args.init))
+    assert by_method.keys() == {(None, None), ("rloo", 8), ("grpo", 8)}
+    assert len({tuple(found) for found in by_method.values()}) == 1
+    assert [seed for seed, *_ in by_method[None, None]] == [0, 0, 0, 1, 2, 3]
+    # The test split is asked after the search only.
+    first = next(i for i, c in enumerate(commands) if c[0] == "evaluate.py")
+    assert all("-0" in c[-1] for c in commands[:first] if c[0] == "train_ppo.py")
+
+
+def test_the_best_rate_is_the_lower_of_equals():
+    assert ppo_methods.best_rate({3e-4: 0.5, 1e-4: 0.5, 5e-5: 0.4}) == 1e-4
+    assert ppo_methods.best_rate({5e-5: 0.1, 1e-4: 0.2, 3e-4: 0.3}) == 3e-4
+
+
+def test_methods_are_compared_with_ppo_seed_by_seed(tmp_path, monkeypatch, capsys):
+    """Runs that are there already: nothing is trained, and each comparison is paired by hand."""
+    args = ppo_methods.parse_args(["--out", str(tmp_path), "--n", "10", "--seeds", "2"])
+    validated = {"PPO": (0.2, 0.4, 0.3), "RLOO": (0.5, 0.4, 0.5), "GRPO": (0.1, 0.2, 0.3)}
+    steps = [{"step": 0, "val_exact_match": 0.25},
+             {"step": 1, "reward": 0.5, "response_tokens": 40.0, "seconds": 60.0}]  # fmt: skip
+    for seed in range(3):
+        made_run(tmp_path / f"sft-{seed}", {}, 3)
+        for method, found in validated.items():
+            for rate, score in zip(args.rates, found):
+                run = ppo_methods.folder(method, seed, rate, args)
+                correct = {"PPO": 5, "RLOO": 7, "GRPO": 4}[method]
+                made_run(run, {}, correct, steps)
+                (run / "summary.json").write_text(json.dumps({"val_exact_match": score}))
+    ran = []
+    monkeypatch.setattr(ppo_methods.study, "run", lambda command: (ran.append(command), (0, ""))[1])
+    assert ppo_methods.main(["--out", str(tmp_path), "--n", "10", "--seeds", "2"]) == 0
+    assert not [command for command in ran if command[0] == "evaluate.py"]
+    found = json.loads((tmp_path / "methods.json").read_text())
+    assert {r["method"]: r["rate"] for r in found["runs"]} == {
+        "PPO": 1.5e-4, "RLOO": 5e-5, "GRPO": 4.5e-4,
+    }  # fmt: skip
+    rloo = next(r for r in found["runs"] if r["method"] == "RLOO")
+    pair = rloo["against_ppo"]
+    assert (pair["fixed"], pair["broken"], pair["mcnemar_p"]) == (2, 0, 0.5)
+    assert (rloo["before"], rloo["after"]) == (0.3, 0.7)
+    assert rloo["curves"]["reward"] == [[512, 0.5]]  # by answers sampled
+    text = capsys.readouterr().out
+    assert "| RLOO | 5e-05 | 1 | 30.0% | 70.0% |" in text and "| +20.0 | 2, 0 | 0.5 |" in text
+    assert text.count("| PPO | 0.00015 |") == 2 and "| GRPO, mean | 0.00045 |" in text
+    assert "answers sampled" in (tmp_path / "methods.svg").read_text()

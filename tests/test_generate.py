@@ -11,7 +11,7 @@ from nanogsm.data import Problem, Prompt
 from nanogsm.fast import cpu
 from nanogsm.logprob import token_logprobs
 
-FAMILIES = ["gemma1", "gemma2", "gemma3"]
+FAMILIES = ["gemma1", "gemma2", "gemma3", "llama32", "llama30"]
 NEVER = frozenset()
 
 

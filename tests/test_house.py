@@ -18,11 +18,12 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["nanogsm/__init__.py"],
     ["nanogsm/distributed.py"],
-    ["nanogsm/store", "nanogsm/fast", "nanogsm/tiny/problems.py", "nanogsm/tiny/__init__.py"],
+    ["nanogsm/store", "nanogsm/fast", "nanogsm/tiny/problems.py", "nanogsm/tiny/__init__.py"]
+    + ["nanogsm/boxed.py"],
     ["nanogsm/transformer.py"],
     ["nanogsm/logprob.py", "nanogsm/lora.py", "nanogsm/optim.py"],
-    ["nanogsm/data.py"],
-    ["nanogsm/generate.py"],
+    ["nanogsm/data.py", "nanogsm/arithmetic.py"],
+    ["nanogsm/generate.py", "nanogsm/rewards.py"],
     ["nanogsm/model.py"],
     ["nanogsm/run"],
     ["nanogsm/report"],
@@ -33,7 +34,7 @@ FLOORS = [
 HEART = ["train_sft.py", "train_ppo.py"]
 HEART += [f"nanogsm/{name}.py" for name in "data transformer logprob lora generate optim".split()]
 MOST_LINES = {
-    "train_sft.py": 220, "train_ppo.py": 541, "evaluate.py": 236, "nanogsm/transformer.py": 340,
+    "train_sft.py": 220, "train_ppo.py": 582, "evaluate.py": 250, "nanogsm/transformer.py": 360,
 }  # fmt: skip
 
 
@@ -127,6 +128,7 @@ def test_the_network_and_its_faster_forms_know_torch_only():
 
 def test_run_time_packages_are_the_five_on_the_list():
     allowed = {"torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "nanogsm", "wandb"}
+    allowed |= {"math_verify"}  # optional, as wandb is
     for file in sources():
         if floor(file) <= floor("train_sft.py"):
             scripts = {"train_sft", "train_ppo", "evaluate"}
@@ -185,8 +187,11 @@ def test_a_file_of_the_heart_stays_short(file):
 
 def test_the_heart_stays_small_and_explained():
     lines, code, comments, docstrings = map(sum, zip(*map(measure, HEART)))
-    # 20: many devices. 12: --patience, --pause-at and PPO's --keep best.
-    assert lines <= 2200 and code <= 1300 + 20 + 12, (lines, code)
+    # At first 2,200 and 1,300. Since then, lines and code: many devices 0 and 20; data, rewards and
+    # worked examples of one's own 30 and 20; groups in a critic's place 15 and 20; Llama 70 and 50;
+    # MATH 35 and 30; PPO's --keep best and --patience 10 and 14.
+    assert lines <= 2200 + 30 + 15 + 70 + 35 + 10, (lines, code)
+    assert code <= 1300 + 20 + 20 + 20 + 50 + 30 + 14, (lines, code)
     assert 100 * comments >= 12 * lines, (comments, lines)
     assert 100 * (comments + docstrings) >= 28 * lines, (comments, docstrings, lines)
 
@@ -200,10 +205,22 @@ MOST_TOKENS = {
     "the reason why a checkpoint of another tool is refused": 300,
     "a run's prompt and held-out problems go with it": 150,
     "fast/cuda.py: one launch for many, and what fits a card": 3200,
-    "distributed.py: many devices, replicas and parts": 3700,
+    "distributed.py: many devices, replicas and parts": 4000,
     "a rank that fails ends its process and is heard once": 60,
     "PPO runs can be made longer": 300,
-    "run/reward.py: a reward of one's own": 450,
+    "run/reward.py: a reward of one's own": 500,
+    "own data: chats, unscored answers, unknown words, few steps": 750,
+    "evaluate.py: several worked examples, --n all, questions from standard input": 700,
+    "a run continues in its own wandb run; the study uses runs that are there": 400,
+    "run/card.py, run/known.py: a plan for a GPU that is not here": 2700,
+    "RLOO, GRPO and the upper clip": 520,
+    "rewards.py: terms of the reward": 880,
+    "run/critic.py, report/rerank.py: a critic that chooses among answers": 1760,
+    "the HTML page explains itself: sentences, shares, healthy curves, unfinished runs": 2900,
+    "the study says which rows were trained with other flags": 490,
+    "shares as percentages, a folder for a run that starts from another": 120,
+    "Llama 3, an untied output head, the text part of multimodal Gemmas": 1500,
+    "boxed.py: MATH as data, and its grading": 3200,
     "what experiments/tune.py asks of a run: pauses, patience, parts of what is held out": 1000,
 }
 

@@ -659,7 +659,7 @@ def sends(content: bytes, status: int = 200):
 @pytest.fixture
 def small_file(monkeypatch):
     """train.jsonl is CONTENT for this test."""
-    entry = hub.DataFile(len(CONTENT), 5000, hashlib.sha256(CONTENT).hexdigest())
+    entry = hub.DataFile(len(CONTENT), 5000, hashlib.sha256(CONTENT).hexdigest(), None)
     monkeypatch.setitem(hub.DATA_FILES, "train.jsonl", entry)
     return entry
 
@@ -672,6 +672,9 @@ def test_data_files_table():
         "test.jsonl": (749738, 1319, "3730d312"),
         "train_socratic.jsonl": (5401739, 7473, "153d8655"),
         "test_socratic.jsonl": (972978, 1319, "c9667336"),
+        "math_train.jsonl": (6466173, 7500, "2183510c"),
+        "math_test.jsonl": (4101364, 5000, "3371949f"),
+        "math500.jsonl": (446564, 500, "35dc4108"),
     }
     assert all(len(bytes.fromhex(f.sha256)) == 32 for f in hub.DATA_FILES.values())
 
@@ -690,6 +693,25 @@ def test_data_dir_is_used_as_it_is(tmp_path, small_file):
     (tmp_path / "train.jsonl").write_bytes(CONTENT)
     assert hub.data_file("train.jsonl", tmp_path) == tmp_path / "train.jsonl"
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_data_file_written_otherwise_is_taken_if_its_rows_are_the_same(tmp_path, monkeypatch):
+    rows = [["2 + 3?", "5\n#### 5"], ["Tea é?", "#### 1"]]
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    monkeypatch.setitem(hub.DATA_FILES, "train.jsonl", hub.DataFile(9, 2, "0" * 64, digest))
+
+    def write(*rows, end="\n", **options):
+        lines = [json.dumps(row, **options) for row in rows]
+        (tmp_path / "train.jsonl").write_bytes((end.join(lines) + end).encode())
+
+    row = {"id": 7, "answer": rows[0][1] + " ", "question": " " + rows[0][0]}
+    other = dict(zip(("question", "answer"), rows[1]))
+    write(row, other, end="\r\n", ensure_ascii=False, indent=None)
+    assert hub.data_file("train.jsonl", tmp_path) == tmp_path / "train.jsonl"
+    for wrong in ([other, row], [row], [row, other, other], [row, other | {"answer": "#### 2"}]):
+        write(*wrong)
+        said = message(hub.data_file, "train.jsonl", tmp_path)
+        assert "not the expected file" in said and "--data FILE.jsonl" in said
 
 
 def test_data_dir_never_falls_through(tmp_path, small_file, monkeypatch):

@@ -407,7 +407,7 @@ def test_record_validation_says_which_is_the_best(tmp_path, capsys):
     ]
     samples = rows(tmp_path / "r", "samples.jsonl")
     assert samples == [{"step": step, "completion": "2"} for step in range(7)]
-    assert "step 3, val_loss 2.5, val_exact_match 0.25" in capsys.readouterr().out
+    assert "step 3, val_loss 2.5, val_exact_match 25.0%" in capsys.readouterr().out
     _, _, state = saved(tmp_path / "r", {"steps": 7})
     assert state["best"] == state["validated"] == best
 

@@ -17,9 +17,9 @@ TIGHT = 1e-5
 IDS = load_file(FIXTURES / "gemma3_peft/expected.safetensors")["ids"]
 
 
-def logits(model):
+def logits(model, ids=IDS):
     with torch.no_grad():
-        return model.logits(model(IDS))
+        return model.logits(model(ids))
 
 
 def randomise(model):
@@ -29,27 +29,32 @@ def randomise(model):
         layer.lora_B.weight.data = torch.randn(layer.lora_B.weight.shape, generator=generator) * 0.1
 
 
-def test_pefts_adapter_gives_pefts_logits(gemma):
-    model, _ = gemma("gemma3")
-    plain = logits(model)
-    load_adapter(model, FIXTURES / "gemma3_peft")
-    want = load_file(FIXTURES / "gemma3_peft/expected.safetensors")["logits"]
-    assert (plain - want).abs().max() > 0.05  # the adapter does something
-    assert (logits(model) - want).abs().max() <= TIGHT
+FAMILIES = ["gemma3", "llama32", "llama30"]
 
 
-def test_our_files_are_those_of_peft(gemma, tmp_path):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pefts_adapter_gives_pefts_logits(gemma, name):
+    model, _ = gemma(name)
+    want = load_file(FIXTURES / f"{name}_peft/expected.safetensors")
+    plain = logits(model, want["ids"])
+    load_adapter(model, FIXTURES / f"{name}_peft")
+    assert (plain - want["logits"]).abs().max() > 0.05  # the adapter does something
+    assert (logits(model, want["ids"]) - want["logits"]).abs().max() <= TIGHT
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_our_files_are_those_of_peft(gemma, tmp_path, name):
     """Same keys, shapes and required fields, so that peft reads them (checked with peft itself by
     tests/fixtures/check_with_transformers.py, by hand)."""
-    model, _ = gemma("gemma3")
-    load_adapter(model, FIXTURES / "gemma3_peft")
+    model, _ = gemma(name)
+    load_adapter(model, FIXTURES / f"{name}_peft")
     save_adapter(model, tmp_path / "adapter", "google/gemma-3-270m")
     ours = load_file(tmp_path / "adapter/adapter_model.safetensors")
-    peft = load_file(FIXTURES / "gemma3_peft/adapter_model.safetensors")
+    peft = load_file(FIXTURES / f"{name}_peft/adapter_model.safetensors")
     assert ours.keys() == peft.keys()
     assert all(torch.equal(ours[k], peft[k]) for k in peft)
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    theirs = json.loads((FIXTURES / "gemma3_peft/adapter_config.json").read_text())
+    theirs = json.loads((FIXTURES / f"{name}_peft/adapter_config.json").read_text())
     for field in ("peft_type", "task_type", "r", "lora_alpha", "target_modules", "bias"):
         assert config[field] == theirs[field], field
     assert config["base_model_name_or_path"] == "google/gemma-3-270m"
@@ -216,7 +221,7 @@ def test_starts_that_leave_the_base_alone_are_read(gemma, tmp_path, start):
         ("_orig_mod.{layer}.lora_A.weight", "compiled model"),
         ("model.embed_tokens.lora_embedding_A", "adapts the embedding"),
         ("model.embed_tokens.weight", "trained or resized ones are not supported"),
-        ("lm_head.lora_A.weight", "the output head, which is the embedding here"),
+        ("lm_head.lora_A.weight", "the output head, which is never adapted"),
         ("{layer}.lora_magnitude_vector.weight", "is DoRA's"),
         ("{layer}.lora_B.bias", "lora_bias"),
         ("model.layers.99.mlp.up_proj.lora_A.weight", "made for another one"),
@@ -342,6 +347,76 @@ def test_a_rank_that_no_matrix_has_is_refused(gemma):
     with pytest.raises(UserError, match=f"--lora-r {most + 1}: no matrix .* above {most}"):
         lora.add_lora(model, most + 1, 8)
     lora.add_lora(model, most, 8)
+
+
+# ------------------------------------------------------- on the text part of a multimodal Gemma 3
+
+VISION, VISION_PEFT = FIXTURES / "gemma3_vision", FIXTURES / "gemma3_vision_peft"
+
+
+def test_pefts_adapter_on_a_whole_multimodal_model_gives_its_logits():
+    want = load_file(VISION / "expected.safetensors")
+    model, _ = load_model(VISION)
+    load_adapter(model, VISION_PEFT)
+    assert (logits(model, want["ids"]) - want["adapted"]).abs().max() <= TIGHT
+    assert (want["adapted"] - want["logits"]).abs().max() > 0.05
+
+
+def test_our_adapter_has_pefts_names_for_the_whole_multimodal_model(tmp_path):
+    """Targets in full: "q_proj" alone would adapt the vision part as well. (Read by peft, by hand,
+    with equal logits.)"""
+    model, _ = load_model(VISION)
+    load_adapter(model, VISION_PEFT)
+    save_adapter(model, tmp_path / "a", "google/gemma-3-4b-it")
+    ours = load_file(tmp_path / "a/adapter_model.safetensors")
+    peft = load_file(VISION_PEFT / "adapter_model.safetensors")
+    assert ours.keys() == peft.keys() and all(torch.equal(ours[k], peft[k]) for k in peft)
+    targets = json.loads((tmp_path / "a/adapter_config.json").read_text())["target_modules"]
+    assert len(targets) == 2 * 7
+    assert all(target.startswith("model.language_model.layers.") for target in targets)
+    again, _ = load_model(VISION)
+    load_adapter(again, tmp_path / "a")
+    ids = load_file(VISION / "expected.safetensors")["ids"]
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    del peft["base_model.model.model.language_model.layers.0.mlp.up_proj.lora_A.weight"]
+    del peft["base_model.model.model.language_model.layers.0.mlp.up_proj.lora_B.weight"]
+    save_file(peft, tmp_path / "a/adapter_model.safetensors")
+    with pytest.raises(UserError, match="incomplete: it has nothing for model.layers.0.mlp.up"):
+        load_adapter(load_model(VISION)[0], tmp_path / "a")
+
+
+def test_older_and_text_only_names_of_an_adapter_are_read_as_well(tmp_path):
+    want = load_file(VISION / "expected.safetensors")
+    for prefix in ("language_model.model.", "model."):
+        folder = shutil.copytree(VISION_PEFT, tmp_path / prefix)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        renamed = {k.replace("model.language_model.", prefix): t for k, t in tensors.items()}
+        assert renamed.keys() != tensors.keys()
+        save_file(renamed, folder / "adapter_model.safetensors")
+        model, _ = load_model(VISION)
+        load_adapter(model, folder)
+        assert (logits(model, want["ids"]) - want["adapted"]).abs().max() <= TIGHT
+
+
+def test_an_adapter_on_the_vision_part_is_refused(tmp_path):
+    folder = shutil.copytree(VISION_PEFT, tmp_path / "a")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj"
+    tensors |= {f"{name}.lora_A.weight": torch.zeros(4, 8)}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="vision_tower.* belongs to the vision part"):
+        load_adapter(load_model(VISION)[0], folder)
+
+
+def test_an_adapter_on_an_untied_output_head_is_refused(gemma, tmp_path):
+    """It would have no effect, because the vocabulary reads the head's weight."""
+    folder = shutil.copytree(FIXTURES / "llama30_peft", tmp_path / "a")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for side, shape in (("A", (4, 32)), ("B", (384, 4))):
+        tensors[f"base_model.model.lm_head.lora_{side}.weight"] = torch.zeros(shape)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="lm_head.* belongs to the output head"):
+        load_adapter(gemma("llama30")[0], folder)
 
 
 def test_an_adapter_for_another_model_is_refused(gemma):

@@ -1,6 +1,8 @@
 """model.py against transformers' logits (tests/fixtures, made by make_fixtures.py), and itself."""
 
+import functools
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -11,17 +13,29 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanogsm import UserError, lora, transformer
+from nanogsm import model as model_file
 from nanogsm.fast import checkpointing as checkpointing_file
 from nanogsm.fast import cpu, head
 from nanogsm.fast.checkpointing import CHECKPOINTING
 from nanogsm.generate import KVCache, choose
+from nanogsm.logprob import next_token_logprobs
 from nanogsm.lora import add_lora
-from nanogsm.model import compute_in_float32, load_model, read_config, save_model, set_checkpointing
+from nanogsm.model import (
+    compute_in_float32,
+    frozen_copy,
+    load_model,
+    read_config,
+    save_model,
+    set_checkpointing,
+    twin,
+)
 from nanogsm.store import hub
 from nanogsm.transformer import Transformer
 
 TIGHT = 1e-5  # float32 against float32, logits of a few units
-FAMILIES = ["gemma1", "gemma2", "gemma3"]
+FAMILIES = ["gemma1", "gemma2", "gemma3", "llama32", "llama30"]
+TIED = FAMILIES[:-1]  # llama30 has an output head, which has no part in the hidden states
+VISION = FIXTURES / "gemma3_vision"
 
 
 def expected(name):
@@ -79,7 +93,8 @@ def test_a_field_left_out_is_demanded_or_what_transformers_takes_it_to_be(tmp_pa
         )
         return
     ids = expected(name)["ids"][:1]
-    assert (logits(model, ids)[0, -1] - DEFAULTS[variant]).abs().max() <= TIGHT
+    want = DEFAULTS[variant]
+    assert (logits(model, ids)[0, -1, : len(want)] - want).abs().max() <= TIGHT
 
 
 def test_fields_that_matter_are_not_all_demanded():
@@ -123,19 +138,36 @@ def test_soft_caps_are_read_from_the_config(tmp_path):
               num_hidden_layers=26, num_attention_heads=4, num_key_value_heads=1,
               sliding_window=512, query_pre_attn_scalar=256),
          999_885_952, 340),
+        (dict(model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192,
+              num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
+              tie_word_embeddings=True),
+         1_235_814_400, 146),
+        (dict(model_type="llama", vocab_size=128256, hidden_size=3072, intermediate_size=8192,
+              num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8, head_dim=128,
+              tie_word_embeddings=True),
+         3_212_749_824, 254),
+        (dict(model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
+              num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=None),
+         8_030_261_248, 291),
+        (dict(model_type="llama", vocab_size=128256, hidden_size=8192, intermediate_size=28672,
+              num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, head_dim=None),
+         70_553_706_496, 723),
     ],
-    ids=["gemma-2b", "gemma-2-2b", "gemma-3-270m", "gemma-3-1b"],
+    ids=["gemma-2b", "gemma-2-2b", "gemma-3-270m", "gemma-3-1b", "Llama-3.2-1B", "Llama-3.2-3B",
+         "Llama-3.1-8B", "Llama-3.3-70B"],
 )  # fmt: skip
 def test_parameter_and_tensor_counts_of_the_real_models(tmp_path, config, parameters, tensors):
-    config |= {"head_dim": 256, "rms_norm_eps": 1e-6}
+    config = {"head_dim": 256, "rms_norm_eps": 1e-6} | config
     (tmp_path / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
         model = Transformer(read_config(tmp_path))
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert len(model.state_dict()) == tensors
-    if config["hidden_size"] == 2048:
-        assert len(add_lora(model, 16, 32)) == 126
-        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 19_611_648
+    adapters = {2_506_172_416: (126, 19_611_648), 8_030_261_248: (224, 41_943_040)}
+    if parameters in adapters:
+        count, size = adapters[parameters]
+        assert len(add_lora(model, 16, 32)) == count  # the output head is not adapted
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == size
 
 
 def test_layer_kinds_of_gemma_3_270m_and_1b(tmp_path):
@@ -150,7 +182,7 @@ def test_layer_kinds_of_gemma_3_270m_and_1b(tmp_path):
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"model_type": "llama"}, "llama"),
+        ({"model_type": "mistral"}, "mistral"),
         ({"hidden_size": 0}, "hidden_size"),
         ({"hidden_size": 10**9}, "hidden_size"),
         ({"num_hidden_layers": None}, "config.json"),
@@ -159,7 +191,7 @@ def test_layer_kinds_of_gemma_3_270m_and_1b(tmp_path):
         ({"hidden_activation": "silu"}, "silu"),
         ({"attention_bias": True}, "attention_bias"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "weights are quantised"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         ({"layer_types": ["full_attention"]}, "layer_types"),
         ({"sliding_window": None}, "sliding_window"),
         ({"dtype": "complex7"}, "complex7"),
@@ -187,6 +219,101 @@ def test_a_config_we_cannot_run_is_refused_by_name(tmp_path, change, says):
         read_config(tmp_path)
 
 
+BANDS = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 64}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"hidden_size": 25, "head_dim": None}, "hidden_size is no multiple"),
+        ({"num_attention_heads": 0, "head_dim": None}, "hidden_size is no multiple"),
+        ({"layer_types": ["sliding_attention"] * 3}, "sliding_attention in a Llama"),
+        ({"original_max_position_embeddings": 64}, "original_max_position_embeddings is set"),
+        ({"rope_parameters": BANDS | {"rope_type": "yarn"}}, "rope type 'yarn'"),
+        ({"rope_parameters": BANDS | {"factor": None}}, "factor None"),
+        ({"rope_parameters": BANDS | {"low_freq_factor": 4.0}}, "low_freq_factor 4.0"),
+        ({"rope_parameters": BANDS | {"high_freq_factor": "4"}}, "high_freq_factor '4'"),
+        ({"rope_parameters": BANDS | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": {"full_attention": BANDS}}, "each kind of layer"),
+        ({"rope_parameters": {k: v for k, v in BANDS.items() if k != "factor"}},
+         "missing field 'factor'"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor'"),
+    ],
+)  # fmt: skip
+def test_a_llama_we_cannot_run_is_refused_by_name(tmp_path, change, says):
+    config = json.loads((FIXTURES / "llama32/config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=says):
+        read_config(tmp_path)
+
+
+def test_gemmas_have_no_bands(tmp_path):
+    config = json.loads((FIXTURES / "gemma1/config.json").read_text()) | {"rope_parameters": BANDS}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="rope type 'llama3' is not supported"):
+        read_config(tmp_path)
+
+
+def test_the_bands_of_rotary_one_channel_at_a_time():
+    """In float64, with the three cases of Llama 3.1's description written out. head_dim 64, as in
+    Llama 3.2 1B: 15 channels are kept, 3 mixed, 14 divided."""
+    base, factor, low, high, length, N = 5e5, 32.0, 1.0, 4.0, 8192.0, 64
+    kinds, angles = [], []
+    for i in range(N // 2):
+        frequency = base ** (-2 * i / N)
+        wavelength = 2 * math.pi / frequency
+        if wavelength < length / high:
+            kinds.append("kept")
+        elif wavelength > length / low:
+            kinds.append("divided")
+            frequency /= factor
+        else:
+            kinds.append("mixed")
+            s = (length / wavelength - low) / (high - low)
+            frequency = (1 - s) * frequency / factor + s * frequency
+        angles.append(frequency * 1000)  # at position 1000, far below 8192
+    assert [kinds.count(kind) for kind in ("kept", "mixed", "divided")] == [15, 3, 14]
+    positions = torch.tensor([[1000]])
+    cos, sin = transformer.rotary(
+        positions, N, torch.float32, base, factor, (low, high, length)
+    )
+    want = torch.tensor(angles, dtype=torch.float64)
+    assert (cos[0, 0, 0, N // 2 :] - want.cos()).abs().max() <= 2e-4  # float32 angles up to 1000
+    assert (sin[0, 0, 0, N // 2 :] - want.sin()).abs().max() <= 2e-4
+    plain, _ = transformer.rotary(positions, N, torch.float32, base)
+    assert (plain - cos).abs().max() > 0.5
+
+
+def test_llamas_norm_rounds_before_it_multiplies():
+    """In bfloat16 the order shows. Gemma's norm rounds after it."""
+    config = read_config(FIXTURES / "llama30")
+    norm = transformer.RMSNorm(512, config)
+    x, w = torch.randn(2, 512, generator=_generator(0)), torch.randn(512, generator=_generator(1))
+    x, norm.weight.data = x.bfloat16(), w.bfloat16()
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
+    first = exact.bfloat16() * w.bfloat16()
+    last = (exact * w.bfloat16().double()).bfloat16()
+    assert torch.equal(norm(x), first) and not torch.equal(first, last)
+
+
+@pytest.mark.parametrize("name", ["llama32", "llama30"])
+def test_gradients_of_the_loss_equal_those_of_transformers(gemma, name):
+    """Through logprob.py: of both ends' matrices, of norms and of layers. 23 tokens a row."""
+    model, want = gemma(name)[0], expected(name)
+    ids, mask = want["ids"], torch.ones(2, 24)
+    logp, _ = next_token_logprobs(model.vocabulary, model(ids), ids, mask)
+    (-logp.sum() / (2 * 23)).backward()
+    found = {key for key in want if key.startswith("gradient.")}
+    assert ("gradient.lm_head" in found) == (name == "llama30")
+    for key in found:
+        grad = model.get_parameter(key.removeprefix("gradient.") + ".weight").grad[:64]
+        assert (grad - want[key]).abs().max() <= 1e-5 * want[key].abs().max(), key
+
+
 def test_a_missing_config_field_is_named(tmp_path):
     config = json.loads((FIXTURES / "gemma3/config.json").read_text())
     del config["rms_norm_eps"]
@@ -206,7 +333,7 @@ def test_padding_on_the_right_changes_nothing_before_it(gemma, name):
     assert (logits(model, padded)[:, :15] - logits(model, ids[:, :15])).abs().max() <= TIGHT
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TIED)
 def test_the_seams_defaults_give_the_same_hidden_states_and_gradients(gemma, name):
     """A model without its faster forms, as the network's own file has it."""
     ids, lengths = torch.randint(5, 380, (3, 12), generator=_generator(0)), [12, 5, 9]
@@ -247,11 +374,11 @@ def test_attend_rows_may_be_replaced_by_one_launch_for_all_rows(gemma, name):
     model.attend_rows = attend_padded
     assert (model(ids, lengths) - want).abs().max() <= TIGHT
     assert len(asked) == model.config.num_hidden_layers
-    assert (name == "gemma1") == (set(asked) == {None})
+    assert (name in ("gemma1", "llama32", "llama30")) == (set(asked) == {None})
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TIED)
 def test_rows_of_given_lengths_are_as_if_each_were_alone(gemma, name, checkpointing):
     """Hidden states and gradients, of rows within the window of 8, at it and past it, in any order;
     and no layer sees padding."""
@@ -402,7 +529,7 @@ def test_the_embedding_scale_is_rounded_as_the_activations_are(gemma):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "llama30"])
 def test_packed_weights_compute_the_same(gemma, name, weights, autocast):
     """With adapters beside them, for one row and for many; after an error, too, they are gone."""
     model, _ = gemma(name, weights)
@@ -521,6 +648,152 @@ def test_a_tied_output_head_in_the_file_is_the_embedding(gemma, tmp_path, embedd
     model, _ = load_model(with_head(tmp_path / "m", lambda weight: weight, embedding))
     ids = expected("gemma3")["ids"]
     assert torch.equal(logits(model, ids), logits(gemma("gemma3")[0], ids))
+
+
+def test_a_gemma_may_have_an_output_head_of_its_own(gemma, tmp_path):
+    """By hand: the hidden states times the head's rows, and not the embedding's."""
+    folder = with_head(tmp_path / "m", lambda weight: weight.flip(0))
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    model, tokenizer = load_model(folder)
+    ids, tied = expected("gemma3")["ids"], gemma("gemma3")[0]
+    assert torch.equal(logits(model, ids), logits(tied, ids).flip(-1))
+    save_model(model, tokenizer, tmp_path / "out")
+    assert torch.equal(logits(load_model(tmp_path / "out")[0], ids), logits(model, ids))
+
+
+def test_an_untied_model_without_its_output_head_is_refused(tmp_path):
+    shutil.copytree(FIXTURES / "llama30", tmp_path / "m")
+    weights = load_file(tmp_path / "m/model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "m/model.safetensors")
+    with pytest.raises(UserError, match="lacks 1 tensors, the first is lm_head.weight"):
+        load_model(tmp_path / "m")
+
+
+def test_copies_of_an_untied_model_have_the_output_head(gemma):
+    """twin shares it, frozen_copy rounds it as autocast would, float32 computing casts it once."""
+    model, _ = gemma("llama30")
+    assert twin(model).vocabulary.weight is model.vocabulary.weight
+    frozen = frozen_copy(model, bf16=True)
+    assert frozen.lm_head.weight.dtype == torch.bfloat16
+    assert frozen.model.embed_tokens.weight.dtype == torch.float32
+    ids = expected("llama30")["ids"]
+    mask = torch.ones(ids.shape)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found = [next_token_logprobs(m.vocabulary, m(ids), ids, mask)[0] for m in (model, frozen)]
+    assert torch.equal(*found)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert frozen.lm_head.weight.any()
+    low, _ = gemma("llama30", torch.bfloat16)
+    compute_in_float32(low)
+    assert low.vocabulary.weight.dtype == torch.float32
+    assert low.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
+def test_what_the_licence_of_llama_asks_is_said_once(gemma, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(model_file, "_say_once", functools.cache(print))
+    for name, times in (("gemma1", 0), ("llama32", 1)):
+        for i in range(2):
+            save_model(*gemma(name), tmp_path / f"{name}{i}")
+        said = capsys.readouterr().out
+        assert said.count("Built with Llama") == times and said.count("\n") == times
+
+
+@pytest.mark.parametrize("config, tokens", [("llama32", "gemma1"), ("gemma1", "llama30")])
+def test_a_tokenizer_of_the_other_family_is_refused(tmp_path, config, tokens):
+    shutil.copytree(FIXTURES / config, tmp_path / "m")
+    shutil.copy(FIXTURES / tokens / "tokenizer.json", tmp_path / "m")
+    whose = "Llama 3's" if tokens == "llama30" else "Gemma's"
+    with pytest.raises(UserError, match=f"tokenizer.json is {whose}, but the model_type in"):
+        load_model(tmp_path / "m")
+
+
+# ------------------------------------------------------- the text part of a multimodal checkpoint
+
+
+def test_the_text_part_of_a_multimodal_gemma_equals_transformers():
+    """Its config leaves heads, epsilon and scale to the class's defaults, as Google's files do."""
+    model, _ = load_model(VISION)
+    text = json.loads((VISION / "config.json").read_text())["text_config"]
+    assert not {"num_attention_heads", "rms_norm_eps", "query_pre_attn_scalar"} & text.keys()
+    want = load_file(VISION / "expected.safetensors")
+    assert want["ids"].shape[1] > model.config.sliding_window
+    assert (logits(model, want["ids"]) - want["logits"]).abs().max() <= TIGHT
+
+
+def test_the_defaults_that_google_s_files_leave_out(tmp_path):
+    """Gemma 3 4B's text_config, whole. 12B and 27B say more."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
+            "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024}  # fmt: skip
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3",
+             "eos_token_id": [1, 106], "torch_dtype": "bfloat16", "vision_config": {}}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(whole | {"text_config": text}))
+    config = read_config(tmp_path)
+    assert (config.vocab_size, config.num_attention_heads, config.head_dim) == (262_208, 8, 256)
+    assert (config.num_key_value_heads, config.query_pre_attn_scalar) == (4, 256)
+    assert config.rope == {"full_attention": (1e6, 8.0), "sliding_attention": (1e4, 1.0)}
+    assert config.dtype == torch.bfloat16 and config.multimodal and config.rms_norm_eps == 1e-6
+    with torch.device("meta"):
+        size = sum(p.numel() for p in Transformer(config).parameters())
+    assert size == 3_880_263_168  # what is left of gemma-3-4b without its vision part
+
+
+def renamed(folder, change):
+    shutil.copytree(VISION, folder)
+    weights = load_file(folder / "model.safetensors")
+    changed = {change(name): tensor for name, tensor in weights.items()}
+    assert changed.keys() != weights.keys()
+    save_file(changed, folder / "model.safetensors")
+    return folder
+
+
+def test_the_newer_layout_of_names_is_read_as_well(tmp_path):
+    def newer(name):
+        if name.startswith("language_model.model."):
+            return name.replace("language_model.model.", "model.language_model.")
+        return f"model.{name}"
+
+    model, _ = load_model(renamed(tmp_path / "m", newer))
+    want = load_file(VISION / "expected.safetensors")
+    assert (logits(model, want["ids"]) - want["logits"]).abs().max() <= TIGHT
+
+
+def test_a_multimodal_checkpoint_is_read_strictly(tmp_path):
+    spoil = lambda name: name.replace("layers.1.mlp.up_proj", "layers.7.mlp.up_proj")  # noqa: E731
+    with pytest.raises(UserError, match="layers.7.mlp.up_proj.weight .* no place here"):
+        load_model(renamed(tmp_path / "m", spoil))
+    weights = load_file(VISION / "model.safetensors")
+    weights["model.norm.weight"] = weights["language_model.model.norm.weight"].clone()
+    shutil.copytree(VISION, tmp_path / "two")
+    save_file(weights, tmp_path / "two/model.safetensors")
+    with pytest.raises(UserError, match="norm.weight is there twice"):
+        load_model(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"text_config": None}, "config.json"),
+        ({"text_config": {"model_type": "gemma2"}}, "text_config has model_type 'gemma2'"),
+        ({"text_config": {}}, "missing field 'hidden_size'"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings False"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
+    ],
+)
+def test_a_multimodal_config_we_cannot_run_is_refused_by_name(tmp_path, change, says):
+    config = json.loads((VISION / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=says):
+        read_config(tmp_path)
+
+
+def test_a_multimodal_model_is_not_saved_whole(tmp_path):
+    with pytest.raises(UserError, match="of a multimodal model only adapters can be saved"):
+        save_model(*load_model(VISION), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_head_that_differs_from_the_embedding_is_refused(tmp_path):

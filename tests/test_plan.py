@@ -15,7 +15,13 @@ from nanogsm.fast import cpu, head
 from nanogsm.fast.cpu import can_pack, inverse_cdf, packed
 from nanogsm.generate import KVCache, choose
 from nanogsm.lora import add_lora
-from nanogsm.model import compute_in_float32, frozen_copy, load_model, set_checkpointing
+from nanogsm.model import (
+    compute_in_float32,
+    frozen_copy,
+    load_model,
+    read_config,
+    set_checkpointing,
+)
 from nanogsm.optim import AdamW
 from nanogsm.run import flags as flags_of
 from nanogsm.run import machine, plan
@@ -80,6 +86,42 @@ def test_the_weights_of_full_training_and_of_lora(tiny):
     assert plan.model_bytes(*sizes, bf16=False) == held(parameters(base))
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_output_head_of_its_own_is_counted(bf16):
+    """Its weights, its float32 cast and its rounding in the reference. It is a fifth of this
+    model."""
+    model, _ = load_model(FIXTURES / "llama30", torch.float32)
+    total, head = sum(p.numel() for p in parameters(model)), model.lm_head.weight.numel()
+    assert head > 0.2 * total
+    blocks = sum(m.weight.numel() for n, m in model.named_modules() if n.endswith("_proj"))
+    want = held(parameters(model)) + 2 * blocks * bf16  # with autocast's copies
+    near = lambda n: pytest.approx(n, rel=0.01)  # noqa: E731  norms are counted as linear layers
+    assert plan.model_bytes(model.config, total, total, bf16) == near(want)
+    frozen = held(parameters(frozen_copy(model, bf16)))
+    assert plan.frozen_copy_bytes(model.config, total, bf16) == near(frozen)
+    base, _ = load_model(FIXTURES / "llama30", torch.bfloat16)
+    base.config = dataclasses.replace(base.config, dtype=torch.bfloat16)
+    add_lora(base, 4, 8.0)
+    if not bf16:
+        compute_in_float32(base)
+    adapters = sum(p.numel() for p in parameters(base, trained=True))
+    found = plan.model_bytes(base.config, total + adapters, adapters, bf16)
+    assert found == held(parameters(base))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_gathered_of_a_sharded_model(tied):
+    """By hand, for a vocabulary of 100, a width of 10 and two blocks of 300 weights."""
+    config = dataclasses.replace(
+        read_config(FIXTURES / "llama30"), vocab_size=100, hidden_size=10, tied=tied
+    )
+    ends = 1000 if tied else 2000
+    found = plan.in_parts(4, config, ends + 600, {"gradients": 8.0, "sampling": 5.0})
+    assert found["gathered"] == 4 * (3 * ends + 2 * 300)
+    assert found["weights"] == ends + 600 and found["gradients"] == 2
+    assert found["sampling"] == 5 + 4 * 1000 + 2 * (ends - 1000 + 600)  # only a lookup is float32
+
+
 @pytest.mark.parametrize(
     "bf16, came_in", [(True, "float32"), (False, "float32"), (True, "bfloat16")]
 )
@@ -104,7 +146,7 @@ def test_moments(tiny, optim, bits):
     assert plan.moments_bytes([p.shape for p in model.parameters()], optim) == want
 
 
-@pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3", "llama32", "llama30"])
 @pytest.mark.parametrize("bf16", [True, False])
 def test_the_cache(name, bf16):
     config = load_model(FIXTURES / name)[0].config
@@ -231,9 +273,11 @@ def test_drawing_a_token_for_each_row(tiny, monkeypatch, device):
     assert 0.8 * estimate < alive.most < 1.05 * estimate
 
 
+@pytest.mark.parametrize("name", ["tiny", "llama30"])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_packed_weights_of_a_cpu(tiny, bf16, monkeypatch):
-    model, _ = tiny(torch.float32)
+def test_the_packed_weights_of_a_cpu(tiny, name, bf16, monkeypatch):
+    """Of an untied model the output head is packed, and once, and not the embedding."""
+    model = tiny(torch.float32)[0] if name == "tiny" else load_model(FIXTURES / name)[0]
     if not can_pack(model.device, torch.bfloat16 if bf16 else torch.float32):
         pytest.skip("no oneDNN, or none with bfloat16")
     made, real = [], cpu.pack
@@ -241,7 +285,9 @@ def test_the_packed_weights_of_a_cpu(tiny, bf16, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16), packed(model, choose):
         want = sum(copy.numel() * copy.element_size() for copy in made)
     total = sum(p.numel() for p in parameters(model))
-    with_them, without = (plan.sampling_bytes(model.config, n, 64, bf16, "cpu") for n in (total, 0))
+    tied = dataclasses.replace(model.config, tied=True)
+    with_them = plan.sampling_bytes(model.config, total, 64, bf16, "cpu")
+    without = plan.sampling_bytes(tied, 0, 64, bf16, "cpu")
     # Norms are not packed. The estimate counts them, too.
     assert with_them - without == pytest.approx(want, rel=0.01)
 

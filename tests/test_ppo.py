@@ -1146,7 +1146,7 @@ def test_the_plan_says_what_the_updates_really_are(flags, capsys):
 
 def test_other_held_out_problems_than_the_starts_are_noted(flags, capsys, tmp_path):
     own = flags[flags.index("--data") + 1]
-    record = {"args": {"val_examples": 5, "data": own}, "info": {"prompt": data.Prompt()._asdict()}}
+    record = {"args": {"val_examples": 5, "data": own}, "info": {"prompt": data.Prompt().settings()}}
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "run_args.json").write_text(json.dumps(record))
     shutil.copytree(FIXTURES / "gemma3", tmp_path / "sft" / "model")
@@ -1160,7 +1160,7 @@ def test_other_held_out_problems_than_the_starts_are_noted(flags, capsys, tmp_pa
 def test_a_start_passes_on_what_it_held_out_of_the_same_problems_and_its_longer_answers(tmp_path):
     def parsed(of_data, theirs, limit):
         args = {"val_examples": 5, "data": theirs, "max_new_tokens": limit}
-        record = {"args": args, "info": {"prompt": data.Prompt()._asdict()}}
+        record = {"args": args, "info": {"prompt": data.Prompt().settings()}}
         (tmp_path / "run_args.json").write_text(json.dumps(record))
         args = train_ppo.parse_args(["--init", str(tmp_path), "--data", of_data, "--device", "cpu"])
         return args.val_examples, args.max_new_tokens
@@ -1194,7 +1194,7 @@ def test_a_run_that_has_begun_keeps_the_start_it_recorded(tmp_path, monkeypatch)
     run = tmp_path / "runs/tiny/ppo-lora-main"
     run.mkdir(parents=True)
     args = {"init": "runs/tiny/elsewhere", "val_examples": 3, "data": "tiny"}
-    info = {"prompt": data.Prompt()._asdict()}
+    info = {"prompt": data.Prompt().settings()}
     (run / "run_args.json").write_text(json.dumps({"args": args, "info": info}))
     command = ["--tiny", "--lora", "--device", "cpu"]
     assert train_ppo.parse_args(command).init == "runs/tiny/elsewhere"
@@ -1263,7 +1263,7 @@ def test_an_older_run_is_finished_or_refused(flags, tmp_path, capsys):
     """A folder that an earlier version began has no format. It cannot continue here."""
     run = tmp_path / "run"
     run.mkdir()
-    record = {"args": {"val_examples": 2}, "info": {"prompt": data.Prompt()._asdict()}}
+    record = {"args": {"val_examples": 2}, "info": {"prompt": data.Prompt().settings()}}
     (run / "run_args.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="started by an earlier version"):
         train_ppo.main([*flags, "--out", str(run)])

@@ -558,11 +558,12 @@ def test_nan_in_metrics_is_null(tmp_path):
         assert rows(tmp_path / "r") == [{"step": 1, "loss": None}]  # there before close
 
 
-def test_metrics_go_to_wandb_too_and_its_absence_is_said(tmp_path, monkeypatch):
+def test_metrics_go_to_wandb_too_and_a_continued_run_goes_on_there(tmp_path, monkeypatch):
     said = []
     logger = SimpleNamespace(
         log=lambda row, step: said.append((step, row)),
         finish=lambda exit_code: said.append(exit_code),
+        id="x7",
     )
     fake = SimpleNamespace(init=lambda **given: said.append(given) or logger)
     monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -570,14 +571,20 @@ def test_metrics_go_to_wandb_too_and_its_absence_is_said(tmp_path, monkeypatch):
         run.log({"step": 1, "loss": 3.0})
         run.start_wandb("mine", {"lr": 1.0})
         run.log({"step": 2, "loss": 2.0})
-    where = {"project": "mine", "name": "run", "dir": str(tmp_path), "config": {"lr": 1.0}}
-    assert said == [where, (2, {"step": 2, "loss": 2.0}), 1]  # stopped before its end
+    where = {"project": "mine", "name": "run", "dir": str(tmp_path / "run"), "config": {"lr": 1.0}}
+    first = where | {"id": None, "resume": None}
+    assert said == [first, (2, {"step": 2, "loss": 2.0}), 1]  # stopped before its end
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
     with RunFolder(tmp_path / "run", {"a": 1}, {}) as run:
         run.start_wandb("mine", {"lr": 1.0})
         run.finish({})
-    assert said[-1] == 0
+    assert said[-2:] == [where | {"id": "x7", "resume": "allow"}, 0]
+    with RunFolder(tmp_path / "run", {"a": 1}, {}, overwrite=True) as run:
+        run.start_wandb("mine", {"lr": 1.0})
+        assert said[-1]["id"] is None  # another run
 
+
+def test_why_wandb_cannot_be_used_is_said(tmp_path, monkeypatch):
     def refuse(**given):
         raise RuntimeError("not logged in\nrun wandb login")
 
@@ -588,3 +595,21 @@ def test_metrics_go_to_wandb_too_and_its_absence_is_said(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "wandb", None)
         with pytest.raises(UserError, match="pip install wandb"):
             run.start_wandb("mine", {})
+
+
+def test_the_real_wandb_writes_into_the_run_folder(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed (requirements-optional.txt)")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ids = []
+    for step in (1, 2):
+        with RunFolder(tmp_path / "run", {"a": 1}, {}) as run:
+            run.start_wandb("mine", {"lr": 1.0})
+            run.log({"step": step, "loss": 2.0})
+            ids.append(run.wandb.id)
+    assert ids[0] == ids[1] and len(list((tmp_path / "run/wandb").glob("offline-run-*"))) == 2
+    assert not (tmp_path / "wandb").exists()
+    with pytest.raises(UserError), RunFolder(tmp_path / "failed", {"a": 1}, {}) as run:
+        run.start_wandb("mine", {})
+        raise UserError("the weights are damaged")
+    assert not (tmp_path / "failed").exists()  # it left no trace, as without wandb

@@ -5,16 +5,15 @@ import math
 
 import pytest
 
+from nanogsm.arithmetic import false_annotations, value_of
 from nanogsm.report.scores import (
     KINDS,
-    false_annotations,
     is_looping,
     kind_of,
     majority,
     mcnemar,
     paired,
     summarise,
-    value_of,
     wilson,
 )
 

@@ -38,14 +38,34 @@ def trainer_examples():
     ]
 
 
+@pytest.mark.parametrize("flags", [[], ["--lora", "--merge"]])
+def test_of_a_multimodal_model_only_adapters_are_trained(tmp_path, capsys, flags):
+    argv = ["--model", str(FIXTURES / "gemma3_vision"), "--data", "tiny", "--device", "cpu"]
+    with pytest.raises(UserError, match="is multimodal.*train adapters with --lora, without"):
+        train_sft.main([*argv, *flags, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+    assert train_sft.main([*argv, "--lora", "--dry-run", "--out", str(tmp_path / "run")]) == 0
+    assert "(gemma3_text)" in capsys.readouterr().out
+
+
+TRAINED = [
+    ("gemma3", "trainer", "none"),
+    ("gemma3", "trainer", "light"),
+    ("llama32", "trainer_llama32", "light"),
+    ("llama30", "trainer_llama30", "none"),
+]
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("checkpointing", ["none", "light"])
-def test_twenty_steps_equal_those_of_trainer_and_peft(gemma, method, checkpointing, tmp_path):
-    record = json.loads((FIXTURES / f"trainer/{method}_losses.json").read_text())
-    model, tokenizer = gemma("gemma3")
+@pytest.mark.parametrize("name, place, checkpointing", TRAINED)
+def test_twenty_steps_equal_those_of_trainer_and_peft(
+    gemma, name, place, method, checkpointing, tmp_path
+):
+    record = json.loads((FIXTURES / f"{place}/{method}_losses.json").read_text())
+    model, tokenizer = gemma(name)
     set_checkpointing(model, checkpointing)
     if method == "lora":
-        load_adapter(model, adapter_folder(tmp_path, "lora_init"))
+        load_adapter(model, adapter_folder(tmp_path, "lora_init", place))
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = AdamW(trained, lr=1e-3, bits=32)
     examples = trainer_examples()
@@ -59,15 +79,15 @@ def test_twenty_steps_equal_those_of_trainer_and_peft(gemma, method, checkpointi
         assert optimizer.lr == pytest.approx(want["learning_rate"], rel=1e-9)
         assert loss == pytest.approx(want["loss"], abs=1e-5), step
         assert norm.item() == pytest.approx(want["grad_norm"], rel=1e-4), step
-    final = load_file(FIXTURES / f"trainer/{method}_expected.safetensors")
+    final = load_file(FIXTURES / f"{place}/{method}_expected.safetensors")
     with torch.no_grad():
         assert (model.logits(model(final["ids"])) - final["logits"]).abs().max() <= 1e-4
 
 
-def adapter_folder(folder, name):
-    """One of the trainer fixture's adapters, copied into folder in peft's layout."""
+def adapter_folder(folder, name, place="trainer"):
+    """One of a trainer fixture's adapters, copied into folder in peft's layout."""
     shutil.copy(FIXTURES / "gemma3_peft/adapter_config.json", folder)
-    shutil.copy(FIXTURES / f"trainer/{name}.safetensors", folder / "adapter_model.safetensors")
+    shutil.copy(FIXTURES / f"{place}/{name}.safetensors", folder / "adapter_model.safetensors")
     return folder
 
 
@@ -245,13 +265,14 @@ def test_validation_on_a_part_of_what_is_held_out(tmp_path, capsys):
     assert sorted(sum((past.part_of(held_out, (k, 7)) for k in range(1, 8)), [])) == held_out
     assert past.part_of(held_out, None) == held_out
     args = SimpleNamespace(data="tiny", data_dir=None, val_examples=40, val_use=20, tiny=True,
-                           keep="last", patience=0)  # fmt: skip
-    rest, used = train_sft.start.split_problems(args)
+                           keep="last", patience=0, unscored=False)  # fmt: skip
+    found = train_sft.start.hub.find_model("tiny")
+    rest, used = train_sft.start.split_problems(args, found)
     everything = data.split_validation(data.load_problems("tiny", "train"), 40)
     assert rest == everything[0] and used == past.part_of(everything[1], (1, 2))
     args.val_use = 41
     with pytest.raises(UserError, match="--val-use 41: only 40 problems are held out"):
-        train_sft.start.split_problems(args)
+        train_sft.start.split_problems(args, found)
     with pytest.raises(UserError, match="--part 1/41: only 40 problems are held out"):
         past.part_of(held_out, (1, 41))
 
@@ -311,7 +332,7 @@ def test_a_run_killed_early_starts_over_although_its_data_moved(
     assert train_sft.main([*moved, "--val-every", "1", "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     assert "run has no checkpoint yet: starting from the beginning" in said
-    assert "next: python evaluate.py --model" in said and "run --split validation" in said
+    assert said.endswith(f"next: python evaluate.py {tmp_path / 'run'}\n")
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="only Linux has this file")
@@ -535,7 +556,7 @@ def test_dry_run_needs_no_weights_and_writes_nothing(problems, tmp_path, capsys)
         (["--device", "cuda:x"], "--device cuda:x"),
         (["--seed", str(10**14)], "--seed"),
         (["--model", "no/such/folder"], "no such folder"),
-        (["--data", "grade-school"], "main, socratic or a file that ends in .jsonl"),
+        (["--data", "grade-school"], "main, socratic, math or a file that ends"),
     ],
 )
 def test_bad_flags_are_named(problems, flags, says, tmp_path):
@@ -636,6 +657,19 @@ def test_recipes_set_what_is_not_given():
     tuned = train_sft.parse_args(flags)
     assert (tuned.lr, tuned.warmup, tuned.out) == (2e-4, 0.0, "runs/sft-lora-main")
     assert (tuned.lora_r, tuned.lora_alpha) == (None, None)  # until the model is known
+
+
+def test_a_run_that_starts_from_another_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    """Without --out. sft-full-main may be that other run, or one that has nothing to do with it."""
+    monkeypatch.chdir(tmp_path)
+    started = tmp_path / "runs/tiny/sft-full-main"
+    started.mkdir(parents=True)
+    record = {"args": {"val_examples": 4, "tiny": True}, "info": {"prompt": {}}}
+    (started / "run_args.json").write_text(json.dumps(record))
+    args = train_sft.parse_args(["--device", "cpu", "--model", "runs/tiny/sft-full-main"])
+    assert args.out == "runs/tiny/sft-full-main-from-sft-full-main"
+    args = train_sft.parse_args(["--device", "cpu", "--model", str(started), "--out", "mine"])
+    assert args.out == "mine"
 
 
 def test_held_out_questions_that_are_also_trained_on_are_counted(tmp_path, capsys):

@@ -3,6 +3,7 @@ what it could not run."""
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import train_ppo
 import train_sft
 from experiments import study
 from nanogsm import UserError
+from nanogsm.run.flags import ppo_args, set_rank, sft_args
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +98,12 @@ def faked(monkeypatch):
             if "ppo" not in command[0]:
                 rows.append({"step": 2, "val_loss": 0.25})
             (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            args = (ppo_args if "ppo" in command[0] else sft_args)(command[1:])
+            set_rank(args)
+            settled = {"val_examples": 64, "init_sha256": "a start",
+                       "batch": args.micro_batch * args.accumulation}  # fmt: skip
+            record = {"args": vars(args) | settled, "info": {"prompt": {}}}
+            (folder / "run_args.json").write_text(json.dumps(record))
             (folder / "summary.json").write_text("{}")
         return 0, ""
 
@@ -105,6 +113,40 @@ def faked(monkeypatch):
 
 def rows_of(folder: str) -> dict[str, dict]:
     return {row["row"]: row for row in json.loads(Path(folder, "study.json").read_text())["rows"]}
+
+
+def test_a_row_that_was_trained_before_by_itself_is_used(faked, capsys):
+    ran, _ = faked
+    default = Path("runs/tiny/sft-lora-main")
+    args = train_sft.parse_args(["--tiny", "--lora", "--device", "cpu"])
+    set_rank(args)
+    args = vars(args)
+    default.mkdir(parents=True)
+    record = {"args": {k: v for k, v in args.items() if k != "open"} | {"val_examples": 256},
+              "info": {"prompt": {"style": "plain", "shots": 0, "instruction": False}}}  # fmt: skip
+    (default / "run_args.json").write_text(json.dumps(record))
+    step = {"step": 1, "seconds": 1, "tokens": 2, "peak_memory": 3, "loss": 0.5}
+    (default / "metrics.jsonl").write_text(json.dumps(step) + "\n")
+    argv = ["--tiny", "--n", "4", "--out", "s", "--device", "cpu", "--rows", "lora-tuned"]
+    assert study.main(argv) == 0  # it is not finished
+    assert [command.split()[0] for command in ran] == ["train_sft.py", "evaluate.py"]
+    shutil.rmtree("s")
+    (default / "summary.json").write_text("{}")
+    ran.clear()
+    assert study.main([*argv, "--seed", "1"]) == 0  # another seed
+    shutil.rmtree("s")
+    assert len(ran) == 2
+    ran.clear()
+    assert study.main(argv) == 0
+    [ask] = ran
+    assert f"--model {default} " in ask
+    assert f"row lora-tuned is trained already: {default}" in capsys.readouterr().out
+    assert rows_of("s")["lora-tuned"]["training"]["loss"] == 0.5
+    shutil.rmtree("s")
+    record["args"]["max_examples"] = 32  # the default is all, so these are other settings
+    (default / "run_args.json").write_text(json.dumps(record))
+    ran.clear()
+    assert study.main(argv) == 0 and len(ran) == 2
 
 
 def test_a_whole_study_has_its_table_and_is_not_done_twice(faked, capsys):
@@ -120,13 +162,45 @@ def test_a_whole_study_has_its_table_and_is_not_done_twice(faked, capsys):
     table = Path("s/study.md").read_text()
     scores = "| full SFT, main | 31.0% | 75.0% | 30.1 to 95.4 |"
     assert f"{scores} untuned, one-shot + instruction | +50." in table
-    assert table.startswith("| | original study | exact match |")
-    assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert table.startswith("| | original study, gemma-2b-it | exact match here |")
+    assert len({line.count("|") for line in table.splitlines() if "|" in line}) == 1
+    assert "of the runs here: the embedded model, 4 problems." in table
     assert Path("s/report.html").exists() and table in capsys.readouterr().out
     ran.clear()
     assert study.main(["--tiny", "--n", "4", "--out", "s"]) == 0
-    # Nothing is evaluated again. A training script says itself that its run is finished.
-    assert not [command for command in ran if command.startswith("evaluate")]
+    assert not ran and "row ppo is trained already: s/ppo" in capsys.readouterr().out
+    assert Path("s/study.md").read_text() == table and "other flags" not in table
+
+
+def test_a_row_that_was_trained_with_other_flags_is_used_and_marked(faked, capsys, monkeypatch):
+    ran, _ = faked
+    argv = ["--tiny", "--n", "4", "--out", "s", "--rows", "full-main", "ppo"]
+    study.main([*argv, "--sft=--lr 0.5"])
+    ran.clear()
+    capsys.readouterr()
+    monkeypatch.setattr(study.hub, "find_model", lambda name: name)
+    monkeypatch.setattr(study.hub, "fingerprint", lambda found: f"weights of {found}")
+    study.main([*argv, "--sft=--micro-batch 8", "--ppo=--micro-batch 8 --accumulation 2"])
+    said = capsys.readouterr().out
+    assert not ran and "| full SFT, main (other flags: see below) | 31.0% | 75.0%" in said
+    differ = "lr 0.5 instead of 0.001; min_lr 0.05 instead of 0.0001; "
+    differ += "micro-batch x accumulation 16 instead of 8"
+    assert f"other flags than this command would use ({differ})" in said
+    assert "would use (it started from other weights than those in s/full-main)." in said
+    assert "To train it anew, delete s/ppo or give another --out." in said
+    assert rows_of("s")["full-main"]["other_flags"][0] == "lr 0.5 instead of 0.001"
+    Path("s/ppo/run_args.json").write_text("{}")
+    study.main(argv)
+    assert "would use (settings that cannot be read)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", [{"WORLD_SIZE": "2", "RANK": "0"}, {"WORLD_SIZE": "1"}])
+def test_torchrun_is_refused(faked, monkeypatch, given):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="run it without torchrun"):
+        study.main(["--tiny", "--out", "s"])
+    assert not faked[0] and not Path("s").exists()
 
 
 def test_the_reason_of_a_row_that_cannot_run_is_shown_and_the_others_go_on(faked, capsys):
@@ -220,7 +294,8 @@ def test_a_real_row_end_to_end(capfd):
     trained = Path("s/full-main/metrics.jsonl").stat().st_mtime_ns
     assert study.main([*argv, "--device", "cpu"]) == 0
     out = capfd.readouterr().out
-    assert "already finished" in out and not re.search(r"\$ python evaluate", out)
+    assert "full-main is trained already" in out and not re.search(r"\$ python", out)
+    assert "other flags" not in out
     assert Path("s/full-main/metrics.jsonl").stat().st_mtime_ns == trained
     assert "Probes" in Path("s/report.html").read_text()
 

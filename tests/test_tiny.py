@@ -224,7 +224,7 @@ def test_a_run_of_the_embedded_model_implies_tiny(tmp_path, monkeypatch):
     run = tmp_path / "runs/mine"
     run.mkdir(parents=True)
     args = {"val_examples": 9, "tiny": True, "data": "tiny"}
-    record = {"args": args, "info": {"prompt": Prompt()._asdict()}}
+    record = {"args": args, "info": {"prompt": Prompt().settings()}}
     (run / "run_args.json").write_text(json.dumps(record))
     for args in (
         train_sft.parse_args(["--model", "runs/mine"]),

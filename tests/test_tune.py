@@ -197,6 +197,16 @@ def trials() -> list:
     return tune.open_study(tune.parse_args(ARGV)).trials
 
 
+def test_unscored_data_are_judged_by_the_loss_and_in_ppo_by_the_reward():
+    rows = [{"question": f"{i}?", "answer": "a poem"} for i in range(40)]
+    Path("poems.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Path("r.py").write_text("def reward(completion, problem, truncated):\n    return 1.0\n")
+    own = ["--tiny", "--data", "poems.jsonl", "--unscored"]
+    args = parsed("sft", *own)
+    assert (args.metric, args.val_use, args.examples) == ("val_loss", 4, 32)
+    assert parsed("ppo", *own, "--init", "tiny", "--reward", "r.py").metric == "val_reward"
+
+
 @needs_optuna
 def test_a_whole_search(script, capsys):
     assert tune.main([*ARGV, "--trials", "12"]) == 0

@@ -49,7 +49,8 @@ def packed(model, choose: Callable) -> Iterator[Callable]:
     if not can_pack(model.device, dtype):
         yield choose
         return
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    # An untied output head is the vocabulary, which is packed in blocks below.
+    layers = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
     try:
         for layer in layers:  # the instance's own `forward` hides the class's
             layer.forward = functools.partial(multiply_packed, packed=pack(layer.weight, dtype))

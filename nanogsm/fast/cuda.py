@@ -44,8 +44,8 @@ def update_all(
     pieces: list, update: Callable, dither: Callable, chunk: int, shrink: Tensor | None, step: int,
     numbers: tuple,
 ) -> None:  # fmt: skip
-    """cpu.update_all, with `update` compiled to one kernel a call. Tensors of at most `chunk`
-    entries are updated together with others of their size."""
+    """As cpu.update_all, but `update` is compiled into one kernel. Tensors of equal size, up to
+    `chunk` entries, share a launch."""
     if shrink is None:
         shrink = torch.ones((), device=pieces[0][2][0].device)
     # A number that changes from step to step would be compiled into the kernel, unless it is a
@@ -54,7 +54,7 @@ def update_all(
     numbers = betas, eps, *map(torch.tensor, changing)
     groups = defaultdict(list)
     for i, (keep, first, tensors) in enumerate(pieces):
-        (blocks, entries), count = tensors[0].shape, tensors[0].numel()
+        entries, count = tensors[0].shape[1], tensors[0].numel()
         alone = i if count > chunk or first else None
         groups[count, entries, len(tensors), keep, first, alone].append(tensors)
     for (count, entries, parts, keep, first, alone), members in groups.items():
@@ -96,8 +96,8 @@ def _compiled(update: Callable, dither: Callable) -> Callable:
 
 
 def compiles(pieces: list) -> bool:
-    """Whether update_all is for these: on a GPU, with enough entries to pay for ten seconds of
-    compilation, where the compiler can work."""
+    """Whether to use update_all: on a GPU, where the compiler works, and with enough entries to
+    repay ten seconds of compiling."""
     if not pieces or not pieces[0][2][0].is_cuda:
         return False
     return sum(tensors[0].numel() for *_, tensors in pieces) >= WORTH_COMPILING and has_compiler()
@@ -153,8 +153,8 @@ SLOTS = 128  # the cache's slots that attention reads are rounded up to these, s
 
 
 def slots_read(filled: int, slots: int, device: torch.device) -> int:
-    """How many of a cache's slots attention reads where `filled` have been written. On a GPU few
-    different numbers: what was recorded for one serves all that are not larger."""
+    """How many of a cache's slots attention reads where `filled` have been written. On a GPU the
+    number is rounded up to a multiple of SLOTS, so that one recording serves many lengths."""
     multiple = SLOTS if device.type == "cuda" else 1
     return min(math.ceil(filled / multiple) * multiple, slots)
 
@@ -178,9 +178,9 @@ def recorded(model, packed) -> Iterator[tuple[Callable, Callable]]:
         with packed as choose:
             yield choose, lambda step, rows, used, uniform: step(used, uniform)
         return
-    norms = [m for m in model.modules() if type(m).__name__ == "RMSNorm"]  # transformer.py's
+    norms = [m for m in model.modules() if type(m).__name__ == "RMSNorm" and m.is_gemma]
     try:
-        for norm in norms:  # 1 + weight once, and not at every token
+        for norm in norms:  # transformer.py's: 1 + weight once, and not at every token
             gain = 1.0 + norm.weight.detach().float()
             norm.forward = functools.partial(_scaled, gain=gain, eps=norm.eps)
         yield choose_in_two_levels, Recorder()
@@ -200,7 +200,7 @@ def _scaled(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 class Recorder:
     """Runs a step plainly when its shapes are new, records it the second time, then replays it."""
 
-    # The first run also makes what a recording must not contain: workspaces of libraries, and
+    # The first run also allocates what a recording must not contain: workspaces of libraries, and
     # autocast's copies of weights.
 
     def __init__(self):

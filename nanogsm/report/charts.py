@@ -1,6 +1,7 @@
 """Line charts as SVG text, without a plotting library. Any browser shows the file.
 
-    page = charts.page([charts.Panel("reward", [("a", points), ("b", points)])], ["a", "b"])
+    panel = charts.Panel("reward", [("a", points), ("b", points)], x="step")
+    page = charts.page([panel], ["a", "b"])
 
 Points are (x, y) pairs. Lines with the same name have the same colour, so three seeds of one recipe
 are three thin lines. The colours follow the reader's light or dark theme.
@@ -8,10 +9,12 @@ are three thin lines. The colours follow the reader's light or dark theme.
 
 import html
 import math
+import re
 from typing import NamedTuple
 
-WIDTH, HEIGHT, COLUMNS = 380, 230, 2  # pixels of a panel; panels per row
-LEFT, RIGHT, TOP, BOTTOM = 48, 24, 30, 28  # margins around a panel's plot; LEFT is the least
+WIDTH, HEIGHT, COLUMNS = 380, 244, 2  # pixels of a panel; panels per row
+LEFT, RIGHT, TOP, BOTTOM = 48, 24, 30, 42  # margins around a panel's plot; LEFT is the least
+FEW = 12  # a line of at most this many points has a dot at each: one point makes no line
 DIGIT = 7  # pixels of a digit, rounded up
 LIGHT = ("#0b66c3", "#c2410c", "#15803d", "#7e22ce")  # also distinct for the colour-blind
 DARK = ("#6cb6ff", "#fb923c", "#4ade80", "#d8b4fe")
@@ -21,7 +24,15 @@ class Panel(NamedTuple):
     title: str
     lines: list[tuple[str, list[tuple[float, float]]]]  # (name, points); NaN points are left out
     percent: bool = False  # y is a share
+    x: str = ""  # what x counts
+    last: float | None = None  # where the x axis ends; without it at the last point
     dots: bool = False  # a dot for each point, and no line
+
+
+def number(value: float) -> str:
+    """A number as one reads it: 15,000 or 0.3 or 2e-5."""
+    # Ten digits write 15,000 in full and still round 0.30000000000000004 to 0.3.
+    return re.sub(r"e\+?(-?)0*", r"e\1", f"{value:,.10g}")
 
 
 def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
@@ -39,10 +50,10 @@ def panel_svg(panel: Panel, names: list[str], x0: float, y0: float) -> str:
     lines = [(name, [p for p in line if all(map(math.isfinite, p))]) for name, line in panel.lines]
     xs, ys = zip(*([p for _, line in lines for p in line] or [(0.0, 0.0)]))
     y_ticks, first, last = ticks(min(ys), max(ys)), min(xs), max(xs)
+    if panel.last is not None:
+        first, last = min(first, 0), max(last, panel.last)
     last = last if last > first else first + 1  # the x axis ends at the last point, y at a tick
-    # Ten digits write 15,000 in full and still round 0.30000000000000004 to 0.3.
-    label = lambda value: f"{value:,.10g}"  # noqa: E731
-    y_labels = [label(100 * y) + "%" if panel.percent else label(y) for y in y_ticks]
+    y_labels = [number(100 * y) + "%" if panel.percent else number(y) for y in y_ticks]
     left = x0 + max(LEFT, 10 + DIGIT * max(map(len, y_labels)))
     right, bottom = x0 + WIDTH - RIGHT, y0 + HEIGHT - BOTTOM
     at_x = lambda x: left + (x - first) / (last - first) * (right - left)  # noqa: E731
@@ -53,15 +64,18 @@ def panel_svg(panel: Panel, names: list[str], x0: float, y0: float) -> str:
         parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
         parts.append(f'<text class="y" x="{left - 6}" y="{y + 4:.1f}">{y_label}</text>')
     for x in [x for x in ticks(first, last) if first <= x <= last]:
-        parts.append(f'<text class="x" x="{at_x(x):.1f}" y="{bottom + 16}">{label(x)}</text>')
+        parts.append(f'<text class="x" x="{at_x(x):.1f}" y="{bottom + 16}">{number(x)}</text>')
+    if panel.x:
+        place = f'x="{(left + right) / 2}" y="{bottom + 32}"'
+        parts.append(f'<text class="axis" {place}>{html.escape(panel.x)}</text>')
     for name, line in lines:
-        colour = f"c{names.index(name) % len(LIGHT)}"
-        if panel.dots:
-            dot = f'<circle class="{colour}" fill="none" stroke-width="2" r="3.5"'
-            parts += [f'{dot} cx="{at_x(x):.1f}" cy="{at_y(y):.1f}"/>' for x, y in line]
-            continue
-        path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in line)
-        parts.append(f'<polyline class="{colour}" points="{path}"/>')
+        places = [(f"{at_x(x):.1f}", f"{at_y(y):.1f}") for x, y in line]
+        colour, path = f"c{names.index(name) % len(LIGHT)}", " ".join(map(",".join, places))
+        if not panel.dots:
+            parts.append(f'<polyline class="{colour}" points="{path}"/>')
+        if len(places) <= FEW or panel.dots:
+            dot = '<circle class="{}" cx="{}" cy="{}" r="2.5"/>'
+            parts += [dot.format(colour, x, y) for x, y in places]
     return "\n".join(parts)
 
 
@@ -70,11 +84,13 @@ def page(panels: list[Panel], names: list[str]) -> str:
     rows, top = math.ceil(len(panels) / COLUMNS), 34 * (len(names) > 1)
     width, height = WIDTH * min(COLUMNS, len(panels)), top + HEIGHT * rows
     colours = lambda palette: " ".join(  # noqa: E731
-        f".c{i}{{stroke:{colour}}} text.c{i}{{fill:{colour}}}" for i, colour in enumerate(palette)
+        f".c{i}{{stroke:{colour}}} text.c{i},circle.c{i}{{fill:{colour}}}"
+        for i, colour in enumerate(palette)
     )
     style = f"""
       text {{font: 12px system-ui, sans-serif; fill: #444}} .title {{font-weight: 600; fill: #111}}
-      .y {{text-anchor: end}} .x {{text-anchor: middle}} .grid {{stroke: #ddd}} rect {{fill: #fff}}
+      .y {{text-anchor: end}} .x, .axis {{text-anchor: middle}} .grid {{stroke: #ddd}}
+      rect {{fill: #fff}}
       polyline {{fill: none; stroke-width: 1.6; stroke-linejoin: round}} {colours(LIGHT)}
       text[class^=c] {{stroke: none; font-weight: 600}}
       @media (prefers-color-scheme: dark) {{ rect {{fill: #0d1117}} text {{fill: #b4bcc6}}

@@ -9,7 +9,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from nanogsm import UserError
+from nanogsm import UserError, boxed
 from nanogsm.data import GENERATED, NAMED, Prompt
 from nanogsm.run.past import is_tiny, run_of
 from nanogsm.store import files
@@ -25,6 +25,8 @@ def place_of(args, prompt: Prompt, usual: Prompt) -> tuple[Path, str]:
     prompt_name = str(prompt).replace(", ", "-")
     short = f"{args.temperature:g}"
     temperature = short if float(short) == args.temperature else repr(args.temperature)
+    # The usual folder of an untuned model has the prompt in its own name.
+    unusual = prompt != usual if run else bool(args.out)
     parts = [
         "eval",
         own_data or args.split,
@@ -32,11 +34,13 @@ def place_of(args, prompt: Prompt, usual: Prompt) -> tuple[Path, str]:
         str(args.n),
         "part{}of{}".format(*args.part) if args.part else "",
         "socratic" if args.data.endswith("socratic") else "",
+        args.data if args.data in boxed.NAMES else "",
         "tiny" if args.data in GENERATED and not is_tiny(args.model) else "",
-        prompt_name if prompt != usual or (args.out and not run) else "",
+        prompt_name if unusual else "",
         f"{args.samples}x-t{temperature}-seed{args.seed}" if args.temperature else "",
         f"max{args.max_new_tokens}" if args.max_new_tokens else "",
         f"base-{Path(args.base).name[:60]}" if args.base else "",
+        f"rerank-{args.rerank_by}-{Path(args.rerank).name[:60]}" if args.rerank else "",
     ]
     model_name = args.model.strip("/").replace("/", "--")
     untuned = f"{'runs/tiny' if args.tiny else 'runs'}/eval-{model_name}-{prompt_name}"
@@ -97,10 +101,14 @@ def read_rows(where: str) -> tuple[str, list[dict]]:
     elif not os.path.exists(path):
         raise UserError(f"there is no {path}: give a run's folder or an eval-....jsonl file")
     types = {"index": int, "correct": bool, "gold": int | float, "question": str, "completion": str}
+    of_math = types | {"gold": str, "timed_out": bool}
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        if all(row["gold"] is None and row["correct"] is None for row in rows):
+            raise UserError(f"{path}: its problems are unscored, so no answer is right or wrong")
         for row in rows:
-            if wrong := [key for key, kind in types.items() if not isinstance(row[key], kind)]:
+            kinds = of_math if "timed_out" in row else types
+            if wrong := [key for key, kind in kinds.items() if not isinstance(row[key], kind)]:
                 raise ValueError(f"a row's {wrong[0]} is {row[wrong[0]]!r}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         problem = f"a row has no {e}" if isinstance(e, KeyError) else str(e)

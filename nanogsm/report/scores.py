@@ -4,14 +4,12 @@ The rows of an evaluation are those that `generate.answer_and_mark` returns, one
 evaluate.py writes them to eval-*.jsonl and their summary to eval-*.json.
 """
 
-import ast
-import collections
 import math
-import re
-from operator import add, mul, sub, truediv
+from collections.abc import Iterable
 from statistics import NormalDist, fmean
 
-from nanogsm import UserError, data
+from nanogsm import UserError, boxed, data
+from nanogsm.arithmetic import false_annotations
 from nanogsm.report.eval_files import read_rows  # noqa: F401
 
 Z95 = NormalDist().inv_cdf(0.975)
@@ -62,17 +60,33 @@ def paired(a: dict[int, dict], b: dict[int, dict]) -> dict:
     return {"n": len(common), "points": points, "p": p, "fixed": fixed, "broken": broken}
 
 
-def majority(rows: list[dict]) -> bool:
-    """Whether the most frequent answer to one problem is right. The earliest wins a tie."""
-    answers = collections.Counter(row["answer"] for row in rows if row["answer"] is not None)
-    return bool(answers) and data.same_number(answers.most_common(1)[0][0], rows[0]["gold"])
+def majority(rows: list[dict], weights: list[float] | None = None) -> bool:
+    """Whether the most frequent answer to one problem is right, or, with a weight for each row, the
+    answer of the largest sum. The earliest wins a tie. Answers in boxes that mean the same are
+    one."""
+    answers = [row["answer"] for row in rows]
+    if in_boxes := isinstance(rows[0]["gold"], str):
+        answers = [None if place < 0 else place for place in boxed.joined(answers)]
+    votes: dict[float, float] = {}
+    for answer, weight in zip(answers, weights or [1] * len(rows)):
+        if answer is not None:
+            votes[answer] = votes.get(answer, 0) + weight
+    if not votes:
+        return False
+    chosen = max(votes, key=votes.get)
+    return rows[chosen]["correct"] if in_boxes else data.same_number(chosen, rows[0]["gold"])
 
 
 def summarise(rows: list[dict], samples: int) -> dict:
     """The summary of an evaluation; `rows` holds the samples of a problem next to each other. The
     interval counts problems, because samples of one problem are not independent. With several
-    samples it is wider than it needs to be."""
+    samples it is wider than it needs to be. Unscored rows have lengths only."""
     groups = [rows[i : i + samples] for i in range(0, len(rows), samples)]
+    truncated = fmean(row["truncated"] for row in rows)
+    mean_tokens = fmean(row["tokens"] for row in rows)
+    if rows[0]["gold"] is None:
+        lengths = {"truncated": truncated, "mean_tokens": mean_tokens}
+        return {"n": len(groups), "completions": len(rows), "unscored": True} | lengths
     accuracy = fmean(row["correct"] for row in rows)
     low, high = wilson(accuracy * len(groups), len(groups))
     summary = {
@@ -82,16 +96,28 @@ def summarise(rows: list[dict], samples: int) -> dict:
         "accuracy": accuracy,
         "ci_low": low,
         "ci_high": high,
-        "flexible_accuracy": fmean(row["flexible"] for row in rows),
-        "truncated": fmean(row["truncated"] for row in rows),
+        **_beside(rows),
+        "truncated": truncated,
         "formatted": fmean(row["answer"] is not None for row in rows),
-        "mean_tokens": fmean(row["tokens"] for row in rows),
+        "mean_tokens": mean_tokens,
     }
     if samples > 1:
         summary["pass@1"] = accuracy
         summary[f"pass@{samples}"] = fmean(any(row["correct"] for row in g) for g in groups)
         summary[f"maj@{samples}"] = fmean(majority(g) for g in groups)
     return summary
+
+
+def _beside(rows: list[dict]) -> dict:
+    """What stands next to exact match: for GSM8K the last number, for MATH the comparison of texts
+    and the grader. In a mixed file GSM8K's problems are compared as numbers in both."""
+    if not any("timed_out" in row for row in rows):
+        return {"flexible_accuracy": fmean(row["flexible"] for row in rows)}
+    return {
+        "text_accuracy": fmean(row.get("correct_by_text", row["correct"]) for row in rows),
+        "grader": boxed.grader_name(),
+        "grader_timeouts": sum(row.get("timed_out", False) for row in rows),
+    }
 
 
 # ---- kinds of mistakes: a completion is of the first kind, in this order, that applies
@@ -105,42 +131,13 @@ KINDS = {
     "guessed": "shows no calculation at all",
     "set-up": "every calculation is right, but the answer is not",
 }
-ANNOTATION = re.compile(r"<<([^<>]{1,100})=([^<>=]{1,30})>>")
-OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}
-
-
-def value_of(expression: str) -> float | None:
-    """The value of plain arithmetic such as "3*(4+.5)" or "20%*80", else None. A model wrote the
-    text, so it is parsed and never executed."""
-
-    def value(node: ast.expr) -> float:
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-            return float(node.value)
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return -value(node.operand)
-        return OPERATORS[type(node.op)](value(node.left), value(node.right))
-
-    text = re.sub(r"([\d.]+)%", r"(\1/100)", re.sub(r"[,$\s]", "", expression))
-    text = re.sub(r"(?<![\d.])0+(?=\d)", "", text)  # Python does not accept 007
-    if not re.fullmatch(r"[\d.+\-*/()]+", text):
-        return None
-    try:
-        return value(ast.parse(text, mode="eval").body)
-    except Exception:  # a syntax error, another operator, 1/0, too many brackets, ...
-        return None
-
-
-def false_annotations(completion: str) -> list[str]:
-    """Calculator annotations with a wrong result. A result is compared to as many decimals as it
-    has, so 1/3=.33 is right. An annotation that cannot be read is not called wrong."""
-    found = []
-    for whole in ANNOTATION.finditer(completion):
-        want, got = value_of(whole[1]), value_of(whole[2])
-        decimals = len(whole[2].partition(".")[2].strip())
-        tolerance = 10**-decimals if decimals else 1e-6
-        if want is not None and got is not None and abs(want - got) > tolerance:
-            found.append(whole[0])
-    return found
+KINDS_OF_MATH = {
+    "right": "the right answer in the last box",
+    "looping": KINDS["looping"],
+    "cut off": KINDS["cut off"],
+    "no answer": "ended without an answer in a box",
+    "wrong": "the answer in the last box is another one",
+}
 
 
 def is_looping(completion: str) -> bool:
@@ -149,7 +146,7 @@ def is_looping(completion: str) -> bool:
 
 
 def kind_of(row: dict) -> str:
-    """The key of KINDS for one completion."""
+    """The key of KINDS for one completion, of KINDS_OF_MATH for one with a box."""
     text = data.cut(row["completion"])
     if row["correct"]:
         return "right"
@@ -157,6 +154,14 @@ def kind_of(row: dict) -> str:
         return "looping" if is_looping(row["completion"]) else "cut off"
     if row["answer"] is None:
         return "no answer"
+    if isinstance(row.get("gold"), str):  # MATH has no annotations
+        return "wrong"
     if false_annotations(text):
         return "arithmetic"
     return "set-up" if "<<" in text else "guessed"
+
+
+def kinds_in(rows: Iterable[dict]) -> dict[str, str]:
+    """{kind: meaning} of all that these completions could be: GSM8K's kinds, MATH's, or both."""
+    in_box = {isinstance(row["gold"], str) for row in rows}
+    return (KINDS_OF_MATH if True in in_box else {}) | (KINDS if False in in_box else {})

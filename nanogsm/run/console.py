@@ -56,8 +56,8 @@ class Interrupt:
         return 128 + self.requested if self.requested else 0
 
     def agreed(self) -> int | None:
-        """What any rank was asked, the same on all."""
-        # Trap: a signal that arrives in the middle of this must not be forgotten.
+        """The signal that any rank got. All ranks get the same answer."""
+        # Trap: a signal of our own may arrive meanwhile, and must not be forgotten.
         number = distributed.agreed(self.requested)
         self.requested = self.requested or number
         return number
@@ -77,7 +77,8 @@ class Interrupt:
         # print() is not re-entrant, and the signal may have interrupted one.
         with contextlib.suppress(OSError):
             if distributed.RANK == 0:
-                os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
+                again = b"; press Ctrl-C again to stop at once" * (number == signal.SIGINT)
+                os.write(2, b"\nstopping after this step" + again + b"\n")
 
 
 @contextlib.contextmanager
@@ -167,6 +168,18 @@ class Progress:
         if self.line:
             print(flush=True)
         self.line = ""
+
+
+SHARES = ("val_exact_match", "val_truncated")
+
+
+def listed(metrics: dict[str, float]) -> str:
+    """Metrics in one line, as in "step 20, val_loss 0.1134, val_exact_match 59.4%"."""
+    forms = {name: ".1%" if name in SHARES else ".4g" for name in metrics}
+    return ", ".join(
+        f"{name} {value}" if isinstance(value, int) else f"{name} {value:{forms[name]}}"
+        for name, value in metrics.items()
+    )
 
 
 def _shown(name: str, value: float | str) -> str:

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from nanogsm import UserError, data, distributed
+from nanogsm import UserError, boxed, data, distributed, rewards
 from nanogsm.fast.checkpointing import CHECKPOINTING
-from nanogsm.run import machine, past
+from nanogsm.run import card, past
 
 # ---------------------------------------------------------------------------------------- recipes
 
@@ -65,6 +65,9 @@ PPO = (
     Setting("value_clip", "Clip range of a value's change since the rollout.", 0.2, 0.5),
 )  # fmt: skip
 CHOICES = {"critic": ("shared", "separate")}
+# Flags of GAE and of the critic, and what they are in a run without a critic.
+OF_CRITIC = {"critic": None, "critic_warmup": 0, "gamma": 1.0, "lam": 1.0, "value_lr": None,
+             "value_coef": None, "value_clip": None}  # fmt: skip
 PPO_TINY = {
     "original": {"steps": 20, "rollout_batch": 256, "micro_batch": 16, "accumulation": 1,
                  "lr": (5e-5, 5e-5), "value_lr": 5e-5},
@@ -73,6 +76,7 @@ PPO_TINY = {
 }  # fmt: skip
 
 
+ALL = 10**7  # what number_or_all makes of "all"
 # How a step is split. It changes time and memory, and the result only by rounding.
 SPLIT = ("micro_batch", "accumulation", "rollout_batch", "checkpointing")
 
@@ -139,8 +143,26 @@ def add_tiny_flag(p: argparse.ArgumentParser) -> None:
 
 
 def add_data_dir_flag(p: argparse.ArgumentParser) -> None:
-    text = "Folder with GSM8K's .jsonl files. Default: $NANOGSM_DATA_DIR, else a download."
+    text = "Folder with the data's .jsonl files. Default: $NANOGSM_DATA_DIR, else a download."
     p.add_argument("--data-dir", default=os.environ.get("NANOGSM_DATA_DIR") or None, help=text)
+
+
+def add_unscored_flag(p: argparse.ArgumentParser) -> None:
+    text = "The answers of --data FILE need no number, so none is right or wrong."
+    p.add_argument("--unscored", action="store_true", help=text)
+
+
+def check_unscored(args: argparse.Namespace) -> None:
+    if args.unscored and args.data in data.NAMED:
+        raise UserError(f"--unscored is for a file of your own, and --data is {args.data}")
+
+
+def number_or_all(text: str) -> int:
+    """argparse's type of a number of problems. "all" is more than any data set has."""
+    try:
+        return ALL if text == "all" else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"give a number or all, not {text!r}") from error
 
 
 def add_base_flag(p: argparse.ArgumentParser) -> None:
@@ -169,10 +191,11 @@ def training_parser(description: str, settings: tuple, changes: dict, argv: list
     add("--lora-r", type=int, help=f"Rank of new adapters. {own}")
     add("--lora-alpha", type=float, help=f"The change is scaled by alpha / r. {own}")
     add("--data", default="main",
-        help="main, socratic, worked (--tiny only) or a .jsonl file of your own.")  # fmt: skip
+        help="main, socratic, math, worked (--tiny only) or your own .jsonl file.")  # fmt: skip
     add_data_dir_flag(p)
+    add_unscored_flag(p)
     add("--max-new-tokens", type=int, help="Longest answer, in tokens. Default: 320 (socratic 512, "
-        "tiny 128, tiny's socratic 160).")  # fmt: skip
+        "math 1024, tiny 128, tiny's socratic 160).")  # fmt: skip
     for setting in settings:
         # With --tiny on the command line, --help shows tiny's values.
         tiny = changes if "--tiny" in argv else None
@@ -203,9 +226,11 @@ def training_parser(description: str, settings: tuple, changes: dict, argv: list
     add("--save-every", type=int, help="Steps between checkpoints.")
     add("--overwrite", action="store_true", help="Start over in a folder that has a run.")
     add("--wandb", metavar="PROJECT", help="Also send the metrics to Weights & Biases.")
-    add("--shard", type=int, default=1, metavar="N", help="Under torchrun: every N devices share "
-        "one copy of weights, gradients and moments (full fine-tuning).")  # fmt: skip
+    add("--shard", type=int, default=1, metavar="N", help="Full fine-tuning under torchrun: "
+        "split weights, gradients and moments over N devices.")  # fmt: skip
     add("--dry-run", action="store_true", help="Print the plan. No weights are loaded.")
+    add("--gpu-memory", type=float, metavar="GIB", help="With --dry-run: plan for a GPU that has "
+        "this much memory free, and need not be here.")  # fmt: skip
     add_compute_flags(p)
     return p
 
@@ -219,16 +244,21 @@ def _shown(value: object) -> str:
 
 def fill_in(args: argparse.Namespace, script: str, settings: tuple, changes: dict) -> None:
     """Give a value to what the command line left open, from the recipe and the machine. args.open
-    names what the plan may still choose on a GPU (plan.fit_card)."""
+    names what the plan may still choose on a GPU (card.fit_card)."""
     args.open = [name for name in SPLIT if getattr(args, name, 1) is None]
     for name, value in recipe(settings, args.recipe, changes if args.tiny else None).items():
         if getattr(args, name) is None:
             setattr(args, name, value[args.lora] if isinstance(value, tuple) else value)
     args.checkpointing = args.checkpointing or ("none" if args.tiny else "light")
     folder, method = "runs/tiny" if args.tiny else "runs", "lora" if args.lora else "full"
-    args.out = args.out or f"{folder}/{script}-{method}-{Path(args.data).stem}"
+    # A run that starts from another gets a name of its own, so that neither is in the other's way.
+    run = past.run_of(args.model) if script == "sft" else None
+    after = f"-from-{run[0].name}" if run else ""
+    args.out = args.out or f"{folder}/{script}-{method}-{Path(args.data).stem}{after}"
     args.data, args.precision = for_tiny(args)
-    args.device, args.precision = machine.pick_compute(args.device, args.precision)
+    check_unscored(args)
+    boxed.check_data(args.data, "train")
+    args.device, args.precision = card.pick_compute(args)
     size = args.micro_batch * args.accumulation
     if 0 < size < distributed.COUNT:
         raise UserError(f"a step of {args.micro_batch} x {args.accumulation} is too small for "
@@ -288,7 +318,7 @@ def for_tiny(args: argparse.Namespace) -> tuple[str, str]:
 def sft_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments of train_sft.py, checked and complete, but for r and alpha: see set_rank."""
     argv = sys.argv[1:] if argv is None else argv
-    description = "SFT of Gemma on GSM8K, full or LoRA. With --tiny this page shows tiny's values."
+    description = "SFT on GSM8K, full or LoRA. With --tiny this page shows tiny's values."
     p = training_parser(description, SFT, SFT_TINY, argv)
     add = p.add_argument
     add("--model", help="Hub id, folder or run to start from. Default: google/gemma-2b-it. "
@@ -298,12 +328,14 @@ def sft_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--style", choices=("plain", "chat"), help=f"Style of the prompt. {as_start}, or plain.")
     add("--instruction", action=argparse.BooleanOptionalAction, default=None,
         help=f"Begin prompts with the instruction. {as_start}, or no.")  # fmt: skip
-    add("--max-seq-length", type=int, default=768, help="Longer examples are left out.")
+    add("--max-seq-length", type=int,
+        help="Longer examples are left out. Default: 768 (math 1024).")  # fmt: skip
     add("--max-examples", type=int, help="Train on a fixed sample of this many examples.")
     add("--min-lr", type=float, help="Learning rate at the end. Default: a tenth of --lr.")
     add("--weight-decay", type=float, default=0.0, help="AdamW's weight decay, of matrices only.")
     add("--val-every", type=int, default=0, help="Steps between validations. 0: at the end only.")
-    add("--out", help="Run folder. Default: runs/sft-{full,lora}-{data} (tiny: runs/tiny/...).")
+    add("--out", help="Run folder. Default: runs/sft-{full,lora}-{data} (tiny: runs/tiny/...), "
+        "with -from-RUN after it if --model is a run.")  # fmt: skip
     p.set_defaults(save_every=100)
     args = p.parse_args(argv)
     for name in ("lora_r", "lora_alpha"):
@@ -321,6 +353,8 @@ def sft_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.min_lr = 0.1 * args.lr if args.min_lr is None else args.min_lr
     if args.max_new_tokens is None:
         args.max_new_tokens = data.answer_limit(args.data)
+    if args.max_seq_length is None:
+        args.max_seq_length = 1024 if args.data in boxed.NAMES else 768
 
     at_least = {
         "lora_r": 1, "max_seq_length": 2, "max_examples": 1, "epochs": 1, "micro_batch": 1,
@@ -342,16 +376,32 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments of train_ppo.py, complete and checked. val_examples stays None where --init is
     no run: how many problems are held out then depends on how many there are."""
     argv = sys.argv[1:] if argv is None else argv
-    description = "PPO with a critic on GSM8K. With --tiny this page shows tiny's values."
+    description = "PPO, RLOO or GRPO on GSM8K. With --tiny this page shows tiny's values."
     p = training_parser(description, PPO, PPO_TINY, argv)
     add = p.add_argument
     add("--init", help="Run or model to start from. Default: runs/sft-full-main, with --lora "
         "runs/sft-lora-main (tiny: runs/tiny/...).")  # fmt: skip
     add("--reward", metavar="FILE.py", help="Score answers by the function reward(completion, "
         "problem, truncated) in this file, in place of exact match.")  # fmt: skip
+    for name, what in (("false", "four false calculator annotations or more, a quarter each"),
+                       ("no-answer", 'an answer without "#### number"'),
+                       ("overlong", "an answer as long as --max-new-tokens, less for one that "
+                        "comes near it")):  # fmt: skip
+        add(f"--penalty-{name}", type=float, default=0.0, metavar="W",
+            help=f"Cost of {what}. Default: 0.")  # fmt: skip
+    add("--advantage", choices=("gae", "rloo", "grpo"), help="gae: a critic and GAE (PPO). rloo, "
+        "grpo: no critic; an answer is compared with others to its problem. "
+        "Default: gae.")  # fmt: skip
+    add("--group", type=int, metavar="K", help="Answers to each problem of a rollout, for rloo and "
+        "grpo. Default: 8.")  # fmt: skip
+    add("--clip-high", type=float, help="Upper clip of probability ratios, 1 + this. Default: as "
+        "--clip.")  # fmt: skip
+    add("--style", choices=("plain", "chat"),
+        help="Style of the prompt. Default: as --init was trained, or plain.")  # fmt: skip
     add("--temperature", type=float, default=1.0, help="Sampling temperature.")
     add("--val-every", type=int, default=10, help="Steps between validations. 0: at the end only.")
-    add("--out", help="Run folder. Default: runs/ppo-{full,lora}-{data} (tiny: runs/tiny/...).")
+    add("--out", help="Run folder. Default: runs/{ppo,rloo,grpo}-{full,lora}-{data} (tiny: "
+        "runs/tiny/...).")  # fmt: skip
     p.set_defaults(save_every=5)
     args = p.parse_args(argv)
     args.init = args.init and os.path.expanduser(args.init)
@@ -360,12 +410,24 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("lora_r", "lora_alpha"):
         if getattr(args, name) is not None and not (args.lora or args.critic == "separate"):
             raise UserError(f"--{name.replace('_', '-')} needs --lora or --critic separate")
-    fill_in(args, "ppo", PPO, PPO_TINY)
+    check_numbers(args, {"group": 2})
+    if args.advantage == "gae":
+        args.advantage = None  # unset, as in the records of runs that are older than the flag
+    if args.advantage:
+        without_critic(args)
+    elif args.group is not None:
+        raise UserError("--group needs --advantage rloo or grpo: GAE compares with a critic")
+    fill_in(args, args.advantage or "ppo", PPO, PPO_TINY)
+    if args.advantage:
+        vars(args).update(OF_CRITIC)
+    if args.group and args.rollouts % args.group:
+        raise UserError(f"--rollouts {args.rollouts} is no multiple of --group {args.group}")
+    if args.unscored and not args.reward:
+        raise UserError("--unscored needs --reward FILE.py: exact match has nothing to compare")
     set_rank(args)
     if args.init is None:  # a run that has begun keeps its start
-        folder, method = "runs/tiny" if args.tiny else "runs", "lora" if args.lora else "full"
         recorded = None if args.overwrite else past.recorded_init(args.out)
-        args.init = recorded or f"{folder}/sft-{method}-main"
+        args.init = recorded or past.usual_init(args)
     if args.max_new_tokens is None:
         args.max_new_tokens = past.answer_limit_of(args.init, args.data)
     if args.val_examples is None:
@@ -377,8 +439,14 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
         "val_every": 0, "save_every": 1, "seed": 0, "kl_coef": 0, "value_coef": 0,
         "entropy_coef": 0,
     }  # fmt: skip
-    positive = ("lr", "value_lr", "clip", "value_clip", "max_grad_norm", "lora_alpha")
+    penalties = [f"penalty_{name}" for name in rewards.TERMS]
+    at_least |= dict.fromkeys(penalties, 0)
+    positive = ("lr", "value_lr", "clip", "clip_high", "value_clip", "max_grad_norm", "lora_alpha")
     check_numbers(args, at_least, positive)
+    if (total := sum(getattr(args, name) for name in penalties)) > rewards.MOST + 1e-9:
+        raise UserError(f"the weights of --penalty-... add up to {total:g}: give at most "
+                        f"{rewards.MOST:g} in all, or a wrong answer could be worth more than a "
+                        "right one")  # fmt: skip
     check_choosing(args)
     # Runs from before PPO had the flag recorded nothing, and can still be made longer.
     args.keep = None if args.keep == "last" else args.keep
@@ -388,3 +456,13 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} is {getattr(args, name):g}: give a number from 0 to 1")
     return args
+
+
+def without_critic(args: argparse.Namespace) -> None:
+    """Refuse the flags of the critic on a command line with --advantage rloo or grpo."""
+    for name in OF_CRITIC:
+        if getattr(args, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} has no meaning with --advantage {args.advantage}, which has "
+                            "no critic and no discount: leave it out")  # fmt: skip
+    args.group = 8 if args.group is None else args.group

@@ -10,6 +10,7 @@
         summary.json      written last: a run that has it is finished
         model/ adapter/   the result; the script writes it before `finish`
         value_head.safetensors  the critic's own weights (PPO)
+        wandb/ wandb-id   with --wandb: its files, and the id by which it continues
         .lock             held by the running process; the file stays, the lock does not
 
 The same command again continues the run. On a CPU the result equals that of an uninterrupted run,
@@ -32,7 +33,7 @@ import safetensors.torch
 from torch import Tensor
 
 from nanogsm import UserError, distributed
-from nanogsm.run.console import disk_full
+from nanogsm.run.console import disk_full, listed
 from nanogsm.store import files
 
 try:
@@ -50,8 +51,8 @@ CHECKPOINT_FILES = ("tensors.safetensors", "state.json")
 # finished nor continue with deleted logs, and run_args.json must still show that it is a run
 # folder.
 OWNED = ("summary.json", "checkpoint", "model", "adapter", "value_head.safetensors",
-         "eval-*.json", "eval-*.jsonl", "step-*-eval-*.json", "step-*-eval-*.jsonl", *LOGS,
-         "run_args.json")  # fmt: skip
+         "eval-*.json", "eval-*.jsonl", "step-*-eval-*.json", "step-*-eval-*.jsonl", "wandb",
+         "wandb-id", "report.html", *LOGS, "run_args.json")  # fmt: skip
 
 
 class RunFolder:
@@ -118,14 +119,15 @@ class RunFolder:
         weights. Otherwise the same command with repaired weights would be refused, because their
         digest has changed. A folder that holds anything else, such as a checkpoint or notes,
         remains a run folder."""
-        begin = {"run_args.json", *LOGS, ".lock"}
+        begin = {"run_args.json", *LOGS, "wandb", "wandb-id", ".lock"}
         if {path.name for path in self.path.iterdir()} - begin:
             return
         for file in self._logs.values():
             file.close()
         self._logs = {}
+        self._end_wandb()
         with contextlib.suppress(OSError):  # Windows deletes no locked file
-            for name in ("run_args.json", *LOGS, ".lock"):
+            for name in ("run_args.json", *LOGS, "wandb", "wandb-id", ".lock"):
                 files.remove(self.path / name)
             if self._made_folder:
                 self.path.rmdir()
@@ -134,11 +136,15 @@ class RunFolder:
         """Close the logs and release the lock. The end of the process does the same."""
         for file in self._logs.values():
             file.close()
-        if self.wandb:
-            self.wandb.finish(exit_code=0 if self.finished else 1)
+        self._end_wandb()
         if self._lock is not None:
             os.close(self._lock)
-        self._logs, self._lock, self.wandb = {}, None, None
+        self._logs, self._lock = {}, None
+
+    def _end_wandb(self) -> None:
+        if self.wandb:
+            self.wandb.finish(exit_code=0 if self.finished else 1)
+        self.wandb = None
 
     # ---- logs
 
@@ -152,21 +158,25 @@ class RunFolder:
         """Append one row to samples.jsonl."""
         _append(self._logs["samples.jsonl"], row)
 
-    def write(self, name: str, tensors: dict[str, Tensor]) -> None:
+    def write(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         """Write tensors to a safetensors file of the folder."""
-        files.replace_file(self.path / name, files.safetensors_bytes(tensors))
+        files.replace_file(self.path / name, files.safetensors_bytes(tensors, None, metadata))
 
     def start_wandb(self, project: str, config: dict) -> None:
-        """Also send everything logged from now on to Weights & Biases. With WANDB_MODE=offline it
-        goes to the folder wandb next to the run's. A continued run is a new one there."""
+        """Also send everything logged from now on to Weights & Biases. Its files go to wandb/ in
+        the run folder. A continued run goes on there too, by the id in wandb-id."""
         try:
             import wandb
         except ImportError as error:
             raise UserError("--wandb needs a package: pip install wandb") from error
+        known = self.path / "wandb-id"
         try:
+            same = known.read_text("utf-8").strip() if known.exists() else None
             self.wandb = wandb.init(
-                project=project, name=self.path.name, dir=str(self.path.parent), config=config
-            )
+                project=project, name=self.path.name, dir=str(self.path), config=config,
+                id=same, resume="allow" if same else None,
+            )  # fmt: skip
+            files.replace_file(known, self.wandb.id.encode())
         except Exception as error:  # wandb's own kinds: not logged in, not reached, no such project
             raise UserError(f"--wandb: {files.one_line(error)}") from error
 
@@ -339,9 +349,9 @@ class RunFolder:
 
     def already_finished(self) -> str:
         """What to print instead of training again."""
-        shown = [f"{k} {v:.4g}" for k, v in self.summary.items() if isinstance(v, float)]
+        shown = listed({k: v for k, v in self.summary.items() if isinstance(v, float)})
         advice = "to train again give --overwrite or another --out"
-        return f"{self.path} is already finished ({', '.join(shown)}); {advice}"
+        return f"{self.path} is already finished ({shown}); {advice}"
 
     def finish(self, summary: dict) -> None:
         """Mark the run as finished, then drop the checkpoint if the run cannot grow. Call it when
@@ -366,10 +376,8 @@ class Elsewhere(RunFolder):
 
     sample = log
 
-    def write(self, name: str, tensors: dict) -> None:
+    def start_wandb(self, project: str, config: dict) -> None:
         pass
-
-    start_wandb = write
 
     def save_checkpoint(self, step: int, tensors: dict, state: dict) -> None:
         if distributed.first(None):  # rank 0 has this step already

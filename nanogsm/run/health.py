@@ -24,7 +24,7 @@ def health(metrics: dict, critic_warmup: int) -> list[str]:
         )
     if m["clipped"] > 0.2:
         lines.append(f"{m['clipped']:.0%} of the ratios are clipped: lower --lr or --epochs")
-    if m["step"] > critic_warmup + 3 and m["explained_variance"] < -0.5:
+    if m["step"] > critic_warmup + 3 and m.get("explained_variance", 0) < -0.5:
         lines.append(
             f"the critic's explained variance is {m['explained_variance']:.2g}, worse than a "
             "constant's: raise --value-lr or --critic-warmup"
@@ -35,6 +35,11 @@ def health(metrics: dict, critic_warmup: int) -> list[str]:
         lines.append(
             f"every reward is {m['reward']:g}, so no answer is better than another: give more "
             "--rollouts, or problems that are sometimes solved"
+        )
+    elif m.get("groups_without_spread", 0) > 0.9:
+        lines.append(
+            f"in {m['groups_without_spread']:.0%} of the groups all answers earned the same, and "
+            "teach nothing: raise --group, or give problems that are sometimes solved"
         )
     elif m["moved"] < 0.5 and m["step"] > critic_warmup:
         lines.append(f"only {m['moved']:.0%} of the weights moved: updates round to 0, raise --lr")

@@ -163,7 +163,7 @@ class Run:
         for answer in answers:
             self.folder.sample({"step": self.step} | answer)
         self.folder.log(self.validated)
-        self.progress.note(", ".join(f"{name} {x:.4g}" for name, x in self.validated.items()))
+        self.progress.note(console.listed(self.validated))
         better = not self.best or _score(self.validated) > _score(self.best)
         if better:
             self.best = self.validated
@@ -224,12 +224,15 @@ def check_finite(step: int, indices: list[int], lower: str, **values: float) -> 
     )
 
 
-def _score(validated: dict) -> tuple[float, float]:
-    """How --keep best compares validations: by exact match, then by loss."""
-    return validated.get("val_exact_match", -1.0), -validated.get("val_loss", math.inf)
+def _score(validated: dict) -> tuple[float, float, float]:
+    """How --keep best compares validations: by exact match, then by the reward of one's own, then
+    by loss. Those that a run does not have are equal."""
+    exact, reward = validated.get("val_exact_match", -1.0), validated.get("val_reward", -math.inf)
+    return exact, reward, -validated.get("val_loss", math.inf)
 
 
 def preview(answer: dict) -> str:
     """A sampled answer for the console, indented."""
-    text = f"{answer['question']}\n{answer['completion'].strip()}\n-> reward {answer['score']:g}"
+    reward = answer["score"] + sum(value for *_, value in answer.get("terms", ()))
+    text = f"{answer['question']}\n{answer['completion'].strip()}\n-> reward {reward:g}"
     return "\n".join(["a sampled answer:", *("    " + line for line in text.split("\n"))])

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from nanogsm import UserError, data
+from nanogsm import UserError, boxed, data
 from nanogsm.store import files
 
 
@@ -28,6 +28,11 @@ def prompt_of(model: str) -> data.Prompt | None:
     return data.Prompt(**run[1]["info"]["prompt"]) if run else None
 
 
+def prompt_about(prompt: data.Prompt, problems: list[data.Problem]) -> data.Prompt:
+    """The prompt for these problems. In a mixed file the kind of most of them decides."""
+    return prompt._replace(boxed=2 * sum(p.boxed for p in problems) > len(problems))
+
+
 def is_tiny(model: str) -> bool:
     """Whether `model` is the embedded one, or a run that began with --tiny."""
     run = run_of(model)
@@ -48,8 +53,16 @@ def held_out_by(model: str, of_data: str) -> int | None:
     theirs = str(run[1]["args"].get("data")) if run else ""
     named = {theirs, of_data} <= set(data.NAMED)
     alike = named and (theirs in data.GENERATED) == (of_data in data.GENERATED)
+    alike = alike and (theirs in boxed.NAMES) == (of_data in boxed.NAMES)
     same = alike or files.same_place(theirs, of_data)
     return run[1]["args"]["val_examples"] if same else None
+
+
+def usual_init(args) -> str:
+    """Where PPO starts by default: from the run of train_sft.py with the same flags. (GSM8K's runs
+    all start from main.)"""
+    folder, method = "runs/tiny" if args.tiny else "runs", "lora" if args.lora else "full"
+    return f"{folder}/sft-{method}-{'math' if args.data == 'math' else 'main'}"
 
 
 def drawn(held_out: list, first: int, last: int) -> list:
@@ -75,13 +88,11 @@ def recorded_init(folder: str) -> str | None:
     return run[1]["args"].get("init") if run else None
 
 
-def what_next(args, held_out: int) -> str:
-    """The last lines that a run prints. With a user's own file it evaluates held-out problems."""
+def what_next(args) -> str:
+    """The last lines that a run prints."""
     more = f" --data-dir {args.data_dir}" if args.data_dir and args.data in data.NAMED else ""
-    if args.data not in data.NAMED:
-        more = f"{' --split validation' * bool(held_out)} --data {args.data}"
     checkpoint = Path(args.out) / "checkpoint"
     size = sum(file.stat().st_size for file in checkpoint.rglob("*.*") if file.is_file())
     kept = f"{checkpoint} ({size / 2**20:,.0f} MiB) lets --steps grow later; you may delete it\n"
-    said = f"the result is in {args.out}; next: python evaluate.py --model {args.out}{more}"
+    said = f"the result is in {args.out}; next: python evaluate.py {args.out}{more}"
     return kept * checkpoint.is_dir() + said

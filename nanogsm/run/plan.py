@@ -10,26 +10,33 @@ from pathlib import Path
 
 import torch
 
-from nanogsm import data, distributed, lora
+from nanogsm import data, lora
 from nanogsm.fast.cpu import VOCABULARY_BLOCK
 from nanogsm.fast.head import KEPT_EXPONENTIALS, block_rows
 from nanogsm.model import load_adapter, read_config
 from nanogsm.optim import block_size
-from nanogsm.run import machine, past
+from nanogsm.run import card, known, past
+from nanogsm.run.card import fit_card
 from nanogsm.transformer import Config, Transformer
 
 # ------------------------------------------------------------------------------------- the memory
 
 
+def at_both_ends(c: Config) -> int:
+    """Entries of the embedding and, where it is another matrix, of the output head."""
+    return c.vocab_size * c.hidden_size * (1 if c.tied else 2)
+
+
 def model_bytes(c: Config, total: int, trained: int, bf16: bool) -> int:
     """A model's weights during training. If all are trained: float32, plus the bfloat16 copies of
-    linear layers that autocast keeps. With adapters: float32 adapters and a bfloat16 base. With
-    float32 products that base has its checkpoint's dtype, and its embedding is cast once."""
-    embedding = c.vocab_size * c.hidden_size
+    blocks' linear layers that autocast keeps. With adapters: float32 adapters and a bfloat16 base.
+    With float32 products that base has its checkpoint's dtype, and its embedding and output head
+    are cast once."""
+    ends = at_both_ends(c)
     if trained == total:
-        return 4 * total + 2 * (total - embedding) * bf16
+        return 4 * total + 2 * (total - ends) * bf16
     base = 2 if bf16 else c.dtype.itemsize
-    return (total - trained) * base + embedding * (4 - base) * (not bf16) + 4 * trained
+    return (total - trained) * base + ends * (4 - base) * (not bf16) + 4 * trained
 
 
 def frozen_copy_bytes(c: Config, total: int, bf16: bool) -> int:
@@ -92,7 +99,8 @@ def sampling_bytes(c: Config, total: int, rows: int, bf16: bool, device: str) ->
     if device != "cpu":
         return rows * c.vocab_size * (4 + 4 + 8 + 8)
     block = min(VOCABULARY_BLOCK, c.vocab_size)
-    return rows * (c.vocab_size * logit + block * (4 + 4 + 8 + 8)) + total * product
+    packed = total - (at_both_ends(c) - c.vocab_size * c.hidden_size)  # all but an embedding alone
+    return rows * (c.vocab_size * logit + block * (4 + 4 + 8 + 8)) + packed * product
 
 
 def print_budget(budget: dict[str, float]) -> None:
@@ -104,51 +112,9 @@ def print_budget(budget: dict[str, float]) -> None:
             print(f"  {name:<12} {size / scale:7.2f} {unit}{note}")
 
 
-# ------------------------------------------------------------------------------- a card's memory
-
-RESERVED = 1.3  # PyTorch holds more than it uses, because tensors of changing sizes leave gaps
-UPDATING = ("gradients", "activations", "vocabulary", "gathered")  # not there during sampling
-SAMPLING = ("cache", "sampling")  # not there while weights are updated
-MOST_AT_ONCE = 16  # rows of a micro-batch; more give a large GPU nothing
-
-
-def fit_card(args, budget: Callable[[], dict[str, float]], free: int | None) -> str:
-    """Choose what the command line left open for a GPU with `free` bytes: the fastest split of a
-    step that fits. Returns what the plan says about it; "" without a GPU.
-
-    Recomputing is slow, so it is the last resort: first micro-batches become smaller. The product
-    micro_batch x accumulation stays as it is. budget() is the memory with args as they are.
-    """
-    choices = vars(args).pop("open")
-    if free is None or args.tiny:
-        return ""
-
-    def fits(leave_out: tuple[str, ...]) -> bool:
-        need = sum(size for name, size in budget().items() if name not in leave_out)
-        return RESERVED * need <= free
-
-    size = args.micro_batch * args.accumulation
-    micro_batches = [args.micro_batch]
-    if {"micro_batch", "accumulation"} <= set(choices):
-        most = min(MOST_AT_ONCE, distributed.largest_share(size))
-        divisors = [n for n in range(most, 0, -1) if size % n == 0]
-        micro_batches = [n for n in divisors if n >= 4] or divisors
-    kinds = ["none", "light", "full"] if "checkpointing" in choices else [args.checkpointing]
-    splits = [(n, kind) for kind in kinds for n in micro_batches]
-    splits += [(n, kinds[-1]) for n in (2, 1) if len(micro_batches) > 1 and size % n == 0]
-    for args.micro_batch, args.checkpointing in splits:
-        args.accumulation = size // args.micro_batch
-        if fits(SAMPLING):
-            break
-    if "rollout_batch" in choices:
-        for args.rollout_batch in (512, 256, 128, 64, 32):
-            if fits(UPDATING):
-                break
-    tight = "" if fits(SAMPLING) and fits(UPDATING) else ", which may be too little"
-    return f", {free / 2**30:.0f} GiB free{tight}; checkpointing {args.checkpointing}"
-
-
 # -------------------------------------------------------------------------------------- the plans
+
+FEW_STEPS = 20  # of SFT, in which little is learnt
 
 
 def _shapes(config: Config, args, continued: Path | None = None) -> tuple[list, list]:
@@ -157,7 +123,7 @@ def _shapes(config: Config, args, continued: Path | None = None) -> tuple[list, 
     with torch.device("meta"):
         model = Transformer(config)
     everything = [p.shape for p in model.parameters()]
-    if not args.lora and getattr(args, "critic", "shared") == "shared":
+    if not args.lora and getattr(args, "critic", None) != "separate":
         return everything, []
     if continued and (continued / "adapter_model.safetensors").is_file():
         load_adapter(model, continued)
@@ -176,8 +142,8 @@ def _say(name: str, text: str) -> None:
 
 def _devices(args) -> str:
     shared = f", every {args.shard} share one copy" if args.shard > 1 else ""
-    count = max(distributed.COUNT, args.shard)
-    return f"{count} x {args.device}{shared}" if count > 1 else args.device
+    count = card.devices(args)
+    return f"{count} x {args.device.partition(':')[0]}{shared}" if count > 1 else args.device
 
 
 def _held_out(args, problems: list) -> str:
@@ -196,12 +162,20 @@ def _say_patience(args, held_out: list) -> None:
 def settle_sft(args, found, config: Config, examples: list, held_out: list, steps: int) -> None:
     """Choose what is open on a GPU and print the plan of train_sft.py; with --dry-run also its
     memory."""
-    everything, adapters = _shapes(config, args, found.adapter)
-    shapes = adapters if args.lora else everything
-    total, trained = _size(everything) + _size(adapters), _size(shapes)
-    lengths = [len(example.ids) for example in examples]
-    budget = lambda: sft_budget(args, config, total, shapes, lengths)  # noqa: E731
-    fitted = fit_card(args, budget, machine.free_memory(args.device))
+    lengths, made = [len(example.ids) for example in examples], {}
+
+    def needs(args) -> tuple[list, list, Callable]:
+        """What the shapes are with these args, and a function that returns the memory."""
+        if args.lora not in made:
+            made[args.lora] = _shapes(config, args, found.adapter)
+        everything, adapters = made[args.lora]
+        shapes = adapters if args.lora else everything
+        total = _size(everything) + _size(adapters)
+        return everything, shapes, lambda: sft_budget(args, config, total, shapes, lengths)
+
+    left_open, (everything, shapes, budget) = args.open, needs(args)
+    fitted = fit_card(args, budget, card.memory(args))
+    total, trained = _size(everything) + _size(shapes) * args.lora, _size(shapes)
     supervised = data.supervised_tokens(examples)
     kind = config.model_type
     _say("model", f"{args.model} ({kind}), {total:,} parameters, {trained:,} trained")
@@ -214,16 +188,31 @@ def settle_sft(args, found, config: Config, examples: list, held_out: list, step
     _say("steps", f"{steps:,} of {args.micro_batch} x {args.accumulation} examples, "
          f"{args.epochs} epoch{'s' * (args.epochs > 1)}; lr {args.lr:g} to {args.min_lr:g}, "
          f"warm-up {args.warmup:g} ({args.recipe} recipe); {args.optim}")  # fmt: skip
+    if steps < FEW_STEPS:
+        _say("note", f"{len(examples)} examples make only {steps} step{'s' * (steps > 1)}: more "
+             "--epochs, or a smaller --micro-batch x --accumulation, make more")  # fmt: skip
     _say("compute", f"{_devices(args)}, {args.precision}{fitted}")
     if args.dry_run:
         print_budget(budget())
+    if args.gpu_memory:
+        for name, text in card.judge(args, left_open, lambda args: needs(args)[-1]):
+            _say(name, text)
+        weights = card.weights_of(config, everything, shapes if args.lora else [])
+        flops = card.update_flops(weights, sum(lengths), supervised, args.checkpointing)
+        _say("time", card.least_time(args, args.epochs * flops))
+
+
+def rows_at_once(args) -> int:
+    """Rows of a micro-batch: fewer than --micro-batch if a step has too few for all devices."""
+    each = -(-args.micro_batch * args.accumulation // card.devices(args))
+    return min(args.micro_batch, each)
 
 
 def sft_budget(args, config: Config, total: int, shapes: list, lengths: list) -> dict[str, float]:
     """Bytes by purpose. total: all parameters, adapters included; shapes: those of the trained
     ones; lengths: tokens of the examples."""
     bf16, trained = args.precision == "bf16", _size(shapes)
-    tokens = sum(sorted(lengths)[-args.micro_batch :])  # the longest micro-batch
+    tokens = sum(sorted(lengths)[-rows_at_once(args) :])  # the longest micro-batch
     activations = activation_bytes(config, tokens, args.lora, bf16, args.checkpointing)
     # With one micro-batch, activations go as gradients come. (The embedding's gradient, which is
     # the output projection's, comes first.) With several, earlier gradients are there.
@@ -248,39 +237,50 @@ def disk_bytes(args, config: Config) -> tuple[float, float]:
 
 def in_parts(n: int, c: Config, total: int, budget: dict[str, float]) -> dict[str, float]:
     """A budget for each of n devices that share one copy of everything (--shard). What runs is
-    gathered for its time: two blocks, the embedding, its gradient, and that once more to be dealt
-    out. Sampling has a whole copy."""
+    gathered for its time: two blocks, the embedding (and the output head), its gradient, and that
+    once more to be dealt out. Sampling has a whole copy."""
     if n == 1:
         return budget
-    embedding = c.vocab_size * c.hidden_size
-    block = (total - embedding) / c.num_hidden_layers
+    embedding, ends = c.vocab_size * c.hidden_size, at_both_ends(c)
+    block = (total - ends) / c.num_hidden_layers
     parts = {"weights": 4 * total / n, "not at once": 0}
     parts |= {k: budget[k] / n for k in ("gradients", "optimizer", "reference") if k in budget}
     if "sampling" in budget:
         parts["sampling"] = budget["sampling"] + 2 * (total - embedding) + 4 * embedding
-    return budget | parts | {"gathered": 4 * (3 * embedding + 2 * block)}
+    return budget | parts | {"gathered": 4 * (3 * ends + 2 * block)}
 
 
 def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list) -> None:
     """Choose what is open on a GPU and print the plan of train_ppo.py; with --dry-run also its
     memory."""
-    config, tokenizer = read_config(found.base), data.Tokenizer(found.base)
-    everything, adapters = _shapes(config, args)
-    policy = adapters if args.lora else everything
-    critic = adapters * (args.critic == "separate") + [(1, config.hidden_size), (1,)]
-    prompts = [data.encode(tokenizer, prompt, p.question)[0] for p in problems]
-    longest = max(map(len, prompts)) + args.max_new_tokens
-    budget = lambda: ppo_budget(args, config, everything, policy, critic, longest)  # noqa: E731
-    fitted = fit_card(args, budget, machine.free_memory(args.device))
+    config, tokenizer = read_config(found.base), known.tokenizer(found)
+    prompts = [known.encode(tokenizer, prompt, p.question)[0] for p in problems]
+    longest, made = max(map(len, prompts)) + args.max_new_tokens, {}
+
+    def needs(args) -> tuple[list, list, list, Callable]:
+        """What the shapes are with these args, and a function that returns the memory."""
+        kind = args.lora, args.critic
+        if kind not in made:
+            made[kind] = _shapes(config, args)
+        everything, adapters = made[kind]
+        policy = adapters if args.lora else everything
+        head = [(1, config.hidden_size), (1,)] * (args.group is None)
+        critic = adapters * (args.critic == "separate") + head
+        budget = lambda: ppo_budget(args, config, everything, policy, critic, longest)  # noqa: E731
+        return everything, policy, critic, budget
+
+    left_open, (everything, policy, critic, budget) = args.open, needs(args)
+    fitted = fit_card(args, budget, card.memory(args))
     size = min(args.rollouts, args.micro_batch * args.accumulation)
     updates, rest = math.ceil(args.rollouts / size), args.rollouts % size
     last = f" (the last: {rest})" if rest else ""
     total, earlier = _size(everything), past.held_out_by(args.init, args.data)
     _say("start", f"{args.init} ({config.model_type}), {total:,} parameters; {prompt}")
-    sizes = f"{_size(policy):,} of the policy, {_size(critic):,} of the critic"
-    _say("trained", f"{sizes} ({args.critic})")
-    _say("data", f"{len(problems):,} problems, {_held_out(args, held_out)}; prompt and answer up to "
-         f"{longest} tokens")  # fmt: skip
+    instead = f"no critic: {args.advantage}, groups of {args.group} answers"
+    other = instead if args.group else f"{_size(critic):,} of the critic ({args.critic})"
+    _say("trained", f"{_size(policy):,} of the policy, {other}")
+    _say("data", f"{len(problems):,} problems, {_held_out(args, held_out)}; prompt and answer up "
+         f"to {longest} tokens")  # fmt: skip
     _say_patience(args, held_out)
     if earlier not in (None, args.val_examples):
         _say("note", f"{args.init} held out {earlier} problems, this run {args.val_examples}: some "
@@ -289,14 +289,28 @@ def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list)
         _say("note", "base and adapter together are the start and the reference; the result is one "
              "adapter with both changes")  # fmt: skip
     _say("steps", f"{args.steps} of {args.rollouts} answers; {args.epochs} x {updates} updates of "
-         f"{size}{last}, in micro-batches of {args.micro_batch}; lr {args.lr:g}, "
-         f"critic {args.value_lr:g} ({args.recipe} recipe); {args.optim}")  # fmt: skip
+         f"{size}{last}, in micro-batches of {args.micro_batch}; lr {args.lr:g}"
+         f"{'' if args.group else f', critic {args.value_lr:g}'} ({args.recipe} recipe); "
+         f"{args.optim}")  # fmt: skip
+    if args.advantage == "grpo" and args.kl_coef:
+        _say("note", "GRPO scales up the KL penalties of groups whose scores are equal: "
+             "--kl-coef 0 avoids that")  # fmt: skip
     if args.critic_warmup:
         whole = ": the policy will not change" * (args.critic_warmup >= args.steps)
         _say("warm-up", f"the first {args.critic_warmup} steps train the critic alone{whole}")
     _say("compute", f"{_devices(args)}, {args.precision}{fitted}")
     if args.dry_run:
         print_budget(budget())
+    if args.gpu_memory:
+        for name, text in card.judge(args, left_open, lambda args: needs(args)[-1]):
+            _say(name, text)
+        answers = [known.encode(tokenizer, prompt, "", p.answer)[1] for p in problems]
+        answer = min(sum(map(sum, answers)) / len(answers), args.max_new_tokens)
+        asked = sum(map(len, prompts)) / len(prompts)
+        weights = card.weights_of(config, everything, policy if args.lora else [])
+        slot = cache_bytes(config, 1, 1, args.precision == "bf16")
+        least = card.least_time(args, *card.ppo_work(args, weights, asked, answer, slot))
+        _say("time", f"{least}, if answers have {answer:.0f} tokens, as in the data")
 
 
 def ppo_budget(args, config: Config, everything, policy, critic, longest: int) -> dict[str, float]:
@@ -305,7 +319,8 @@ def ppo_budget(args, config: Config, everything, policy, critic, longest: int) -
     weights = model_bytes(config, total + policy_size * frozen, policy_size, bf16)
     if frozen and not bf16:
         weights = 4 * (total + policy_size)
-    tokens, at_once = args.micro_batch * longest, min(args.rollouts, args.rollout_batch)
+    tokens = rows_at_once(args) * longest
+    at_once = min(-(-args.rollouts // card.devices(args)), args.rollout_batch)
     activations = activation_bytes(config, tokens, frozen, bf16, args.checkpointing)
     return in_parts(args.shard, config, total, {
         "weights": weights + 4 * critic_size,

@@ -13,13 +13,16 @@ example.
 import hashlib
 import math
 from collections.abc import Callable
+from statistics import fmean
 
-from nanogsm import UserError
-from nanogsm.data import Problem
+from nanogsm import UserError, distributed
+from nanogsm.data import Problem, cut
 from nanogsm.store.files import one_line
 
+Reward = Callable[[str, Problem, bool], float]
 
-def load_reward(path: str) -> tuple[Callable[[str, Problem, bool], float], str]:
+
+def load_reward(path: str) -> tuple[Reward, str]:
     """(the file's function `reward`, made to check what it returns; SHA-256 of the file). Raises
     UserError if the file cannot be read or executed, or has no such function."""
     try:
@@ -51,3 +54,11 @@ def load_reward(path: str) -> tuple[Callable[[str, Problem, bool], float], str]:
         return number
 
     return checked, hashlib.sha256(source).hexdigest()
+
+
+def mean_reward(reward: Reward, problems: list[Problem], rows: list[dict]) -> float:
+    """The mean over a validation's rows (generate.answer_and_mark), one per problem."""
+    pairs = list(zip(problems, rows, strict=True))
+    return distributed.first(
+        lambda: fmean(reward(cut(row["completion"]), p, row["truncated"]) for p, row in pairs)
+    )

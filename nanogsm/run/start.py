@@ -1,16 +1,18 @@
 """The opening of a training run: which weights, which problems, which folder."""
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from nanogsm import UserError, data, distributed
-from nanogsm.model import load_model, read_adapter_config, save_model
-from nanogsm.run import flags, machine, past
+from nanogsm import UserError, boxed, data, distributed
+from nanogsm.model import load_model, read_adapter_config, read_config, save_model
+from nanogsm.run import console, flags, known, machine, past
 from nanogsm.run.folder import RunFolder, open_run_folder
 from nanogsm.run.reward import load_reward
-from nanogsm.store import hub
+from nanogsm.store import files, hub
 
+NO_SETTINGS = ("dry_run", "gpu_memory", "overwrite", "out")
 # Settings that may change when a run continues. Some change memory and not the result. micro_batch
 # and accumulation may change if their product, "batch", does not. Data and weights may move or be
 # spelt otherwise, because their contents are compared by digest.
@@ -22,10 +24,19 @@ MAY_DIFFER = ("save_every", "data_dir", "data", "model", "init", "base", "device
 def find_start(args, flag: str) -> hub.ModelFiles:
     """The files of the model that --model or --init (`flag`) names. UserError if they lie in the
     run folder, which would replace them."""
-    found = hub.find_model(getattr(args, flag), weights=not args.dry_run, base=args.base)
+    try:
+        found = hub.find_model(getattr(args, flag), weights=not args.dry_run, base=args.base)
+    except UserError as error:
+        found = known.model(getattr(args, flag)) if args.gpu_memory and not args.base else None
+        if found is None:
+            raise
+        print(f"note: planned from the known sizes of {found.base.name}, because: {error}")
     out = Path(args.out).resolve()
     if any(path and path.resolve().is_relative_to(out) for path in (found.base, found.adapter)):
         raise UserError(f"--{flag} lies in the run folder {args.out}: choose another --out")
+    if (not args.lora or getattr(args, "merge", False)) and read_config(found.base).multimodal:
+        raise UserError(f"{found.name} is multimodal, and its text part alone cannot be saved: "
+                        "train adapters with --lora, without --merge")  # fmt: skip
     return found
 
 
@@ -38,10 +49,12 @@ def set_rank(args, found: hub.ModelFiles) -> None:
     flags.set_rank(args, continued)
 
 
-def split_problems(args) -> tuple[list[data.Problem], list[data.Problem]]:
+def split_problems(args, found: hub.ModelFiles) -> tuple[list[data.Problem], list[data.Problem]]:
     """(training problems, problems held out of them and used for validation). Fills in
     args.val_examples."""
-    problems = data.load_problems(args.data, "train", args.data_dir)
+    problems = known.load_problems(args, found)
+    if args.tiny and args.data not in data.NAMED:
+        note_unknown_words(problem.question + " " + problem.answer for problem in problems)
     if args.val_examples is None:
         args.val_examples = data.usual_held_out(len(problems), args.tiny)
     problems, held_out = data.split_validation(problems, args.val_examples)
@@ -60,13 +73,24 @@ def split_problems(args) -> tuple[list[data.Problem], list[data.Problem]]:
     return problems, held_out
 
 
+def note_unknown_words(texts: Iterable[str]) -> None:
+    """Say which words of the texts the embedded model was not pretrained on."""
+    words = lambda text: re.findall("[A-Za-z]+", text)  # noqa: E731
+    known = {w for p in data.load_problems("tiny", "train") for w in words(p.question + p.answer)}
+    unknown = [*dict.fromkeys(w for text in texts for w in words(text) if w not in known)]
+    if unknown:
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        shown = console.printable(", ".join(unknown[:8]))
+        print(f"note: words this model has never seen: {shown}{more}")
+
+
 def encode_all(
     tokenizer, problems, prompt: data.Prompt, max_seq_length: int, held_out: bool = False
 ) -> list[data.Example]:
     """Problems as training examples. Those over the limit are left out, never cut: a cut answer
     would lose its #### and teach the model not to give one. UserError if none is left to train
     on."""
-    encoded = [(p.index, data.encode(tokenizer, prompt, p.question, p.answer)) for p in problems]
+    encoded = [(p.index, known.encode(tokenizer, prompt, p.question, p.answer)) for p in problems]
     examples = [data.Example(*ids_and_mask, index) for index, ids_and_mask in encoded]
     kept = [example for example in examples if len(example.ids) <= max_seq_length]
     limit = f"longer than --max-seq-length {max_seq_length}"
@@ -98,16 +122,21 @@ def _merge_result(folder: Path, found: hub.ModelFiles) -> None:
 def open_folder(args, flag: str, found: hub.ModelFiles, prompt: data.Prompt, problems) -> RunFolder:
     """The run folder of these arguments, locked. `problems` are all the run uses, held out or
     not."""
-    settings = {k: v for k, v in vars(args).items() if k not in ("dry_run", "overwrite", "out")}
+    settings = {k: v for k, v in vars(args).items() if k not in NO_SETTINGS}
     settings |= {
         f"{flag}_sha256": hub.fingerprint(found),
         "data_sha256": data.digest(problems),
-        "prompt": prompt._asdict(),
+        "prompt": prompt.settings(),
         "batch": args.micro_batch * args.accumulation,
     }
-    info = machine.environment() | {"prompt": prompt._asdict(), "base": str(found.base)}
+    info = machine.environment() | {"prompt": settings["prompt"], "base": str(found.base)}
+    if any(problem.boxed for problem in problems):
+        info["grader"] = boxed.grader_name()
     if distributed.COUNT > 1:
         info["devices"] = distributed.COUNT
+    places = ("device", "data_dir", "data", "model", "init", "base", "reward")
+    same = {name: value for name, value in settings.items() if name not in places}
+    distributed.check_same(files.strict(same))
     # PPO's learning rate is constant, so a run of 10 steps is the beginning of one of 20. The best
     # of 10 may come from its last validation, which a run of 20 need not have.
     grows = "steps" if flag == "init" and args.keep != "best" else None
@@ -124,13 +153,14 @@ def own_reward(args) -> Callable | None:
 
 
 def prompt_of_init(args) -> data.Prompt:
-    """The prompt that the run --init was trained with. UserError if PPO's default start is
-    missing."""
-    default = f"{'runs/tiny' if args.tiny else 'runs'}/sft-{'lora' if args.lora else 'full'}-main"
-    if not os.path.isdir(args.init) and args.init == default:
+    """The prompt that the run --init was trained with, in another --style if that is given.
+    UserError if PPO's default start is missing."""
+    if not os.path.isdir(args.init) and args.init == past.usual_init(args):
         sft = "python train_sft.py" + " --tiny" * args.tiny + " --lora" * args.lora
+        sft += " --data math" * (args.data == "math")
         raise UserError(
             f"there is no {args.init} yet: PPO starts from a fine-tuned model; make the default "
             f"one with {sft}, or name another with --init (for --dry-run any model will do)"
         )
-    return past.prompt_of(args.init) or data.Prompt()
+    usual = past.prompt_of(args.init) or data.Prompt()
+    return usual._replace(style=args.style or usual.style)

@@ -128,33 +128,58 @@ def read_json(path: Path) -> dict:
     return value
 
 
+# What the two texts may be called; the last are MATH's names.
+PAIRS = (("question", "answer"), ("prompt", "completion"), ("problem", "solution"))
+
+
 def read_pairs(path: Path) -> list[tuple[int, str, str]]:
-    """(line number, question, answer) of a JSONL file with one object of these two texts per line.
-    UserError names the file and the line at fault."""
+    """(line number, question, answer) of a JSONL file, one JSON object per line. It has the two
+    texts of one of PAIRS, or "messages": one user turn and one assistant turn, each with "role" and
+    "content", perhaps after a system turn, whose text then begins the question. UserError names the
+    file and the line at fault."""
     try:  # utf-8-sig: Windows editors put a byte order mark first
         text = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start})") from e
-    pairs = []
+    pairs, fields = [], ("question", "answer")
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines would split at U+2028
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            question, answer = row["question"].strip(), row["answer"].strip()
+            fields = next((p for p in PAIRS if isinstance(row, dict) and p[0] in row), PAIRS[0])
+            question, answer = (text.strip() for text in _two_texts(row, fields))
             (question + answer).encode()  # half a surrogate pair is valid JSON, but not text
+        except UserError as e:
+            raise UserError(f"{path} line {number}: {e}") from e
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             missing = f"; {e} is missing" if isinstance(e, KeyError) else ""
-            wanted = 'a JSON object with "question" and "answer" texts, one object per line'
+            names = f'"{fields[0]}" and "{fields[1]}"'
+            wanted = f"a JSON object with {names} texts, one object per line"
             raise UserError(f"{path} line {number}: not {wanted}{missing}") from e
         if not question:
             raise UserError(f"{path} line {number}: the question is empty")
+        if not answer:
+            raise UserError(f"{path} line {number}: the answer is empty")
         pairs.append((number, question, answer))
     if not pairs:
         raise UserError(f"{path} has no problems in it")
     return pairs
+
+
+def _two_texts(row: dict, fields: tuple[str, str]) -> list[str]:
+    """The question and the answer of a row, as they are."""
+    if "messages" in row:
+        roles = [turn["role"] for turn in row["messages"]]
+        if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+            shown = ", ".join(map(str, roles))[:80]
+            wanted = "one user and one assistant turn, after at most one system turn"
+            raise UserError(f"messages must be {wanted}, not {shown or 'none'}")
+        *asked, answer = [turn["content"] for turn in row["messages"]]
+        return ["\n\n".join(text.strip() for text in asked), answer]
+    return [row[name] for name in fields]
 
 
 def write_json(path: Path | str, obj) -> None:
@@ -196,8 +221,10 @@ def _in_order(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> list[str
     return sorted(tensors, key=lambda name: (-(dtype or tensors[name].dtype).itemsize, name))
 
 
-def safetensors_bytes(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> Iterator:
-    """The bytes of a safetensors file, one tensor at a time.
+def safetensors_bytes(
+    tensors: dict[str, Tensor], dtype: torch.dtype | None = None, metadata: dict | None = None
+) -> Iterator:
+    """The bytes of a safetensors file, one tensor at a time. metadata: texts by name.
 
     safetensors.torch.save_file needs all tensors on the CPU, contiguous and unshared at once, and
     it reports a full disk as an error of its own. Here a GPU tensor or a strided tensor costs one
@@ -205,7 +232,7 @@ def safetensors_bytes(tensors: dict[str, Tensor], dtype: torch.dtype | None = No
     """
     dtypes = {name: dtype or t.dtype for name, t in tensors.items()}
     names = _in_order(tensors, dtype)
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header, offset = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
     for name in names:
         end = offset + tensors[name].numel() * dtypes[name].itemsize
         header[name] = {"dtype": DTYPES[dtypes[name]], "shape": list(tensors[name].shape),

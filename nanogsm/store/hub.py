@@ -1,4 +1,5 @@
-"""Names -> files on this disk: models (Hub ids, folders, run folders) and GSM8K's pinned files.
+"""Names -> files on this disk: models (Hub ids, folders, run folders) and the pinned files of GSM8K
+and MATH.
 
 Two functions do the work, and both return paths: `find_model("google/gemma-2b-it")` and
 `data_file("train.jsonl")`. Whatever goes wrong (licence not accepted, no network, full disk,
@@ -383,27 +384,55 @@ def _hub_problem(repo: str, error: BaseException) -> str | None:
     return None
 
 
-# ---- GSM8K ----
+# ---- GSM8K and MATH ----
 
 
 class DataFile(NamedTuple):
     bytes: int
     rows: int
     sha256: str
+    rows_sha256: str | None  # of the questions and answers in their order, however they are written
+    urls: tuple[str, ...] = ()  # whole ones, for a file that the folders in DATA_URLS do not have
 
 
+# --data -> the file's name here. (GSM8K's and MATH's files may lie in one folder.)
+DATA_NAMES = {
+    "main": "{}.jsonl",
+    "socratic": "{}_socratic.jsonl",
+    "math": "math_{}.jsonl",
+    "math500": "math500.jsonl",
+}
+_TORA = (
+    "https://raw.githubusercontent.com/microsoft/ToRA/"
+    "213c1c995038c73fab10343814df7a42f990f026/src/data/math/"
+)
 DATA_FILES = {
     "train.jsonl": DataFile(
-        4_166_206, 7473, "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
+        4_166_206, 7473, "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+        "78212a281c5c91ee0a8a573ee3387c55d62493ea1853a46f94668e8382b45bf6"),
     "test.jsonl": DataFile(
-        749_738, 1319, "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
+        749_738, 1319, "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+        "9ba9db83465ec4c9450b62c0dc13a69505d69a27c6a0817d7dfa679b496276e9"),
     "train_socratic.jsonl": DataFile(
-        5_401_739, 7473, "153d86551187cfd64ef7afb59bfd0ef75cea3ae9388e7ad31e43920b6dd77872"),
+        5_401_739, 7473, "153d86551187cfd64ef7afb59bfd0ef75cea3ae9388e7ad31e43920b6dd77872", None),
     "test_socratic.jsonl": DataFile(
-        972_978, 1319, "c96673362fa7a699f4836a9b6474a067448f95fe58064727501ee63ba4c3fdb6"),
+        972_978, 1319, "c96673362fa7a699f4836a9b6474a067448f95fe58064727501ee63ba4c3fdb6",
+        "9e196628ee9adb7d9d2d06cd8d1f421295f718d0c7f7204d50ccb1176caa7cf6"),
+    "math_train.jsonl": DataFile(
+        6_466_173, 7500, "2183510c9fb78547bd1756f8043269ff4bea97a9fc16852c73d60d8a64c06ad1", None,
+        (_TORA + "train.jsonl",)),
+    "math_test.jsonl": DataFile(
+        4_101_364, 5000, "3371949f33dd702d04b43fddd7d53a028de0aaca0e76abb1b875a050297b3aa4", None,
+        (_TORA + "test.jsonl",)),
+    "math500.jsonl": DataFile(
+        446_564, 500, "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132", None,
+        ("https://huggingface.co/datasets/HuggingFaceH4/MATH-500/resolve/"
+         "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be/test.jsonl",
+         "https://media.githubusercontent.com/media/openai/prm800k/"
+         "7ecc794703b2877f63226f2477a49b34f9b25163/prm800k/math_splits/test.jsonl")),
 }  # fmt: skip
-# Sources of each file, in the order they are tried. openai/gsm8k on the Hub has only parquet files.
-# The last two are copies by other people, and the digests make them safe to use.
+# Sources of GSM8K's files, in the order they are tried. openai/gsm8k on the Hub has only parquet
+# files. The last two are copies by other people, and the digests make them safe to use.
 DATA_URLS = [
     "https://raw.githubusercontent.com/openai/grade-school-math/"
     "3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/",
@@ -423,13 +452,14 @@ def cache_folder() -> Path:
 
 
 def data_file(name: str, data_dir: str | Path | None = None) -> Path:
-    """Path of a GSM8K file (a key of DATA_FILES) with the right SHA-256: in data_dir if given, else
-    from the cache, GitHub or a mirror.
+    """Path of a data file (a key of DATA_FILES): in data_dir if given, else from the cache, GitHub
+    or a mirror. It has the right SHA-256, or the same rows in the same order, written otherwise.
 
     UserError says what was tried and how to put the file there by hand. Trap: with a data_dir
     nothing is downloaded. A missing or changed file in it is an error.
     """
-    want, by_hand = DATA_FILES[name], f"download {DATA_URLS[0]}{name} by hand"
+    want = DATA_FILES[name]
+    by_hand = f"download {_sources(name)[0]} by hand{f' as {name}' * bool(want.urls)}"
     path = Path(os.path.expanduser(data_dir)) / name if data_dir else cache_folder() / name
     problem = _file_problem(path, want)
     if problem is None:
@@ -437,7 +467,7 @@ def data_file(name: str, data_dir: str | Path | None = None) -> Path:
     if data_dir:
         raise UserError(
             f"{path}: {problem}; {by_hand} into that folder, or leave out --data-dir "
-            "(and NANOGSM_DATA_DIR) to have it downloaded"
+            "(and NANOGSM_DATA_DIR) to have it downloaded; other problems are --data FILE.jsonl"
         )
     tried = [f"{path}: {problem}"]  # a damaged copy in the cache is replaced
     data = _download(name, want, tried)
@@ -456,15 +486,19 @@ def data_file(name: str, data_dir: str | Path | None = None) -> Path:
     return path
 
 
+def _sources(name: str) -> list[str]:
+    return [*DATA_FILES[name].urls] or [folder + name for folder in DATA_URLS]
+
+
 def _download(name: str, want: DataFile, tried: list[str]) -> bytes | None:
     """The verified bytes from the first source that works. Failures are added to `tried`."""
     if _offline():
         tried.append("no network: HF_HUB_OFFLINE is set")
         return None
-    for url in DATA_URLS:
-        print(f"downloading {url}{name}", flush=True)
+    for url in _sources(name):
+        print(f"downloading {url}", flush=True)
         try:
-            data = _fetch(url + name, want.bytes)
+            data = _fetch(url, want.bytes)
             problem = _problem(data, want)
         except (OSError, HTTPException) as error:
             problem = files.one_line(error)
@@ -487,11 +521,22 @@ def _fetch(url: str, size: int) -> bytes:
 
 def _file_problem(path: Path, want: DataFile) -> str | None:
     try:
-        return _problem(path.read_bytes(), want)
+        problem = _problem(path.read_bytes(), want)
     except FileNotFoundError:
         return "no such file"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
+    return problem if problem and not _has_rows(path, want) else None
+
+
+def _has_rows(path: Path, want: DataFile) -> bool:
+    """Whether a file that differs in bytes has the same rows, perhaps with other fields, spaces or
+    line ends."""
+    try:
+        rows = [pair[1:] for pair in files.read_pairs(path)]
+    except UserError:
+        return False
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest() == want.rows_sha256
 
 
 def _problem(data: bytes, want: DataFile) -> str | None:

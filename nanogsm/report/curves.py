@@ -1,0 +1,108 @@
+"""The page's curves: which metrics of metrics.jsonl are drawn, and what a healthy one looks like.
+
+docs/metrics.md says more about each metric, and what to do if it is not healthy.
+"""
+
+from typing import NamedTuple
+
+from nanogsm.report import charts
+from nanogsm.report.stages import Stage
+from nanogsm.report.words import escape, method, points, reward_is_a_share, settings
+
+
+class Curve(NamedTuple):
+    title: str
+    healthy: str  # one line
+    share: bool = False
+
+
+CURVES = {  # key in metrics.jsonl: its panel
+    "reward": Curve(
+        "mean reward of sampled answers",
+        "Rises over tens of steps. If it stays flat, the policy does not learn.", True),
+    "val_exact_match": Curve(
+        "exact match on held-out problems",
+        "Rises. Judge the run by this one: greedy answers to problems it does not train on.", True),
+    "val_reward": Curve(
+        "mean reward on held-out problems",
+        "Rises. Judge the run by this one: greedy answers to problems it does not train on."),
+    "loss": Curve(
+        "training loss, nats per token",
+        "Falls fast at first, then slowly. If it rises or jumps, the learning rate is too high."),
+    "val_loss": Curve(
+        "loss on held-out problems, nats per token",
+        "Falls with the training loss. If it rises meanwhile, the model learns answers by heart."),
+    "kl_sequence": Curve(
+        "KL from the reference, nats per answer",
+        "Grows slowly from 0. It is the distance from the start, and above 30 that is far."),
+    "entropy": Curve(
+        "entropy, nats per token",
+        "Falls slowly. Near 0 the policy tries almost nothing new."),
+    "value_loss": Curve(
+        "value loss",
+        "Low. Above 0.125 for many steps, the critic is worse than one constant guess."),
+    "explained_variance": Curve(
+        "explained variance of the critic",
+        "Rises from 0 towards 1. PPO also works near 0. Far below 0 the critic does harm."),
+    "groups_without_spread": Curve(
+        "groups whose answers all earned the same",
+        "Low: such a group teaches nothing. Near 100% almost nothing is learned.", True),
+    "clipped": Curve(
+        "policy ratios that were clipped",
+        "A few tenths of a percent. Above 20% the updates are too large.", True),
+    "value_clipped": Curve(
+        "values that were clipped",
+        "Low. If it stays high, the critic is held back.", True),
+    "truncated": Curve(
+        "answers cut at the token limit",
+        "Near 0. Above 20% the limit is too low, or the policy no longer ends its answers.", True),
+    "response_tokens": Curve(
+        "length of an answer, tokens",
+        "Changes slowly. A quick rise with many answers cut means answers without an end."),
+    "worked": Curve(
+        "answers that show a calculation",
+        "Has no target. It tells how the way of answering changes.", True),
+    "right_by_value_only": Curve(
+        "answers right by value, not by text",
+        "Low. If it grows, the policy writes right answers in ways that only the grader reads.",
+        True),
+    "grad_norm": Curve(
+        "gradient norm",
+        "Changes slowly. A jump points at an odd example, or at too high a learning rate."),
+    "value_grad_norm": Curve(
+        "gradient norm of the critic's own weights",
+        "Changes slowly, on a scale of its own."),
+    "lr": Curve(
+        "learning rate",
+        "Follows the schedule: up during the warm-up, then down along a cosine."),
+    "tokens_per_s": Curve(
+        "tokens per second",
+        "Level. A drop means that something else used the machine."),
+}  # fmt: skip
+
+
+def curves_section(stages: list[Stage]) -> str:
+    """One panel per metric. All SFT runs share their panels, and all runs with rewards theirs."""
+    parts = []
+    for supervised in (True, False):
+        runs = [s for s in stages if s.metrics and (method(s.args) == "SFT") == supervised]
+        kinds = escape(", ".join(dict.fromkeys(method(stage.args) for stage in runs)))
+        names = [stage.name for stage in runs]
+        last = max((row["step"] for stage in runs for row in stage.metrics), default=0)
+        share_of_right = all(reward_is_a_share(stage.args) for stage in runs)
+        figures = []
+        for key, curve in CURVES.items():
+            lines = [(stage.name, points(stage.metrics, key)) for stage in runs]
+            never = key == "worked" and not any(y for _, line in lines for _, y in line)
+            if any(line for _, line in lines) and not never:  # MATH's answers have no annotations
+                share = curve.share and (key != "reward" or share_of_right)
+                panel = charts.Panel(curve.title, lines, share, "step", last)
+                drawn, caption = charts.page([panel], names), escape(curve.healthy)
+                figures.append(f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>")
+        if figures:
+            items = [f"<li><b>{escape(s.name)}</b>: {settings(s.args)}.</li>" for s in runs]
+            parts.append(f"<h2>{kinds}: metrics by step</h2><ul>{''.join(items)}</ul>")
+            parts.append('<p class="dim">The line below a curve says what a healthy one looks like.'
+                         "</p>")  # fmt: skip
+            parts.append(f'<div class="curves">{"".join(figures)}</div>')
+    return "\n".join(parts)
