@@ -54,14 +54,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     add("method", choices=SPACE, help="sft and lora run train_sft.py, ppo runs train_ppo.py.")
     add("--trials", type=int, default=16, help="Trials in all. More of them continue a search.")
-    add("--space", nargs="+", default=[], metavar="NAME=VALUES",
+    add("--space", nargs="+", metavar="NAME=VALUES",
         help="Search this range (lr=1e-6:1e-4) or these values (epochs=1,2) instead of the usual.")
     add("--out", help="The search's folder. Default: runs/tune-METHOD (tiny: runs/tiny/...).")
     add("--dry-run", action="store_true", help="Say what will be searched. Nothing is run.")
     # fmt: on
     args, args.flags = p.parse_known_args(argv)
     flags.check_numbers(args, {"trials": 1})
-    args.flags = ["--lora"] * (args.method == "lora") + args.flags
+    if args.method == "sft" and "--lora" in args.flags:
+        args.method = "lora"
+    elif args.method == "lora":
+        args.flags = ["--lora", *args.flags]
     args.named = {flag.split("=")[0] for flag in args.flags if flag.startswith("--")}
     if ours := sorted(args.named & OURS):
         raise UserError(f"{ours[0]} is set by the search itself: leave it out")
@@ -74,8 +77,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in args.space:  # the script refuses what it cannot take
         for edge in (min, max):
             script.parse_args([*args.flags, *flags_of(args, {name: edge(args.space[name])})])
-    # Data without answers to check have the loss alone.
-    args.metric = "val_loss" if "--unscored" in args.named else "val_exact_match"
+    args.metric = "val_exact_match"
+    if args.run.unscored:  # no answer is right or wrong
+        args.metric = "val_reward" if args.method == "ppo" else "val_loss"
     return args
 
 

@@ -107,7 +107,7 @@ def picture(study, args) -> str:
             for kind, is_ended in kinds.items()
         ]  # fmt: skip
         title = f"{args.metric} against {'log10 of ' * log}{name}"
-        panels.append(charts.Panel(title, lines, args.metric != "val_loss", dots=True))
+        panels.append(charts.Panel(title, lines, args.metric == "val_exact_match", dots=True))
     return charts.page(panels, list(kinds))
 
 

@@ -3,9 +3,9 @@
 import math
 import shutil
 
-from nanogsm import UserError, data
+from nanogsm import UserError
 from nanogsm.model import read_config
-from nanogsm.run import plan, start
+from nanogsm.run import known, plan, start
 
 RUNGS = (1 / 4, 1 / 2)  # shares of a trial's steps after which it may be pruned
 HELD_OUT = 1024  # problems: one half for the search, one for the winner's last score
@@ -19,7 +19,7 @@ def space_of(args) -> dict[str, list | tuple]:
         if ("--accumulation" if name == "batch" else flag_of(name)) not in args.named:
             times = getattr(args.run, name) if isinstance(values, tuple) else 1
             space[name] = type(values)(times * value for value in values)
-    for text in args.space:
+    for text in args.space or ():
         name, _, values = text.partition("=")
         if name not in space:
             searched = ", ".join(space) or "nothing"
@@ -27,12 +27,16 @@ def space_of(args) -> dict[str, list | tuple]:
         kind, is_range = type(space[name][0]), ":" in values
         try:
             given = [kind(value) for value in values.split(":" if is_range else ",")]
-            if is_range and not (len(given) == 2 and 0 < given[0] < given[1]):
+            # A batch of 37 could only be cut into single examples.
+            if is_range and not (len(given) == 2 and 0 < given[0] < given[1] and name != "batch"):
                 raise ValueError
         except ValueError as error:
             what = "whole numbers" if kind is int else "numbers"
-            raise UserError(f"--space {text}: give {what}, as LOW:HIGH or A,B,C") from error
+            how = "A,B,C" if name == "batch" else "LOW:HIGH or A,B,C"
+            raise UserError(f"--space {text}: give {what}, as {how}") from error
         space[name] = tuple(given) if is_range else given
+    if not space:
+        raise UserError("nothing is left to search: every parameter is given as a flag")
     return space
 
 
@@ -61,7 +65,7 @@ def prepare(args) -> None:
     if not ppo:
         args.space.pop("lora_r" if found.adapter else None, None)  # an adapter keeps its rank
         start.set_rank(settings, found)
-    problems = data.load_problems(settings.data, "train", settings.data_dir)
+    problems = known.load_problems(settings, found)
     if settings.val_examples is None:  # else a flag says it, or the run that the trials start from
         settings.val_examples = min(HELD_OUT, len(problems) // 5)
     args.val_use, rest = settings.val_examples // 2, len(problems) - settings.val_examples

@@ -50,13 +50,14 @@ def test_the_usual_space_lies_around_the_recipe():
     assert args.space["epochs"] == [1, 2, 3]
     assert (args.val_use, args.examples) == (512, 7473 - 1024)
     assert "lora_r" not in parsed("sft", "--tiny").space
+    assert "lora_r" in parsed("sft", "--tiny", "--lora").space
     assert parsed("sft", "--tiny").space["lr"] == pytest.approx((4e-4, 1e-2))
 
 
 def test_the_space_is_narrowed_and_a_given_flag_is_not_searched():
-    narrow = ["--space", "lr=3e-6:1e-4", "epochs=1,2", "batch=8:64"]
+    narrow = ["--space", "lr=3e-6:1e-4", "epochs=1:2", "batch=8,64"]
     args = parsed("sft", "--tiny", "--warmup", "0.1", *narrow)
-    assert args.space == {"lr": (3e-6, 1e-4), "epochs": [1, 2], "batch": (8, 64)}
+    assert args.space == {"lr": (3e-6, 1e-4), "epochs": (1, 2), "batch": [8, 64]}
     assert "batch" not in parsed("sft", "--tiny", "--accumulation", "2").space
 
 
@@ -67,6 +68,8 @@ def test_the_space_is_narrowed_and_a_given_flag_is_not_searched():
         (["sft", "--space", "lr=1e-3:1e-4"], "give numbers"),
         (["sft", "--space", "lr=0:1"], "give numbers"),
         (["sft", "--space", "epochs=1.5,2"], "give whole numbers"),
+        (["sft", "--space", "batch=8:64"], "give whole numbers, as A,B,C"),
+        (["sft", *"--lr 1 --epochs 1 --warmup 0 --accumulation 1".split()], "nothing is left"),
         (["sft", "--space", "lora_r=8"], "sft searches lr, epochs, warmup, batch"),
         (["sft", "--space", "clip=0.1,0.2"], "sft searches"),
         (["sft", "--space", "epochs=0,1"], "--epochs is 0"),
@@ -192,6 +195,16 @@ def script(monkeypatch):
 
 def trials() -> list:
     return tune.open_study(tune.parse_args(ARGV)).trials
+
+
+def test_unscored_data_are_judged_by_the_loss_and_in_ppo_by_the_reward():
+    rows = [{"question": f"{i}?", "answer": "a poem"} for i in range(40)]
+    Path("poems.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Path("r.py").write_text("def reward(completion, problem, truncated):\n    return 1.0\n")
+    own = ["--tiny", "--data", "poems.jsonl", "--unscored"]
+    args = parsed("sft", *own)
+    assert (args.metric, args.val_use, args.examples) == ("val_loss", 4, 32)
+    assert parsed("ppo", *own, "--init", "tiny", "--reward", "r.py").metric == "val_reward"
 
 
 @needs_optuna
