@@ -24,13 +24,17 @@ def tiny():
 
 
 def greedy(model, tokenizer, ids, limit):
-    """The slow form of sampling at temperature 0: one whole forward per token, no cache."""
+    """The slow form of sampling at temperature 0: one whole forward per token, no cache. Returns
+    the text, and whether it ended."""
     new = []
     with torch.no_grad():
-        while len(new) < limit and not (new and new[-1] in tokenizer.stop_ids):
+        while len(new) < limit:
             logits = model.logits(model(torch.tensor([ids + new]))[:, -1])
             new.append(logits[0].argmax().item())
-    return new
+            text = tokenizer.decode(new)
+            if new[-1] in tokenizer.stop_ids or "Question:" in text:
+                return text, True
+    return text, False
 
 
 def test_a_prefix_is_what_the_reward_model_is_asked_after(tiny):
@@ -47,9 +51,11 @@ def test_a_prefix_is_what_the_reward_model_is_asked_after(tiny):
 
 def test_without_chance_a_label_says_what_one_continuation_comes_to(tiny, monkeypatch):
     """Nearly at temperature 0, all continuations are the greedy one. (The untuned model gives no
-    numbers in the format, so here another rule says which texts are right.)"""
+    numbers in the format and does not end, so here another rule says which texts are right, and a
+    line is an end.)"""
     model, tokenizer = tiny
-    monkeypatch.setattr(data, "is_correct", lambda text, problem: len(text) % 2 == 0)
+    monkeypatch.setattr(tokenizer, "stop_ids", frozenset(tokenizer.encode("\n")))
+    monkeypatch.setattr(data, "is_correct", lambda text, problem: len(text) % 3 > 0)
     problems = data.load_problems("tiny", "train")[:6]
     wanted, want = {}, {}
     for problem in problems:
@@ -57,10 +63,11 @@ def test_without_chance_a_label_says_what_one_continuation_comes_to(tiny, monkey
         for so_far, ids in label.prefixes_of(tokenizer, PROMPT, problem.question, first)[-1:]:
             key = problem.index, so_far
             wanted[key] = ids, problem
-            text = "\n".join(so_far) + "\n" + tokenizer.decode(greedy(model, tokenizer, ids, 24))
-            want[key] = float(data.is_correct(text, problem))
+            text, ended = greedy(model, tokenizer, ids, 32)
+            whole = "\n".join(so_far) + "\n" + text
+            want[key] = float(ended and data.is_correct(whole, problem))
     sample = {"batch_size": 8, "temperature": 0.01}
-    got = label.shares(model, tokenizer, wanted, 2, 5, 24, sample)
+    got = label.shares(model, tokenizer, wanted, 2, 5, 32, sample)
     assert got == want and len(set(want.values())) == 2  # some end right and some do not
 
 
