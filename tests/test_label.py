@@ -50,12 +50,12 @@ def test_a_prefix_is_what_the_reward_model_is_asked_after(tiny):
 
 
 def test_without_chance_a_label_says_what_one_continuation_comes_to(tiny, monkeypatch):
-    """At temperature 0 all continuations are the greedy one. (The untuned model gives no
-    numbers in the format and does not end, so here another rule says which texts are right, and a
-    full stop is an end.)"""
+    """At temperature 0 all continuations are the greedy one. (The untuned model gives no numbers in
+    the format and does not end, so here another rule says which texts are right, and a full stop
+    is an end.)"""
     model, tokenizer = tiny
     monkeypatch.setattr(tokenizer, "stop_ids", frozenset(tokenizer.encode("a.")[-1:]))
-    monkeypatch.setattr(data, "is_correct", lambda text, problem: len(text) % 2 > 0)
+    monkeypatch.setattr(data, "is_correct", lambda text, problem: len(text) % 3 > 0)
     problems = data.load_problems("tiny", "train")[:6]
     wanted, want = {}, {}
     for problem in problems:
