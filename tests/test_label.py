@@ -52,10 +52,10 @@ def test_a_prefix_is_what_the_reward_model_is_asked_after(tiny):
 def test_without_chance_a_label_says_what_one_continuation_comes_to(tiny, monkeypatch):
     """Nearly at temperature 0, all continuations are the greedy one. (The untuned model gives no
     numbers in the format and does not end, so here another rule says which texts are right, and a
-    line is an end.)"""
+    full stop is an end.)"""
     model, tokenizer = tiny
-    monkeypatch.setattr(tokenizer, "stop_ids", frozenset(tokenizer.encode("\n")))
-    monkeypatch.setattr(data, "is_correct", lambda text, problem: len(text) % 3 > 0)
+    monkeypatch.setattr(tokenizer, "stop_ids", frozenset(tokenizer.encode("a.")[-1:]))
+    monkeypatch.setattr(data, "is_correct", lambda text, problem: len(text) % 2 > 0)
     problems = data.load_problems("tiny", "train")[:6]
     wanted, want = {}, {}
     for problem in problems:
@@ -66,7 +66,7 @@ def test_without_chance_a_label_says_what_one_continuation_comes_to(tiny, monkey
             text, ended = greedy(model, tokenizer, ids, 32)
             whole = "\n".join(so_far) + "\n" + text
             want[key] = float(ended and data.is_correct(whole, problem))
-    sample = {"batch_size": 8, "temperature": 0.01}
+    sample = {"batch_size": 8, "temperature": 1e-5}
     got = label.shares(model, tokenizer, wanted, 2, 5, 32, sample)
     assert got == want and len(set(want.values())) == 2  # some end right and some do not
 
