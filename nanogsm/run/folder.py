@@ -9,7 +9,7 @@
                           PPO keeps the last one, so that --steps can grow
         summary.json      written last: a run that has it is finished
         model/ adapter/   the result; the script writes it before `finish`
-        value_head.safetensors  the critic's own weights (PPO)
+        value_head.safetensors  the head of a critic (PPO) or of a reward model
         wandb/ wandb-id   with --wandb: its files, and the id by which it continues
         .lock             held by the running process; the file stays, the lock does not
 
