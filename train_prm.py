@@ -8,12 +8,12 @@
 The network of a language model gets one more output, the head: one number at every token. At the
 end of a step its sigmoid is the probability that everything so far is right. The loss is binary
 cross-entropy with the step's label, which may be a share (Lightman et al. 2023, arXiv 2305.20050;
-Wang et al. 2023, arXiv 2312.08935). Two answers of 3 and 2 steps, drawn as in train_ppo.py:
+Wang et al. 2023, arXiv 2312.08935). An answer of three steps, drawn as in train_ppo.py:
 
     column      0    1    2    3    4    5    6    7
-    ids         p0   p1   s1   \\n   s2   \\n   s3   eos      the prompt, and steps of a token each
+    ids         p0   p1   s1   nl   s2   nl   s3   eos      prompt, steps, nl: a line break
     mask[1:]    0    0    0    1    0    1    1             1 where the next token follows a step
-    label                      1        .5   0              of steps 1, 2 and 3
+    label                      1        .5    0             of steps 1, 2 and 3
     value[t]                   the head's output, from the tokens 0 .. t
 
 With labels from sampling a label is an estimate of a value: how often this model gets right from

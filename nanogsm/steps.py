@@ -250,31 +250,28 @@ def rated_answers(row: dict) -> Found:
         where = f"step {i}: "
         if not isinstance(step, dict):
             raise UserError(f"{where}it is {step!r:.60}, not an object")
-        choices = [
-            _completion(completion, f"{where}completion {j}: ")
-            for j, completion in enumerate(_take(step, "completions", (list, type(None)), where)
-                                           or [])
-        ]  # fmt: skip
+        listed = _take(step, "completions", (list, type(None)), where) or []
+        choices = [_completion(c, f"{where}completion {j}: ") for j, c in enumerate(listed)]
         human = _take(step, "human_completion", (dict, str, type(None)), where)
+        if isinstance(human, dict):
+            human = _take(human, "text", str, f"{where}human_completion: ")
         chosen = _take(step, "chosen_completion", (int, type(None)), where)
         if chosen is not None and not 0 <= chosen < len(choices):
             raise UserError(f"{where}completion {chosen} was chosen of {len(choices)}")
+        text, rating = (_one_line(human or ""), None) if chosen is None else choices[chosen]
         others = [choice for j, choice in enumerate(choices) if j != chosen and choice[1] in (0, 1)]
-        text = _take(human, "text", str, f"{where}human_completion: ") if type(human) is dict else (
-            human)  # fmt: skip
-        goes_on = choices[chosen] if chosen is not None else (_one_line(text or ""), None)
-        if not goes_on[0]:  # the path ends here, with the first of the completions if there are any
-            for text, rating in others[:1]:
-                path, labels = [*path, text], [*labels, rating]
-            others = [(text, rating) for text, rating in others[1:]]
-            before = path[: i - 1]
+        before = list(path)
+        if not text and others:  # nobody went on: the path ends with the first of these
+            (text, rating), *others = others
+            last = True
         else:
-            before = list(path)
-        for text, rating in others:
-            yield question, [*before, text], [None] * len(before) + [rating], None
-        if not goes_on[0]:
+            last = not text
+        for other, its_rating in others:
+            yield question, [*before, other], [None] * len(before) + [its_rating], None
+        if text:
+            path, labels = [*path, text], [*labels, rating]
+        if last:
             break
-        path, labels = [*path, goes_on[0]], [*labels, goes_on[1]]
     if path:
         yield question, path, labels, None
 

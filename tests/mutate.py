@@ -24,12 +24,14 @@ BOXED = "nanogsm/boxed.py"
 LOOP, FILES, SCORES = "nanogsm/run/loop.py", "nanogsm/store/files.py", "nanogsm/report/scores.py"
 ARITHMETIC, REWARDS, CRITIC = "nanogsm/arithmetic.py", "nanogsm/rewards.py", "nanogsm/run/critic.py"
 RERANK, FLAGS = "nanogsm/report/rerank.py", "nanogsm/run/flags.py"
+PRM, STEPS, LABEL = "train_prm.py", "nanogsm/steps.py", "experiments/label.py"
 TESTS = {
     PPO: "test_groups test_ppo test_rewards test_distributed", SFT: "test_sft test_distributed", DATA: "test_data test_model", MODEL: "test_model test_lora", NET: "test_model",
     LORA: "test_lora", LOGPROB: "test_logprob", HEAD: "test_logprob test_model", GENERATE: "test_generate",
     OPTIM: "test_optim", CPU: "test_generate test_model test_optim test_cuda test_plan", CHECKPOINTING: "test_model", LOOP: "test_loop",
     CUDA: "test_cuda", MANY: "test_distributed", FILES: "test_files", SCORES: "test_scores test_rerank", BOXED: "test_boxed",
     ARITHMETIC: "test_scores", REWARDS: "test_rewards", CRITIC: "test_rerank", RERANK: "test_rerank", FLAGS: "test_groups test_rewards",
+    PRM: "test_prm", STEPS: "test_prm", LABEL: "test_label",
 }  # fmt: skip
 
 # name, file, the text (there once), what stands there instead
@@ -48,6 +50,19 @@ MUTATIONS = [
     ("boxed: a sum earns a reward", BOXED, '    if _BIG.search(given) and not _BIG.search(gold):\n        return True\n', ''),
     ("boxed: a quotient earns a reward", BOXED, 'or quotient)', ')'),
     ("boxed: answers of equal value vote apart", BOXED, 'min(equal, default=i)', 'i'),
+    ("PRM: a value reads one token too many", PRM, 'hidden = model(ids, lengths)[:, :-1]', 'hidden = model(ids, lengths)[:, 1:]'),
+    ("PRM: a mean over answers", PRM, 'count = data.supervised_tokens(examples)  #', 'count = len(examples)  #'),
+    ("PRM: AUC's ranks", PRM, '(i + end + 1) / 2', '(i + end) / 2'),
+    ("PRM: the largest step decides", PRM, 'min(row) for row in values', 'max(row) for row in values'),
+    ("PRM: one parameter group over the other", PRM, '"trunk/": AdamW', '"": AdamW'),
+    ("steps: the mask is on the step itself", STEPS, 'mask[end + 1] = 1', 'mask[end] = 1'),
+    ("steps: an outcome model sees all labels", STEPS, '[-1 if outcome else 0 :]', '[0:]'),
+    ("steps: neutral is wrong", STEPS, 'float(rating >= 0)', 'float(rating > 0)'),
+    ("steps: prefixes are labelled again", STEPS, '[None] * len(before) + [its_rating]', '[1.0] * len(before) + [its_rating]'),
+    ("labels: the prefix lacks its last token", LABEL, 'ids[: end + 1]', 'ids[:end]'),
+    ("labels: a cut continuation is right", LABEL, 'not one.truncated and ', ''),
+    ("labels: lines are written twice", LABEL, 'have - first * args.samples :', '0 :'),
+    ("labels: held-out problems are labelled", LABEL, 'held_out or 0', '0'),
     ("many: a gradient is not summed", MANY, 'add_up(*large, *([together] if small else []))', 'add_up(*large)'),
     ("many: a large gradient is not summed", MANY, 'add_up(*large, *([together] if small else []))', 'add_up(*([together] if small else []))'),
     ("many: gradients are means", MANY, 'g.copy_(summed.view_as(g))', 'g.copy_(summed.view_as(g) / COUNT)'),
