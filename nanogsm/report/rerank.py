@@ -23,7 +23,7 @@ from nanogsm.run.critic import Critic, find_critic, load_critic
 def critic_for(run: str, problems: list[data.Problem], of_data: str = "") -> Critic:
     """What `rate` needs. Called before the work: UserError if there is no critic, if the problems
     have no answers to count by, or if the critic may have been trained on them."""
-    if any(data.extract_answer(problem.answer) is None for problem in problems):
+    if any(data.extract_answer(p.answer, p.boxed) is None for p in problems):
         raise UserError("--rerank needs problems with known answers")
     critic = find_critic(run)
     check_unseen(critic, run, of_data)
