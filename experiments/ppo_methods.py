@@ -21,7 +21,6 @@ from pathlib import Path
 from statistics import fmean
 
 from experiments import ppo_curves, study
-from nanogsm import UserError
 from nanogsm.report import charts
 from nanogsm.run import console, flags
 from nanogsm.store import files
@@ -86,11 +85,7 @@ def do(command: list[str], args) -> None:
         return
     if command[0] == "evaluate.py" and list(Path(command[2]).glob(f"eval-test-{args.n}.json")):
         return
-    status, said = study.run(command)
-    if status in (129, 130, 143):
-        raise SystemExit(status)
-    if status:
-        raise UserError(f"python {shlex.join(command)}: {said}")
+    study.run_or_raise(command)
 
 
 def best_rate(found: dict[float, float]) -> float:

@@ -25,7 +25,7 @@ from types import SimpleNamespace
 import torch
 
 from experiments import label, study
-from nanogsm import UserError, data
+from nanogsm import data
 from nanogsm.model import load_model
 from nanogsm.report import rerank
 from nanogsm.report.scores import majority, mcnemar
@@ -102,11 +102,7 @@ def do(command: list[str], args) -> None:
         return
     if command[0] == "evaluate.py" and answers_file(Path(command[-1]), args):
         return
-    status, said = study.run(command)
-    if status in (129, 130, 143):
-        raise SystemExit(status)
-    if status:
-        raise UserError(f"python {shlex.join(command)}: {said}")
+    study.run_or_raise(command)
 
 
 def answers_file(folder: Path, args) -> Path | None:

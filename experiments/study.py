@@ -217,6 +217,15 @@ def run(command: list[str], keep: tuple[int, ...] = ()) -> tuple[int, str]:
     return status, last.removeprefix("error: ")
 
 
+def run_or_raise(command: list[str]) -> None:
+    """`run`, which ends this program, too, if the script was stopped. UserError if it failed."""
+    status, said = run(command)
+    if status in (129, 130, 143):
+        raise SystemExit(status)
+    if status:
+        raise UserError(f"python {shlex.join(command)}: {said}")
+
+
 # ------------------------------------------------------------------------------------ the results
 
 

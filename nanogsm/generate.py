@@ -312,7 +312,7 @@ def answer_and_mark(
 
 def validation_metrics(rows: list[dict]) -> dict:
     """What a validation logs of its rows: the shares that are right and that were cut off."""
-    scored = [row["correct"] for row in rows if row["correct"] is not None]
-    right = {"val_exact_match": sum(scored) / len(scored)} if scored else {}
+    unscored = any(row["gold"] is None for row in rows)
+    right = {} if unscored else {"val_exact_match": sum(row["correct"] for row in rows) / len(rows)}
     truncated = {"val_truncated": sum(row["truncated"] for row in rows) / len(rows)}
     return right | truncated | boxed.shares(rows, "val_")

@@ -9,7 +9,8 @@ from conftest import FIXTURES
 import evaluate
 import train_ppo
 import train_sft
-from nanogsm import UserError, data
+from nanogsm import UserError, data, generate
+from nanogsm.report import scores
 from nanogsm.store import hub
 
 COMPUTE = ["--device", "cpu", "--precision", "fp32", "--max-new-tokens", "4"]
@@ -74,6 +75,16 @@ def test_unscored_chats_are_trained_on_validated_by_loss_and_asked(chats, tmp_pa
     answers = [json.loads(line)["completion"] for line in file.read_text().splitlines()]
     want = sum(len(data.cut(text)) for text in answers) / 3
     assert rows[-1]["val_reward"] == want and "val_exact_match" not in rows[-1] and model.is_dir()
+
+
+def test_one_answer_without_a_number_makes_all_unscored():
+    """Also if the first one has a number."""
+    row = {"index": 0, "question": "q", "truncated": False, "tokens": 3, "completion": "c"}
+    rows = [row | {"gold": 5.0, "correct": True, "flexible": True, "answer": 5.0},
+            row | {"gold": None, "correct": None, "flexible": False, "answer": None}]  # fmt: skip
+    for order in (rows, rows[::-1]):
+        assert "accuracy" not in scores.summarise(order, 1)
+        assert generate.validation_metrics(order) == {"val_truncated": 0.0}
 
 
 def test_ppo_may_ask_in_another_style_than_its_start(tmp_path):

@@ -104,7 +104,7 @@ def read_rows(where: str) -> tuple[str, list[dict]]:
     of_math = types | {"gold": str, "timed_out": bool}
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        if all(row["gold"] is None and row["correct"] is None for row in rows):
+        if any(row["gold"] is None and row["correct"] is None for row in rows):
             raise UserError(f"{path}: its problems are unscored, so no answer is right or wrong")
         for row in rows:
             kinds = of_math if "timed_out" in row else types

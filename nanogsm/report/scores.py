@@ -84,7 +84,7 @@ def summarise(rows: list[dict], samples: int) -> dict:
     groups = [rows[i : i + samples] for i in range(0, len(rows), samples)]
     truncated = fmean(row["truncated"] for row in rows)
     mean_tokens = fmean(row["tokens"] for row in rows)
-    if rows[0]["gold"] is None:
+    if any(row["gold"] is None for row in rows):
         lengths = {"truncated": truncated, "mean_tokens": mean_tokens}
         return {"n": len(groups), "completions": len(rows), "unscored": True} | lengths
     accuracy = fmean(row["correct"] for row in rows)
