@@ -234,7 +234,7 @@ def test_a_paused_and_continued_run_equals_one_without_a_pause(problems, method,
 
 def test_patience_ends_the_run_with_the_best_weights(problems, tmp_path, monkeypatch, capsys):
     scores = iter([0.25, 0.75, 0.5, 0.5, 1.0])  # at steps 0, 1, 2, 3; never asked again
-    rows = lambda *a, **k: [{"correct": next(scores), "truncated": False}]  # noqa: E731
+    rows = lambda *a, **k: [{"correct": next(scores), "gold": "7", "truncated": False}]  # noqa: E731
     monkeypatch.setattr(train_sft.generate, "answer_and_mark", rows)
     argv = [*problems, "--lora", "--val-every", "1", "--out", str(tmp_path / "run")]
     assert train_sft.main([*argv, "--patience", "2"]) == 0
@@ -483,7 +483,7 @@ def test_a_stop_during_validation_saves_and_continues_exactly(problems, tmp_path
 
 def test_keep_best_keeps_the_weights_of_the_best_validation(problems, tmp_path, monkeypatch):
     scores = iter([0.25, 0.25, 0.75, 0.5])  # at steps 0, 2, 4 and 6; the loss decides a tie
-    rows = lambda *a, **k: [{"correct": next(scores), "truncated": False}]  # noqa: E731
+    rows = lambda *a, **k: [{"correct": next(scores), "gold": "7", "truncated": False}]  # noqa: E731
     monkeypatch.setattr(train_sft.generate, "answer_and_mark", rows)
     seen = {}
     real = models.save_adapter
