@@ -12,6 +12,7 @@ from nanogsm.model import load_model
 
 torch.set_num_threads(1)
 FIXTURES = Path(__file__).parent / "fixtures"
+VALIDATED = {"gold": "7", "correct": False, "truncated": False}  # a row of answer_and_mark
 # For tests of many seconds whose parts other tests cover. .ci/run runs them.
 slow = pytest.mark.skipif(not os.environ.get("NANOGSM_SLOW"), reason="NANOGSM_SLOW=1 runs it")
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FIXTURES
+from conftest import FIXTURES, VALIDATED
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -804,7 +804,7 @@ def test_the_best_policy_and_its_critic_are_kept(flags, rewarding, tmp_path, mon
     """The weights after step 2 of 4, as a run has them that ends there. Such a run does not grow,
     because its best weights may come from a validation that the longer run does not have."""
     scores = iter([0.25, 0.5, 0.25])  # at steps 0, 2 and 4
-    rows = lambda *a, **k: [{"correct": next(scores), "gold": "7", "truncated": False}]  # noqa: E731
+    rows = lambda *a, **k: [VALIDATED | {"correct": next(scores)}]  # noqa: E731
     with monkeypatch.context() as patched:
         patched.setattr(train_ppo.generate, "answer_and_mark", rows)
         best = [*flags, "--keep", "best", "--out", str(tmp_path / "best")]

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FIXTURES
+from conftest import FIXTURES, VALIDATED
 from safetensors.torch import load_file, save_file
 
 import train_ppo
@@ -234,7 +234,7 @@ def test_a_paused_and_continued_run_equals_one_without_a_pause(problems, method,
 
 def test_patience_ends_the_run_with_the_best_weights(problems, tmp_path, monkeypatch, capsys):
     scores = iter([0.25, 0.75, 0.5, 0.5, 1.0])  # at steps 0, 1, 2, 3; never asked again
-    rows = lambda *a, **k: [{"correct": next(scores), "gold": "7", "truncated": False}]  # noqa: E731
+    rows = lambda *a, **k: [VALIDATED | {"correct": next(scores)}]  # noqa: E731
     monkeypatch.setattr(train_sft.generate, "answer_and_mark", rows)
     argv = [*problems, "--lora", "--val-every", "1", "--out", str(tmp_path / "run")]
     assert train_sft.main([*argv, "--patience", "2"]) == 0
@@ -246,9 +246,7 @@ def test_patience_ends_the_run_with_the_best_weights(problems, tmp_path, monkeyp
     assert told.items() <= summary.items() and summary["val_exact_match"] == 0.75
     assert metrics(tmp_path / "run")[-1] == metrics(tmp_path / "run")[-1] | {"step": 3}
     one = [*problems, "--lora", "--val-every", "1", "--out", str(tmp_path / "one")]
-    monkeypatch.setattr(
-        train_sft.generate, "answer_and_mark", lambda *a, **k: [{"correct": 0, "truncated": 0}]
-    )
+    monkeypatch.setattr(train_sft.generate, "answer_and_mark", lambda *a, **k: [VALIDATED])
     assert train_sft.main([*one, "--pause-at", "1"]) == 0  # trains one step, as the best run did
     saved = load_file(next((tmp_path / "one/checkpoint").glob("*/tensors.safetensors")))
     kept = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
@@ -483,7 +481,7 @@ def test_a_stop_during_validation_saves_and_continues_exactly(problems, tmp_path
 
 def test_keep_best_keeps_the_weights_of_the_best_validation(problems, tmp_path, monkeypatch):
     scores = iter([0.25, 0.25, 0.75, 0.5])  # at steps 0, 2, 4 and 6; the loss decides a tie
-    rows = lambda *a, **k: [{"correct": next(scores), "gold": "7", "truncated": False}]  # noqa: E731
+    rows = lambda *a, **k: [VALIDATED | {"correct": next(scores)}]  # noqa: E731
     monkeypatch.setattr(train_sft.generate, "answer_and_mark", rows)
     seen = {}
     real = models.save_adapter
