@@ -43,7 +43,7 @@ from nanogsm.rewards import add_terms, figures, terms_of
 from nanogsm.run import console, past, plan, start
 from nanogsm.run.critic import save_critic
 from nanogsm.run.flags import ppo_args as parse_args
-from nanogsm.run.health import health
+from nanogsm.run.health import Moved, health
 from nanogsm.run.loop import Run, check_finite
 from nanogsm.run.machine import autocast_of
 from nanogsm.run.reward import mean_reward
@@ -269,17 +269,6 @@ def set_up(args, found, prompt: data.Prompt, scored_by: Callable) -> Setup:
 # ------------------------------------------------------------------------------------ the rollout
 
 
-def problems_of_step(problems: list, step: int, n: int, seed: int, group: int = 1) -> list:
-    """The n problems of a step, each `group` times, from endless permutations of all problems."""
-    found, n = [], n // group
-    for place in range(step * n, (step + 1) * n):
-        epoch, i = divmod(place, len(problems))
-        if i == 0 or not found:
-            order = data.permutation(len(problems), seed, epoch)
-        found += [problems[order[i]]] * group
-    return found
-
-
 def sample(setup: Setup, problems: list[data.Problem], step: int, watch) -> list[dict]:
     """Sample an answer to each problem and mark it: one dict per answer, with its ids and mask
     (`example`), its `score` and its text. Raises what `watch` raises."""
@@ -294,7 +283,7 @@ def sample(setup: Setup, problems: list[data.Problem], step: int, watch) -> list
         )  # fmt: skip
     pairs = list(zip(problems, completions))
     # Only rank 0 asks: a reward of one's own may not give the same answer twice.
-    scores = distributed.first(
+    scores = distributed.on_rank_0(
         lambda: [setup.reward(data.cut(done.text), p, done.truncated) for p, done in pairs]
     )
     marked = []
@@ -328,12 +317,10 @@ class Rollout(NamedTuple):
 
 def micro_batches_of(n: int, micro_batch: int, accumulation: int) -> list[list[slice]]:
     """n rows in the order drawn, cut into updates, and each update into its micro-batches."""
-    updates, size = [], micro_batch * accumulation
-    for first in range(0, n, size):
-        end = min(first + size, n)
-        width = min(micro_batch, distributed.largest_share(end - first))  # something for each
-        updates.append([slice(i, min(i + width, end)) for i in range(first, end, width)])
-    return updates
+    size = micro_batch * accumulation
+    updates = [range(n)[first : first + size] for first in range(0, n, size)]
+    cut = [data.micro_batches(update, micro_batch) for update in updates]
+    return [[slice(rows.start, rows.stop) for rows in update] for update in cut]
 
 
 @torch.no_grad()
@@ -379,23 +366,21 @@ def rollout_metrics(answers: list[dict], rollout: Rollout, rewards, returns, arg
         # Truncated ones included; NaN if there is nothing to compare with.
         "exact_match": math.nan if args.unscored else sum(a["correct"] for a in answers) / n,
         "truncated": sum(answer["truncated"] for answer in answers) / n,
-        # The share of the answers that show a calculation.
         "worked": sum("<<" in answer["completion"] for answer in answers) / n,
         "response_tokens": mask.sum().item() / n,
         "tokens": sum(rollout.batch.lengths),
         "kl": masked_mean(k3, mask).item(),  # per token
         "kl_sequence": torch.where(mask, k1, 0.0).sum().item() / n,  # per answer; may be negative
         "entropy": masked_mean(rollout.entropy, mask).item(),
-    }
+    } | boxed.shares(answers)  # of MATH's grader
     if args.advantage:  # no critic
         return metrics
-    # What there was to predict: the returns of lambda 1.
     outcomes = returns if args.lam == 1 else gae(rewards, values, mask, args.gamma, 1.0)[1]
     return metrics | {
         "explained_variance": explained_variance(values, outcomes, mask),
         "value": masked_mean(values, mask).item(),
         "return": masked_mean(returns, mask).item(),
-    } | boxed.shares(answers)  # of MATH's grader
+    }
 
 
 # ------------------------------------------------------------------------------------- the update
@@ -444,12 +429,8 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
     optimizers = [o for o in (setup.policy_optimizer, setup.value_optimizer) if o]
     warming = step < args.critic_warmup
     updates = micro_batches_of(len(rollout.indices), args.micro_batch, args.accumulation)
-    # `moved` looks at one matrix only, the largest with at most 4 million entries.
-    size = lambda p: (p.numel() <= 2**22, p.numel())  # noqa: E731
-    probe = max(setup.policy_optimizer.params.values(), key=size)
-    before = distributed.whole(probe.detach()).clone()
-    device = rollout.mask.device
-    sums = torch.zeros(len(SHARES) if models.value_head else 3, device=device)
+    moved = Moved(setup.policy_optimizer.params.values())
+    sums = torch.zeros(len(SHARES) if models.value_head else 3, device=rollout.mask.device)
     norms, first_ratio_error = [], None
     for epoch in range(args.epochs):
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 1009 + epoch)
@@ -457,7 +438,7 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
             # Only the order of updates is drawn. Which answers share a micro-batch stays as scored.
             # Means are over all actions of the update.
             count = sum(rollout.mask[rows].sum() for rows in updates[i])
-            shares, error = torch.zeros_like(sums), torch.zeros((), device=device)
+            shares, error = torch.zeros_like(sums), torch.zeros((), device=sums.device)
             for rows in distributed.deal(updates[i], models.actor, backward=not warming):
                 found = backward_micro(setup, rollout, advantages, returns, rows, count, warming)
                 shares, error = shares + found[0], torch.maximum(error, found[1])
@@ -483,7 +464,7 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
         **dict(zip(("grad_norm", "value_grad_norm"), means)),
         "updates": n,
         "first_ratio_error": first_ratio_error,
-        "moved": (distributed.whole(probe.detach()) != before).float().mean().item(),
+        "moved": moved.share(),
     }
 
 
@@ -524,7 +505,7 @@ def train(args, folder, found, prompt, problems, held_out, scored_by) -> int | N
             if run.ends_early():  # --patience
                 break
             run.phase("rollout")
-            asked = problems_of_step(problems, step, args.rollouts, args.seed, args.group or 1)
+            asked = data.problems_of_step(problems, step, args.rollouts, args.seed, args.group or 1)
             answers = sample(setup, asked, step, run.watch)  # 1 text, ids, right or wrong
             run.phase("score")
             rollout = score(setup, answers)  # 2 log-probs and values, without gradient
@@ -533,9 +514,9 @@ def train(args, folder, found, prompt, problems, held_out, scored_by) -> int | N
                 rollout.scores, rollout.logp, rollout.ref_logp, mask, args.kl_coef
             )
             rewards = add_terms(rewards, answers)
-            if args.advantage:
-                advantages = group_advantages(rewards, mask, args.group, args.advantage)  # 4
+            if args.advantage:  # instead of 4 and 5
                 returns = None
+                advantages = group_advantages(rewards, mask, args.group, args.advantage)
             else:
                 advantages, returns = gae(rewards, rollout.values, mask, args.gamma, args.lam)  # 4
                 advantages = whiten(advantages, mask)  # 5

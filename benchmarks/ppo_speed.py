@@ -93,7 +93,7 @@ def ours(args, turns: Turns) -> None:
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     turns.ready(matrix_rate=matrix_rate(args.device, dtype))
     for step in range(args.rounds + 1):
-        chosen = train_ppo.problems_of_step(problems, step, args.rollouts, ppo.seed)
+        chosen = data.problems_of_step(problems, step, args.rollouts, ppo.seed)
         turns.begin()
         start = now(args.device)
         answers = train_ppo.sample(setup, chosen, step, lambda finished, tokens: None)
@@ -231,7 +231,7 @@ def peer(args, turns: Turns) -> None:
     problems = data.load_problems(args.data, "train", args.data_dir)
     turns.ready()
     for step in range(args.rounds + 1):
-        chosen = train_ppo.problems_of_step(problems, step, args.rollouts, ppo.seed)
+        chosen = data.problems_of_step(problems, step, args.rollouts, ppo.seed)
         turns.begin()
         start = now(args.device)
         prompts = [data.encode(tokenizer, data.Prompt(), p.question)[0] for p in chosen]

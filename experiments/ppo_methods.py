@@ -1,15 +1,18 @@
-"""PPO, RLOO and GRPO on the embedded model, each at the best of the same three learning rates.
+"""PPO, RLOO and GRPO on the embedded model, or PPO with each term of the reward.
 
     python -m experiments.ppo_methods --results results/tiny/ppo-methods
+    python -m experiments.ppo_methods terms --results results/tiny/ppo-terms
 
-First every method is trained with every rate, with seed 0. The rate with the best exact match on
-the held-out training problems is its own, the lower one if two are equal. Then every method is
-trained at its rate with three new seeds, each from a new fine-tuned start, and evaluated on the
-test problems. No test problem is asked before. All runs sample the same number of answers.
+Every variant has a few settings to choose from: the methods the same three learning rates, the
+terms the same weights. First every variant is trained with every setting, with seed 0. The setting
+with the best exact match on the held-out training problems is its own, the lower one if two are
+equal. Then every variant is trained with its setting and three new seeds, each from a new
+fine-tuned start, and evaluated on the test problems. No test problem is asked before. All runs
+sample the same number of answers.
 
-All use the recipe tuned, whose other settings were chosen for PPO, and no KL penalty: GRPO would
-scale its noise up (train_ppo.group_advantages). Runs are in --out. The same command continues a
-comparison that was stopped: what is finished is not done again.
+All use the recipe tuned, whose other settings were chosen for PPO. The methods have no KL penalty:
+GRPO would scale its noise up (train_ppo.group_advantages). Runs are in --out. The same command
+continues a comparison that was stopped: what is finished is not done again.
 
 It writes three files: --results with .json (all numbers), .md (the tables) and .svg (exact match by
 answers sampled).
@@ -25,11 +28,12 @@ from nanogsm.report import charts
 from nanogsm.run import console, flags
 from nanogsm.store import files
 
-METHODS = {"PPO": "gae", "RLOO": "rloo", "GRPO": "grpo"}
+TERMS = {"false annotation": "false", "no answer": "no-answer", "overlong": "overlong"}
 CURVES = {  # metric -> title of its panel
     "val_exact_match": "right, greedy, held-out, by answers sampled",
     "reward": "right, sampled, training, by answers sampled",
     "groups_without_spread": "groups whose answers all earned the same",
+    "worked": "answers that show a calculation",
     "response_tokens": "length of an answer, tokens",
 }
 
@@ -37,21 +41,25 @@ CURVES = {  # metric -> title of its panel
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = flags.Parser(__doc__.split("\n")[0])
     add = p.add_argument
+    add("what", nargs="?", choices=("methods", "terms"), default="methods", help="What to compare.")
     add("--rates", type=float, nargs=3, default=[5e-5, 1.5e-4, 4.5e-4], metavar="LR",
         help="Learning rates that every method tries.")  # fmt: skip
+    add("--weights", type=float, nargs="+", default=[0.1, 0.3, 0.9], metavar="W",
+        help="Weights that every term tries.")  # fmt: skip
     add("--seeds", type=int, default=3, help="New seeds: 1, 2, ...")
     add("--steps", type=int, default=20, help="Steps of every run.")
     add("--rollouts", type=int, default=512, help="Answers sampled per step.")
     add("--group", type=int, default=8, help="Answers to a problem, for RLOO and GRPO.")
     add("--n", type=int, default=1319, help="Test problems.")
     add("--sft", default="", metavar="FLAGS", help='More flags for train_sft.py, as --sft="...".')
-    add("--out", type=Path, default=Path("runs/tiny/methods"), help="Folder of the runs.")
-    add("--results", type=Path, help="Path of the results, without the ending. Default: methods in "
-        "--out.")  # fmt: skip
+    add("--out", type=Path, help="Folder of the runs. Default: runs/tiny/methods or .../terms.")
+    add("--results", type=Path, help="Path of the results, without the ending. Default: methods or "
+        "terms in --out.")  # fmt: skip
     add("--dry-run", action="store_true", help="Print the commands. Nothing is run.")
     args = p.parse_args(argv)
     flags.check_numbers(args, {"seeds": 1, "steps": 1, "rollouts": 1, "group": 2, "n": 1})
-    args.results = args.results or args.out / "methods"
+    args.out = args.out or Path("runs/tiny") / args.what
+    args.results = args.results or args.out / args.what
     return args
 
 
@@ -60,18 +68,33 @@ def sft(seed: int, args) -> list[str]:
             *shlex.split(args.sft), "--out", str(args.out / f"sft-{seed}")]  # fmt: skip
 
 
-def folder(method: str, seed: int, rate: float, args) -> Path:
-    return args.out / f"{METHODS[method]}-{rate:g}-{seed}"
+def variants(args) -> dict[str, dict[str, list[str]]]:
+    """{variant: {setting: flags of train_ppo.py}}. The others are compared with the first one."""
+    if args.what == "terms":
+        each = {
+            term: {f"{w:g}": [f"--penalty-{flag}", f"{w:g}"] for w in sorted(args.weights)}
+            for term, flag in TERMS.items()
+        }
+        return {"no term": {"0": []}} | each
+    rates = {f"{rate:g}": ["--kl-coef", "0", "--lr", f"{rate:g}"] for rate in sorted(args.rates)}
+    found = {"PPO": rates}
+    for method in ("rloo", "grpo"):
+        own = ["--advantage", method, "--group", str(args.group)]
+        found[method.upper()] = {rate: own + same for rate, same in rates.items()}
+    return found
 
 
-def train(method: str, seed: int, rate: float, args) -> list[str]:
-    """The command of one run. Nothing but its first line differs between the methods."""
-    own = [] if method == "PPO" else ["--advantage", METHODS[method], "--group", str(args.group)]
-    return ["train_ppo.py", *own, "--tiny", "--recipe", "tuned", "--kl-coef", "0",
-            "--lr", f"{rate:g}", "--seed", str(seed), "--steps", str(args.steps),
-            "--rollouts", str(args.rollouts), "--val-every", "2" if seed else "0",
-            "--init", str(args.out / f"sft-{seed}"),
-            "--out", str(folder(method, seed, rate, args))]  # fmt: skip
+def folder(variant: str, setting: str, seed: int, args) -> Path:
+    return args.out / f"{variant.lower().replace(' ', '-')}-{setting}-{seed}"
+
+
+def train(variant: str, setting: str, seed: int, args) -> list[str]:
+    """The command of one run."""
+    own = variants(args)[variant][setting]
+    return ["train_ppo.py", *own, "--tiny", "--recipe", "tuned", "--seed", str(seed),
+            "--steps", str(args.steps), "--rollouts", str(args.rollouts),
+            "--val-every", "2" if seed else "0", "--init", str(args.out / f"sft-{seed}"),
+            "--out", str(folder(variant, setting, seed, args))]  # fmt: skip
 
 
 def evaluate(run: Path, args) -> list[str]:
@@ -88,27 +111,28 @@ def do(command: list[str], args) -> None:
     study.run_or_raise(command)
 
 
-def best_rate(found: dict[float, float]) -> float:
-    """Of {rate: exact match}, the best; the lower of equals."""
-    return max(sorted(found), key=found.__getitem__)
+def best_setting(found: dict[str, float]) -> str:
+    """Of {setting: exact match}, the best; the lower of equals."""
+    return max(sorted(found, key=float), key=found.__getitem__)
 
 
-def search(args) -> dict[str, dict[float, float]]:
-    """{method: {rate: exact match on held-out training problems}}."""
+def search(args) -> dict[str, dict[str, float]]:
+    """{variant: {setting: exact match on held-out training problems}}."""
     do(sft(0, args), args)
-    found = {method: {} for method in METHODS}
-    for rate in args.rates:
-        for method in METHODS:
-            do(train(method, 0, rate, args), args)
+    found = {}
+    for variant, settings in variants(args).items():
+        found[variant] = {}
+        for setting in settings:
+            do(train(variant, setting, 0, args), args)
             if not args.dry_run:
-                summary = files.read_json(folder(method, 0, rate, args) / "summary.json")
-                found[method][rate] = summary["val_exact_match"]
+                summary = files.read_json(folder(variant, setting, 0, args) / "summary.json")
+                found[variant][setting] = summary["val_exact_match"]
     return found
 
 
-def collect(method: str, seed: int, rate: float, args) -> dict:
-    """One run's scores, paired with its start's and with PPO's, and its curves."""
-    run, start = folder(method, seed, rate, args), args.out / f"sft-{seed}"
+def collect(variant: str, setting: str, seed: int, args) -> dict:
+    """One run's scores, paired with its start's, and its curves."""
+    run, start = folder(variant, setting, seed, args), args.out / f"sft-{seed}"
     rows = ppo_curves.read(run / "metrics.jsonl")
     steps = [row for row in rows if "reward" in row]
 
@@ -116,81 +140,102 @@ def collect(method: str, seed: int, rate: float, args) -> dict:
         return [(row["step"] * args.rollouts, row[key]) for row in rows if key in row]
 
     return {
-        "method": method,
-        "rate": rate,
+        "variant": variant,
+        "setting": setting,
         "seed": seed,
         **ppo_curves.before_and_after(ppo_curves.answers(start), ppo_curves.answers(run)),
         "seconds": sum(row["seconds"] for row in steps),
+        # The mean of the last quarter of the steps: each term of the reward, and what it acts on.
+        "last": {
+            key: fmean(row[key] for row in steps[-max(1, len(steps) // 4) :])
+            for key in steps[-1]
+            if key in ("worked", "truncated", "response_tokens") or key.startswith("reward_")
+        },
         "curves": {key: curve(key) for key in CURVES},
     }
 
 
 def tables(searched: dict, results: list[dict], args) -> str:
-    """The two tables, in Markdown."""
-    rates = [f"{rate:g}" for rate in args.rates]
-    lines = [f"| held-out exact match at rate | {' | '.join(rates)} |", "|---|" + "---|" * 3]
-    for method, found in searched.items():
-        cells = [f"{100 * found[rate]:.1f}%" for rate in args.rates]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    head = ("method", "rate", "seed", "start", "exact match", "95%", "against PPO",
+    """The three tables, in Markdown: the search, the new seeds, what the answers are like."""
+    setting = "rate" if args.what == "methods" else "weight"
+    tried = sorted({name for found in searched.values() for name in found}, key=float)
+    lines = [f"| held-out exact match at {setting} | {' | '.join(tried)} |"]
+    lines.append("|---|" + "---|" * len(tried))
+    for variant, found in searched.items():
+        cells = [f"{100 * found[name]:.1f}%" if name in found else "" for name in tried]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    first = [*searched][0]
+    head = (args.what[:-1], setting, "seed", "start", "exact match", "95%", f"against {first}",
             "fixed, broken", "McNemar p", "minutes")  # fmt: skip
     lines += ["", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for r in results:
         against = "|  |  | "
-        if pair := r.get("against_ppo"):
+        if pair := r.get("against_first"):
             points, p = 100 * (pair["after"] - pair["before"]), pair["mcnemar_p"]
             against = f"| {points:+.1f} | {pair['fixed']}, {pair['broken']} | {p:.2g}"
         lines.append(
-            f"| {r['method']} | {r['rate']:g} | {r['seed']} | {100 * r['before']:.1f}% "
+            f"| {r['variant']} | {r['setting']} | {r['seed']} | {100 * r['before']:.1f}% "
             f"| {100 * r['after']:.1f}% | {100 * r['ci_low']:.1f} to {100 * r['ci_high']:.1f} "
             f"{against} | {r['seconds'] / 60:.1f} |"
         )
-    for method in METHODS:
-        mine = [r for r in results if r["method"] == method]
-        pairs = [r["against_ppo"] for r in mine if "against_ppo" in r]
+    for variant in searched:
+        mine = [r for r in results if r["variant"] == variant]
+        pairs = [r["against_first"] for r in mine if "against_first" in r]
         points = [100 * (pair["after"] - pair["before"]) for pair in pairs]
         change = f"{fmean(points):+.1f}" if points else ""
         before, after = (100 * fmean(r[key] for r in mine) for key in ("before", "after"))
         minutes = fmean(r["seconds"] for r in mine) / 60
-        lines.append(f"| {method}, mean | {mine[0]['rate']:g} | | {before:.1f}% | {after:.1f}% | "
+        lines.append(f"| {variant}, mean | {mine[0]['setting']} | | {before:.1f}% | {after:.1f}% | "
                      f"| {change} | | | {minutes:.1f} |")  # fmt: skip
+    keys = sorted({key for r in results for key in r["last"]})
+    lines += ["", f"| sampled answers of the last steps | {' | '.join(keys)} |"]
+    lines.append("|---|" + "---|" * len(keys))
+    for variant in searched:
+        last = [r["last"] for r in results if r["variant"] == variant]
+        cells = [f"{fmean(row[key] for row in last):.3f}" if key in last[0] else "" for key in keys]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     searched = search(args)
-    # A dry run cannot know the rates: it shows the first.
-    rates = {m: args.rates[0] if args.dry_run else best_rate(searched[m]) for m in METHODS}
+    # A dry run cannot know the best settings: it shows the lowest.
+    best = {
+        variant: [*settings][0] if args.dry_run else best_setting(searched[variant])
+        for variant, settings in variants(args).items()
+    }
     for seed in range(1, args.seeds + 1):
         do(sft(seed, args), args)
         do(evaluate(args.out / f"sft-{seed}", args), args)
-        for method, rate in rates.items():
-            do(train(method, seed, rate, args), args)
-            do(evaluate(folder(method, seed, rate, args), args), args)
+        for variant, setting in best.items():
+            do(train(variant, setting, seed, args), args)
+            do(evaluate(folder(variant, setting, seed, args), args), args)
     if args.dry_run:
         return 0
-    results = []
-    for method, rate in rates.items():
+    results, first = [], [*best][0]
+    for variant, setting in best.items():
         for seed in range(1, args.seeds + 1):
-            result = collect(method, seed, rate, args)
-            if method != "PPO":
-                runs = (folder(m, seed, rates[m], args) for m in ("PPO", method))
-                result["against_ppo"] = ppo_curves.before_and_after(*map(ppo_curves.answers, runs))
+            result = collect(variant, setting, seed, args)
+            if variant != first:
+                runs = (folder(name, best[name], seed, args) for name in (first, variant))
+                pair = ppo_curves.before_and_after(*map(ppo_curves.answers, runs))
+                result["against_first"] = pair
             results.append(result)
-    settings = {key: getattr(args, key) for key in ("rates", "steps", "rollouts", "group", "n")}
-    named = {m: {f"{rate:g}": x for rate, x in found.items()} for m, found in searched.items()}
+    names = ("what", "rates", "weights", "steps", "rollouts", "group", "n")
+    settings = {name: getattr(args, name) for name in names}
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    record = {"settings": settings, "search": named, "runs": results}
+    record = {"settings": settings, "search": searched, "runs": results}
     files.write_json(Path(f"{args.results}.json"), record)
     text = tables(searched, results, args)
     files.replace_file(Path(f"{args.results}.md"), text.encode())
     panels = [
-        charts.Panel(title, [(r["method"], r["curves"][key]) for r in results if r["curves"][key]],
+        charts.Panel(title, [(r["variant"], r["curves"][key]) for r in results if r["curves"][key]],
                      percent=key != "response_tokens")
         for key, title in CURVES.items()
+        if any(r["curves"][key] for r in results)
     ]  # fmt: skip
-    files.replace_file(Path(f"{args.results}.svg"), charts.page(panels, [*METHODS]).encode())
+    files.replace_file(Path(f"{args.results}.svg"), charts.page(panels, [*best]).encode())
     print(f"\n{text}\nwritten to {args.results}.json, .md and .svg")
     return 0
 

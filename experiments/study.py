@@ -143,7 +143,7 @@ def differences(recorded: dict, wanted: argparse.Namespace) -> list[str]:
     "lr 0.001 instead of 2e-05"."""
     flags.set_rank(wanted)
     found = []
-    for name in sorted(vars(wanted).keys() - {*MAY_DIFFER, *NO_SETTINGS, "open"}):
+    for name in sorted(vars(wanted).keys() - {*MAY_DIFFER, *NO_SETTINGS, "left_open"}):
         was, now = recorded.get(name), getattr(wanted, name)
         settled_later = name == "val_examples" and now is None
         if was != now and not settled_later and (name in recorded or now):

@@ -208,14 +208,14 @@ class _OutOfTime(BaseException):
 def grade(answer: str | None, gold: str) -> Verdict:
     """Whether an answer (the inside of a box, or None) is right. On many devices rank 0 asks the
     package and tells the others, because a timeout may come on one and not on another. Trap: so all
-    ranks have to call this in the same order, or rank 0 alone inside distributed.first."""
+    ranks have to call this in the same order, or rank 0 alone inside distributed.on_rank_0."""
     # What rank 0 has graded alone, the others do not know. So it is remembered apart.
     return _grade_once(answer, gold, distributed.ALONE)
 
 
 @functools.lru_cache(2**14)
 def _grade_once(answer: str | None, gold: str, alone: bool) -> Verdict:
-    return _grade(answer, gold, distributed.first)
+    return _grade(answer, gold, distributed.on_rank_0)
 
 
 def _grade(answer: str | None, gold: str, asked: Callable) -> Verdict:

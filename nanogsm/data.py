@@ -23,6 +23,7 @@ import json
 import math
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -161,7 +162,7 @@ def supervised_tokens(examples: list[Example]) -> int:
     return sum(sum(example.mask) for example in examples)
 
 
-def micro_batches(rows: list, size: int) -> list[list]:
+def micro_batches(rows: Sequence, size: int) -> list[Sequence]:
     """A step's rows in the order drawn, `size` at a time, or fewer so that each device has some."""
     # The size changes only rounding: the loss is divided by the whole step's supervised tokens.
     size = min(size, distributed.largest_share(len(rows))) or 1
@@ -172,6 +173,17 @@ def permutation(n: int, seed: int, epoch: int) -> list[int]:
     """The order of n items in an epoch. Only (seed, epoch) decide it, so no state is saved."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(n, generator=generator).tolist()
+
+
+def problems_of_step(problems: list, step: int, n: int, seed: int, group: int = 1) -> list:
+    """A PPO step's n problems, each `group` times, from endless permutations of all problems."""
+    found, n = [], n // group
+    for place in range(step * n, (step + 1) * n):
+        epoch, i = divmod(place, len(problems))
+        if i == 0 or not found:
+            order = permutation(len(problems), seed, epoch)
+        found += [problems[order[i]]] * group
+    return found
 
 
 # ------------------------------------------------------------------------------------- answers

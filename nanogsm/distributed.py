@@ -199,7 +199,7 @@ def gathered(mine: Any) -> list:
     return [json.loads(x[: int(n)].numpy().tobytes()) for x, n in zip(found, sizes)]
 
 
-def first(do: Callable[[], Any]) -> Any:
+def on_rank_0(do: Callable[[], Any]) -> Any:
     """What `do` returns on rank 0, which alone calls it: a JSON value, told to all. A UserError of
     rank 0 is raised on all."""
     global ALONE

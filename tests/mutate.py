@@ -43,7 +43,7 @@ MUTATIONS = [
     ("boxed: long answers are read", BOXED, 'MOST_CHARACTERS = 300', 'MOST_CHARACTERS = 3000'),
     ("boxed: exponents of brackets do not multiply", BOXED, 'cost *= max(size, 1)', 'highest = max(highest, size)'),
     ("boxed: a timeout is right", BOXED, 'Verdict(False, timed_out=True)', 'Verdict(True, timed_out=True)'),
-    ("boxed: each rank grades for itself", BOXED, 'return _grade(answer, gold, distributed.first)', 'return _grade(answer, gold, lambda ask: ask())'),
+    ("boxed: each rank grades for itself", BOXED, 'return _grade(answer, gold, distributed.on_rank_0)', 'return _grade(answer, gold, lambda ask: ask())'),
     ("boxed: SIGALRM is not put back", BOXED, '        signal.signal(signal.SIGALRM, handler)\n', ''),
     ("boxed: the alarm rings once", BOXED, 'signal.ITIMER_REAL, 0.1, 0.1', 'signal.ITIMER_REAL, seconds'),
     ("boxed: the package prints", BOXED, 'contextlib.redirect_stderr(io.StringIO())', 'contextlib.nullcontext()'),

@@ -209,11 +209,11 @@ def test_the_package_is_asked_only_where_it_has_to_be(asked):
 def test_on_many_devices_rank_0_grades_and_tells(asked, monkeypatch):
     told = []
 
-    def first(do):
+    def on_rank_0(do):
         told.append(do)
         return [True, False, False]  # as JSON from rank 0
 
-    monkeypatch.setattr(distributed, "first", first)
+    monkeypatch.setattr(distributed, "on_rank_0", on_rank_0)
     assert grade("6", "5") == Verdict(True) and len(told) == 1 and not asked
     assert grade("5", "5").right and not grade(None, "5").right and len(told) == 1
     # maj@k is counted by rank 0 alone: it must not wait for the others.

@@ -94,7 +94,7 @@ def test_sums_and_messages():
         distributed.add_up(x, y)
         top = distributed.largest(torch.tensor(float(rank == 1)))
         told = distributed.gathered({"rank": rank, "text": "ä" * rank, "none": None})
-        heard = distributed.first(lambda: [rank, float("inf")])
+        heard = distributed.on_rank_0(lambda: [rank, float("inf")])
         signals = distributed.agreed(15 if rank == 1 else None), distributed.agreed(None)
         return x.tolist(), y.tolist(), top.item(), told, heard, signals
 
@@ -124,7 +124,7 @@ def test_a_user_error_of_rank_0_is_raised_on_all():
         def find():
             raise UserError("in use")
 
-        distributed.first(find)
+        distributed.on_rank_0(find)
 
     assert on_ranks(3, fail) == [("UserError", "in use")] * 3
 

@@ -101,7 +101,7 @@ def test_a_row_takes_one_setting_from_the_other_recipe_and_no_more():
         recipe, _, change = row.partition(", but ")
         own, other = (ours, theirs) if recipe == "tuned" else (theirs, ours)
         args = vars(parsed(*flags))
-        moved = {name for name in args if name != "open" and args[name] != own[name]}
+        moved = {name for name in args if name != "left_open" and args[name] != own[name]}
         if "'s " in change:
             names = set(ppo_ablation.KNOBS[change.split("'s ")[1]])
             assert moved and moved <= names and all(args[n] == other[n] for n in names), row
@@ -233,9 +233,25 @@ def test_all_methods_get_the_same_rates_seeds_and_number_of_answers(capsys):
     assert all("-0" in c[-1] for c in commands[:first] if c[0] == "train_ppo.py")
 
 
-def test_the_best_rate_is_the_lower_of_equals():
-    assert ppo_methods.best_rate({3e-4: 0.5, 1e-4: 0.5, 5e-5: 0.4}) == 1e-4
-    assert ppo_methods.best_rate({5e-5: 0.1, 1e-4: 0.2, 3e-4: 0.3}) == 3e-4
+def test_each_term_gets_the_same_weights_and_nothing_else_differs(capsys):
+    assert ppo_methods.main(["terms", "--dry-run", "--weights", "0.9", "0.3"]) == 0
+    commands = [line.split()[1:] for line in capsys.readouterr().out.splitlines()]
+    runs = [parsed(*c[1:]) for c in commands if c[0] == "train_ppo.py"]
+    weights = ("penalty_false", "penalty_no_answer", "penalty_overlong")
+    searched = [tuple(getattr(args, name) for name in weights) for args in runs if args.seed == 0]
+    zero, low, high = 0.0, 0.3, 0.9
+    assert searched == [(zero, zero, zero), (low, zero, zero), (high, zero, zero),
+                        (zero, low, zero), (zero, high, zero), (zero, zero, low),
+                        (zero, zero, high)]  # fmt: skip
+    assert len(runs) == 7 + 3 * 4 and len({args.out for args in runs}) == len(runs)
+    for args in runs:
+        changed = {k for k, v in vars(args).items() if v != getattr(runs[0], k)}
+        assert changed <= {*weights, "seed", "init", "out", "val_every"}
+
+
+def test_the_best_setting_is_the_lower_of_equals():
+    assert ppo_methods.best_setting({"0.0003": 0.5, "0.0001": 0.5, "5e-05": 0.4}) == "0.0001"
+    assert ppo_methods.best_setting({"5e-05": 0.1, "0.0001": 0.2, "0.0003": 0.3}) == "0.0003"
 
 
 def test_methods_are_compared_with_ppo_seed_by_seed(tmp_path, monkeypatch, capsys):
@@ -248,7 +264,7 @@ def test_methods_are_compared_with_ppo_seed_by_seed(tmp_path, monkeypatch, capsy
         made_run(tmp_path / f"sft-{seed}", {}, 3)
         for method, found in validated.items():
             for rate, score in zip(args.rates, found):
-                run = ppo_methods.folder(method, seed, rate, args)
+                run = ppo_methods.folder(method, f"{rate:g}", seed, args)
                 correct = {"PPO": 5, "RLOO": 7, "GRPO": 4}[method]
                 made_run(run, {}, correct, steps)
                 (run / "summary.json").write_text(json.dumps({"val_exact_match": score}))
@@ -257,14 +273,15 @@ def test_methods_are_compared_with_ppo_seed_by_seed(tmp_path, monkeypatch, capsy
     assert ppo_methods.main(["--out", str(tmp_path), "--n", "10", "--seeds", "2"]) == 0
     assert not [command for command in ran if command[0] == "evaluate.py"]
     found = json.loads((tmp_path / "methods.json").read_text())
-    assert {r["method"]: r["rate"] for r in found["runs"]} == {
-        "PPO": 1.5e-4, "RLOO": 5e-5, "GRPO": 4.5e-4,
+    assert {r["variant"]: r["setting"] for r in found["runs"]} == {
+        "PPO": "0.00015", "RLOO": "5e-05", "GRPO": "0.00045",
     }  # fmt: skip
-    rloo = next(r for r in found["runs"] if r["method"] == "RLOO")
-    pair = rloo["against_ppo"]
+    rloo = next(r for r in found["runs"] if r["variant"] == "RLOO")
+    pair = rloo["against_first"]
     assert (pair["fixed"], pair["broken"], pair["mcnemar_p"]) == (2, 0, 0.5)
     assert (rloo["before"], rloo["after"]) == (0.3, 0.7)
     assert rloo["curves"]["reward"] == [[512, 0.5]]  # by answers sampled
+    assert rloo["last"] == {"response_tokens": 40.0}
     text = capsys.readouterr().out
     assert "| RLOO | 5e-05 | 1 | 30.0% | 70.0% |" in text and "| +20.0 | 2, 0 | 0.5 |" in text
     assert text.count("| PPO | 0.00015 |") == 2 and "| GRPO, mean | 0.00045 |" in text

@@ -210,12 +210,12 @@ def test_nothing_of_a_critic_is_there(gemma):
 
 
 def test_a_group_is_one_problem_asked_several_times():
-    drawn = [train_ppo.problems_of_step(list(range(10)), step, 12, 3, 4) for step in range(5)]
+    drawn = [data.problems_of_step(list(range(10)), step, 12, 3, 4) for step in range(5)]
     assert all(len(step) == 12 for step in drawn)
     for step in drawn:
         assert all(len(set(step[i : i + 4])) == 1 for i in (0, 4, 8))
     firsts = [step[i] for step in drawn for i in (0, 4, 8)]
-    plain = [train_ppo.problems_of_step(list(range(10)), step, 3, 3) for step in range(5)]
+    plain = [data.problems_of_step(list(range(10)), step, 3, 3) for step in range(5)]
     assert firsts == sum(plain, []) and sorted(firsts[:10]) == list(range(10))
 
 

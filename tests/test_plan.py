@@ -312,7 +312,7 @@ def on_a_card(monkeypatch, gib: float, *flags: str):
     args.lora_r, args.lora_alpha = 16, 32.0
     examples = [data.Example([1] * n, [1] * n, i) for i, n in enumerate(LENGTHS)]
     plan.settle_sft(args, ModelFiles(None, None, "x"), GEMMA_2B, examples, [], 1)
-    assert args.micro_batch * args.accumulation == 16 and not hasattr(args, "open")
+    assert args.micro_batch * args.accumulation == 16 and not hasattr(args, "left_open")
     return args.micro_batch, args.checkpointing
 
 

@@ -691,7 +691,7 @@ def learn(gemma, monkeypatch, steps=40, spoil=None):
     )._replace(reward=starts_well)  # fmt: skip
     problems = [data.Problem(f"{i} + {i}?", "#### 7", i) for i in range(8)]
     for step in range(steps):
-        chosen = train_ppo.problems_of_step(problems, step, setup.args.rollouts, 0)
+        chosen = data.problems_of_step(problems, step, setup.args.rollouts, 0)
         case = assessed(setup, sample(setup, chosen, step))
         update(case, step)
         if case.metrics["reward"] > 0.97:
@@ -1223,12 +1223,12 @@ def test_original_is_the_recipe_of_the_original_study():
 
 
 def test_problems_come_in_fresh_permutations_without_a_gap():
-    drawn = [train_ppo.problems_of_step(list(range(10)), step, 4, seed=3) for step in range(10)]
+    drawn = [data.problems_of_step(list(range(10)), step, 4, seed=3) for step in range(10)]
     problems = [p for step in drawn for p in step]
     for epoch in range(4):
         assert sorted(problems[10 * epoch : 10 * epoch + 10]) == list(range(10))
     assert problems[:10] != problems[10:20]
-    assert train_ppo.problems_of_step(list(range(10)), 7, 4, seed=3) == drawn[7]
+    assert data.problems_of_step(list(range(10)), 7, 4, seed=3) == drawn[7]
 
 
 def test_equal_rewards_are_one_warning_not_two():

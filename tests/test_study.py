@@ -123,7 +123,7 @@ def test_a_row_that_was_trained_before_by_itself_is_used(faked, capsys):
     set_rank(args)
     args = vars(args)
     default.mkdir(parents=True)
-    record = {"args": {k: v for k, v in args.items() if k != "open"} | {"val_examples": 256},
+    record = {"args": {k: v for k, v in args.items() if k != "left_open"} | {"val_examples": 256},
               "info": {"prompt": {"style": "plain", "shots": 0, "instruction": False}}}  # fmt: skip
     (default / "run_args.json").write_text(json.dumps(record))
     step = {"step": 1, "seconds": 1, "tokens": 2, "peak_memory": 3, "loss": 0.5}

@@ -12,7 +12,7 @@ from nanogsm.run.past import answer_limit_of
 def answer_questions(args: argparse.Namespace, model, tokenizer, prompt: data.Prompt) -> int:
     """Print the answers to a question, or to each line of standard input, with what is graded."""
     limit = args.max_new_tokens or answer_limit_of(args.model, args.data)
-    lines = iter(lambda: distributed.first(sys.stdin.readline), "")
+    lines = iter(lambda: distributed.on_rank_0(sys.stdin.readline), "")
     for question in lines if args.ask is True else [args.ask]:
         question = checked(question)
         if args.tiny and args.data in data.GENERATED:

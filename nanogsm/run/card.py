@@ -77,7 +77,7 @@ def fit_card(args, budget: Callable[[], dict[str, float]], free: int | None) -> 
     Recomputing is slow, so it is the last resort: first micro-batches become smaller. The product
     micro_batch x accumulation stays as it is. budget() is the memory with args as they are.
     """
-    choices = vars(args).pop("open")
+    choices = vars(args).pop("left_open")
     if free is None or args.tiny:
         return ""
     size = args.micro_batch * args.accumulation
@@ -122,7 +122,7 @@ def judge(args, left_open: list[str], budget_of: Callable[..., Budget]) -> Itera
 
     def tried(changes: dict) -> str | None:
         """What the same command needs with these flags; None if that does not fit."""
-        other = argparse.Namespace(**vars(args) | changes | {"open": left_open})
+        other = argparse.Namespace(**vars(args) | changes | {"left_open": left_open})
         if other.shard > 1 and getattr(other, "critic", "shared") == "separate":
             return None  # flags.fill_in refuses it
         budget = budget_of(other)

@@ -243,9 +243,9 @@ def _shown(value: object) -> str:
 
 
 def fill_in(args: argparse.Namespace, script: str, settings: tuple, changes: dict) -> None:
-    """Give a value to what the command line left open, from the recipe and the machine. args.open
-    names what the plan may still choose on a GPU (card.fit_card)."""
-    args.open = [name for name in SPLIT if getattr(args, name, 1) is None]
+    """Give a value to what the command line left open, from the recipe and the machine.
+    args.left_open names what the plan may still choose on a GPU (card.fit_card)."""
+    args.left_open = [name for name in SPLIT if getattr(args, name, 1) is None]
     for name, value in recipe(settings, args.recipe, changes if args.tiny else None).items():
         if getattr(args, name) is None:
             setattr(args, name, value[args.lora] if isinstance(value, tuple) else value)

@@ -276,7 +276,7 @@ class RunFolder:
         """
         parent = self.path / "checkpoint"
         final, beside = parent / f"step-{step}", parent / f"step-{step}.tmp"
-        if distributed.first(final.exists):  # Ctrl-C right after a regular save
+        if distributed.on_rank_0(final.exists):  # Ctrl-C right after a regular save
             return
         try:
             beside.mkdir(parents=True)
@@ -316,7 +316,7 @@ class RunFolder:
         tensors are on the CPU. Raises UserError with the file's name if one byte has changed. Trap:
         the tensors are mapped from the file; copy them, as load_state_dict does.
         """
-        found = distributed.first(self._find_checkpoint)
+        found = distributed.on_rank_0(self._find_checkpoint)
         if found is None:
             return None
         step, folder, state = found
@@ -380,7 +380,7 @@ class Elsewhere(RunFolder):
         pass
 
     def save_checkpoint(self, step: int, tensors: dict, state: dict) -> None:
-        if distributed.first(None):  # rank 0 has this step already
+        if distributed.on_rank_0(None):  # rank 0 has this step already
             return
         files.give_parts(tensors)
 
@@ -396,7 +396,7 @@ def open_run_folder(path: str, *arguments) -> RunFolder:
         opened.append(RunFolder(path, *arguments))
         return opened[0].summary
 
-    summary = distributed.first(open_it)
+    summary = distributed.on_rank_0(open_it)
     return opened[0] if opened else Elsewhere(path, summary)
 
 

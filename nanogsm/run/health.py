@@ -5,6 +5,27 @@ github.com/eric-haibin-lin/verl-data) ended 17 nats per answer from its referenc
 its ratios, and had a critic that explained almost none of the variance from step 6 on.
 """
 
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from nanogsm import distributed
+
+
+class Moved:
+    """The share of a matrix's entries that a step changes: too small an update rounds to 0.
+
+    It looks at one matrix only, the largest with at most 4 million entries.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]):
+        size = lambda p: (p.numel() <= 2**22, p.numel())  # noqa: E731
+        self.matrix = max(weights, key=size)
+        self.before = distributed.whole(self.matrix.detach()).clone()
+
+    def share(self) -> float:
+        return (distributed.whole(self.matrix.detach()) != self.before).float().mean().item()
+
 
 def health(metrics: dict, critic_warmup: int) -> list[str]:
     """One line for each metric of a row of metrics.jsonl that needs attention."""

@@ -173,7 +173,7 @@ def settle_sft(args, found, config: Config, examples: list, held_out: list, step
         total = _size(everything) + _size(adapters)
         return everything, shapes, lambda: sft_budget(args, config, total, shapes, lengths)
 
-    left_open, (everything, shapes, budget) = args.open, needs(args)
+    left_open, (everything, shapes, budget) = args.left_open, needs(args)
     fitted = fit_card(args, budget, card.memory(args))
     total, trained = _size(everything) + _size(shapes) * args.lora, _size(shapes)
     supervised = data.supervised_tokens(examples)
@@ -269,7 +269,7 @@ def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list)
         budget = lambda: ppo_budget(args, config, everything, policy, critic, longest)  # noqa: E731
         return everything, policy, critic, budget
 
-    left_open, (everything, policy, critic, budget) = args.open, needs(args)
+    left_open, (everything, policy, critic, budget) = args.left_open, needs(args)
     fitted = fit_card(args, budget, card.memory(args))
     size = min(args.rollouts, args.micro_batch * args.accumulation)
     updates, rest = math.ceil(args.rollouts / size), args.rollouts % size

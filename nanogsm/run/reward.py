@@ -59,6 +59,6 @@ def load_reward(path: str) -> tuple[Reward, str]:
 def mean_reward(reward: Reward, problems: list[Problem], rows: list[dict]) -> float:
     """The mean over a validation's rows (generate.answer_and_mark), one per problem."""
     pairs = list(zip(problems, rows, strict=True))
-    return distributed.first(
+    return distributed.on_rank_0(
         lambda: fmean(reward(cut(row["completion"]), p, row["truncated"]) for p, row in pairs)
     )

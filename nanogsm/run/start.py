@@ -105,7 +105,7 @@ def encode_all(
 
 def merge_result(folder: Path, found: hub.ModelFiles) -> None:
     """Save the base with the run's adapter merged into it as model/, unless that is there."""
-    distributed.first(lambda: _merge_result(folder, found))
+    distributed.on_rank_0(lambda: _merge_result(folder, found))
 
 
 def _merge_result(folder: Path, found: hub.ModelFiles) -> None:
