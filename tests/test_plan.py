@@ -342,12 +342,12 @@ def test_the_rollout_batch_is_what_fits_beside_the_weights():
 
     base = {"tiny": False, "micro_batch": 2, "accumulation": 8, "rollout_batch": 64}
     for free, want in ((100, 512), (50, 256), (20, 32)):
-        args = argparse.Namespace(**base, checkpointing="light", open=["rollout_batch"])
+        args = argparse.Namespace(**base, checkpointing="light", left_open=["rollout_batch"])
         plan.fit_card(args, budget, free)
         assert (args.rollout_batch, args.micro_batch, args.accumulation) == (want, 2, 8)
 
 
 def test_without_a_gpu_nothing_is_chosen(monkeypatch):
-    args = argparse.Namespace(tiny=False, micro_batch=8, accumulation=2, open=["micro_batch"])
+    args = argparse.Namespace(tiny=False, micro_batch=8, accumulation=2, left_open=["micro_batch"])
     assert plan.fit_card(args, dict, None) == "" and (args.micro_batch, args.accumulation) == (8, 2)
     assert machine.free_memory("cpu") is None
