@@ -297,7 +297,7 @@ def sample(setup: Setup, problems: list[data.Problem], step: int, watch) -> list
             "truncated": done.truncated,
             "question": problem.question,
             "completion": done.text,
-            **terms_of(setup.tokenizer, done, args),
+            **terms_of(setup.tokenizer, done, args, problem.boxed),
         })  # fmt: skip
     return marked
 

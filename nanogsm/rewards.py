@@ -2,7 +2,7 @@
 
     flag                     costs an answer                                     at which token
     --penalty-false W        W / 4 for each false annotation, at most W          its last: >>
-    --penalty-no-answer W    W if no "#### number" is in it                      the last
+    --penalty-no-answer W    W if no "#### number" is in it (MATH: no box)       the last
     --penalty-overlong W     nothing up to 4/5 of --max-new-tokens, from there   the last
                              in proportion up to W at the limit (DAPO)
 
@@ -48,16 +48,16 @@ def overlong(tokens: int, limit: int) -> float:
     return max(0.0, 1 - (limit - tokens) / (SOFT * limit))
 
 
-def terms_of(tokenizer: data.Tokenizer, done, args) -> dict:
+def terms_of(tokenizer: data.Tokenizer, done, args, boxed: bool = False) -> dict:
     """{"terms": [(name, token, what it adds to the reward there), ...]} of a generate.Answer. A
-    token is a place in its ids. {} if all weights are 0."""
+    token is a place in its ids. boxed: the answer belongs in a box. {} if all weights are 0."""
     weights = {name: getattr(args, f"penalty_{name}") for name in TERMS}
     if not any(weights.values()):
         return {}
     last = len(done.ids) - 1
     steps = false_steps(tokenizer, done.ids) if weights["false"] else []
     found = [("false", step, -weights["false"] / COUNTED) for step in steps[:COUNTED]]
-    no_answer = data.extract_answer(data.cut(done.text)) is None
+    no_answer = data.extract_answer(data.cut(done.text), boxed) is None
     found.append(("no_answer", last, -weights["no_answer"] * no_answer))
     too_long = overlong(len(done.ids), args.max_new_tokens)
     found.append(("overlong", last, -weights["overlong"] * too_long))

@@ -647,14 +647,19 @@ def test_sft_ppo_and_evaluation_with_the_embedded_model(tmp_path, asked, monkeyp
     common = ["--tiny", "--data", path, "--device", "cpu"]
     assert train_sft.main([*common, "--out", "sft", "--epochs", "3", "--max-new-tokens", "24",
                            "--val-examples", "4"]) == 0  # fmt: skip
+    boxes, terms_of = [], train_ppo.terms_of
+    monkeypatch.setattr(train_ppo, "terms_of", lambda *a: boxes.append(a[3]) or terms_of(*a))
     assert train_ppo.main([*common, "--init", "sft", "--out", "ppo", "--steps", "1",
-                           "--rollouts", "8", "--max-new-tokens", "24"]) == 0  # fmt: skip
+                           "--rollouts", "8", "--max-new-tokens", "24", "--advantage", "rloo",
+                           "--group", "2", "--penalty-no-answer", "0.3"]) == 0  # fmt: skip
     asking = ["--data", path, "--split", "validation", "--samples", "2", "--temperature", "1"]
     assert evaluate.main(["--model", "ppo", *asking, "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "equal text" in out and "exact match is by math-verify 0.0.1" in out
     metrics = [json.loads(line) for line in Path("ppo/metrics.jsonl").read_text().splitlines()]
     assert all("right_by_value_only" in row for row in metrics if "reward" in row)
+    assert all("reward_no_answer" in row for row in metrics if "reward" in row)
+    assert boxes == [True] * 8  # "no answer" means no box here
     assert all("val_grader_timeouts" in row for row in metrics if "val_exact_match" in row)
     sample = json.loads(Path("ppo/samples.jsonl").read_text().splitlines()[0])
     assert {"correct_by_text", "timed_out"} <= sample.keys()

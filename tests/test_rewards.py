@@ -81,6 +81,14 @@ def test_an_answer_without_a_number_is_charged_at_its_last_token(tokenizer):
         assert terms == ([("no_answer", len(done.ids) - 1, -0.3)] if charged else []), text
 
 
+def test_a_boxed_answer_is_an_answer_where_boxes_are_asked_for(tokenizer):
+    args = weights(no_answer=0.3, limit=10**6)
+    for text, boxed, charged in ((r"It is \boxed{12}.", True, False), ("#### 12", True, True),
+                                 (r"It is \boxed{12}.", False, True)):  # fmt: skip
+        done = answer_of(tokenizer, text)
+        assert bool(rewards.terms_of(tokenizer, done, args, boxed)["terms"]) == charged, text
+
+
 @pytest.mark.parametrize(
     "tokens, cost", [(1, 0), (79, 0), (80, 0), (81, 0.05), (90, 0.5), (99, 0.95), (100, 1)]
 )
