@@ -188,7 +188,9 @@ def _rope_from(raw: dict) -> dict[str, tuple]:
             raise ValueError(f"rope type {rope_type!r} is not supported")
         if r.get("partial_rotary_factor") not in (None, 1):
             raise ValueError("partial_rotary_factor is not supported")
-        found = r.get("rope_theta") or theta, r.get("factor") or 1.0
+        # As transformers does: without a rope type a factor is not used.
+        factor = 1.0 if rope_type == "default" else r["factor"]
+        found = r.get("rope_theta") or theta, factor
         if not all(map(_positive, found)):
             raise ValueError(f"rope theta and factor are {found!r}")
         if rope_type != "llama3":

@@ -104,6 +104,18 @@ def test_fields_that_matter_are_not_all_demanded():
     assert old | new <= DEFAULTS.keys()
 
 
+@pytest.mark.parametrize("table", [{"factor": 8.0}, {"rope_type": "default", "factor": 8.0}])
+@pytest.mark.parametrize("where", ["rope_scaling", "rope_parameters"])
+def test_a_factor_without_a_rope_type_is_not_used(tmp_path, table, where):
+    """transformers' type default does not read it: its frequencies stay theta^(-2i / N)."""
+    shutil.copytree(FIXTURES / "llama30", tmp_path / "llama30")
+    path = tmp_path / "llama30/config.json"
+    config = json.loads(path.read_text())
+    del config["rope_parameters"]
+    path.write_text(json.dumps(config | {where: table}))
+    assert {factor for _, factor in model_file.read_config(path.parent).rope.values()} == {1.0}
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_old_spelling_of_config_means_the_same(gemma, name, tmp_path):
     shutil.copytree(FIXTURES / name, tmp_path / name)
@@ -234,7 +246,8 @@ BANDS = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fre
         ({"layer_types": ["sliding_attention"] * 3}, "sliding_attention in a Llama"),
         ({"original_max_position_embeddings": 64}, "original_max_position_embeddings is set"),
         ({"rope_parameters": BANDS | {"rope_type": "yarn"}}, "rope type 'yarn'"),
-        ({"rope_parameters": BANDS | {"factor": None}}, "factor None"),
+        ({"rope_parameters": BANDS | {"factor": None}}, "theta and factor are .*, None"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "missing field 'factor'"),
         ({"rope_parameters": BANDS | {"low_freq_factor": 4.0}}, "low_freq_factor 4.0"),
         ({"rope_parameters": BANDS | {"high_freq_factor": "4"}}, "high_freq_factor '4'"),
         ({"rope_parameters": BANDS | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),

@@ -859,10 +859,22 @@ def test_a_run_grows_only_from_its_checkpoint_and_never_shrinks(flags, rewarding
         train_ppo.main([*flags, "--steps", "1"])
     with pytest.raises(UserError, match=r"\(lr was 0.001, now 0.01\)"):
         train_ppo.main([*flags, "--steps", "3", "--lr", "0.01"])
-    shutil.rmtree(tmp_path / "run/checkpoint")
-    with pytest.raises(UserError, match="its checkpoint was deleted: to train further, give --init"):
+    # What it cannot grow from is found before anything of the finished run is touched.
+    (tmp_path / "run/eval-test-9.json").write_text("{}")
+    [tensors] = (tmp_path / "run/checkpoint").glob("*/tensors.safetensors")
+    whole, log = tensors.read_bytes(), tmp_path / "run/metrics.jsonl"
+    tensors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match="is damaged: .*to train further, give --init"):
         train_ppo.main([*flags, "--steps", "3"])
-    assert (tmp_path / "run/summary.json").exists()
+    tensors.write_bytes(whole)
+    log.rename(tmp_path / "log")
+    with pytest.raises(UserError, match="metrics.jsonl is shorter than at step 2 .0 of"):
+        train_ppo.main([*flags, "--steps", "3"])
+    (tmp_path / "log").rename(log)
+    shutil.rmtree(tmp_path / "run/checkpoint")
+    with pytest.raises(UserError, match="its checkpoint was deleted: to train further, give"):
+        train_ppo.main([*flags, "--steps", "3"])
+    assert (tmp_path / "run/summary.json").exists() and (tmp_path / "run/eval-test-9.json").exists()
     args = json.loads((tmp_path / "run/run_args.json").read_text())["args"]
     assert args["steps"] == 2 and train_ppo.main([*flags, "--steps", "2"]) == 0
 

@@ -251,6 +251,7 @@ class RunFolder:
                 f"{self.path} is finished, and its checkpoint was deleted: to train further, give "
                 f"--init {self.path} and another --out"
             )
+        self._checked(steps)
         # These are results of the weights so far. A kill in between leaves the run finished.
         for file in self.path.glob("eval-*.json*"):
             file.rename(self.path / f"step-{steps[-1]}-{file.name}")
@@ -329,21 +330,30 @@ class RunFolder:
             if not (self._new or self.finished):
                 print(f"{self.path} has no checkpoint yet: starting from the beginning")
             return None
-        folder = self.path / "checkpoint" / f"step-{steps[-1]}"
-        older = f"delete {folder} to continue from step {steps[-2]}, or " if steps[1:] else ""
-        advice = f"; {older}use --overwrite to start over"
-        _verify(folder, advice)
-        saved = json.loads((folder / "state.json").read_bytes())
-        sizes = {name: os.fstat(file.fileno()).st_size for name, file in self._logs.items()}
-        for name, length in saved["logs"].items():  # all are checked before one is changed
-            if sizes[name] < length:
-                raise UserError(
-                    f"{self.path / name} is shorter than at step {saved['step']} "
-                    f"({sizes[name]} of {length} bytes){advice}"
-                )
+        folder, saved = self._checked(steps)
         for name, length in saved["logs"].items():
             self._logs[name].truncate(length)
         return saved["step"], str(folder), saved["state"]
+
+    def _checked(self, steps: list[int]) -> tuple[Path, dict]:
+        """(folder, state.json) of the newest checkpoint. UserError if it is damaged, or if a log is
+        shorter than it was then."""
+        folder = self.path / "checkpoint" / f"step-{steps[-1]}"
+        older = f"delete {folder} to continue from step {steps[-2]}, or " if steps[1:] else ""
+        advice = f"; {older}use --overwrite to start over"
+        if self.finished:  # it is to grow, and its result is still whole
+            advice = f": to train further, give --init {self.path} and another --out"
+        _verify(folder, advice)
+        saved = json.loads((folder / "state.json").read_bytes())
+        for name, length in saved["logs"].items():  # all are checked before one is changed
+            log = self.path / name
+            size = log.stat().st_size if log.exists() else 0
+            if size < length:
+                raise UserError(
+                    f"{log} is shorter than at step {saved['step']} ({size} of {length} bytes)"
+                    f"{advice}"
+                )
+        return folder, saved
 
     # ---- the end
 
