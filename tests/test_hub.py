@@ -317,7 +317,7 @@ PARTIAL = errors.IncompleteSnapshotError("missing", snapshot_path="x")
         (answer(errors.GatedRepoError, 403), ["gated", "https://huggingface.co/owner/name",
          "hf auth login", "HF_TOKEN", "local folder"]),
         (answer(errors.RepositoryNotFoundError, 404), ["no such folder", "spelling", "HF_TOKEN"]),
-        (NOT_HERE("not cached"), ["no network", "--model, --init"]),
+        (NOT_HERE("not cached"), ["no network", "a local folder"]),
         (caused_by(NOT_HERE("x"), answer(errors.HfHubHTTPError, 503)), ["(503)", "later"]),
         (answer(errors.HfHubHTTPError, 429), ["(429)", "wait"]),
         (answer(errors.HfHubHTTPError, 401), ["(401)", "hf auth login"]),

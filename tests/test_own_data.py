@@ -100,20 +100,20 @@ def test_ppo_may_ask_in_another_style_than_its_start(tmp_path):
 
 def test_few_steps_and_unknown_words_are_said(tmp_path, capsys):
     file = tmp_path / "own.jsonl"
-    row = {"question": "A xylophone quintet of 5?", "answer": "#### 5"}
+    row = {"question": "A xylophone quintet of Äpfel?", "answer": "#### 5"}
     file.write_text("\n".join([json.dumps(row)] * 27))
     argv = ["--tiny", "--data", str(file), "--val-examples", "0", "--dry-run", "--device", "cpu"]
     train_sft.main(argv)
     said = capsys.readouterr().out
-    assert "27 examples make only 2 steps: more --epochs" in said
-    assert "note: words this model has never seen: xylophone, quintet\n" in said
+    assert "27 examples make only 12 steps: more --epochs" in said  # three epochs of four
+    assert "note: words this model has never seen: xylophone, quintet, Äpfel\n" in said
     train_sft.main([*argv, "--epochs", "20"])
     assert "make only" not in capsys.readouterr().out
     file.write_text("\n".join(json.dumps(row | {"answer": f"{w}\n#### 5"}) for w in
                               ("kaleidoscope", *"zeta eta theta iota kappa lambda".split())))  # fmt: skip
     train_sft.main(argv)
     said = capsys.readouterr().out
-    assert "xylophone, quintet, kaleidoscope, zeta, eta, theta, iota, kappa and 1 more" in said
+    assert "xylophone, quintet, Äpfel, kaleidoscope, zeta, eta, theta, iota and 2 more" in said
 
 
 def test_a_model_other_than_the_embedded_one_is_not_warned(chats, tmp_path, capsys):

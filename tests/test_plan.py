@@ -340,10 +340,12 @@ def test_the_rollout_batch_is_what_fits_beside_the_weights():
     def budget() -> dict:
         return {"weights": 10, "activations": args.micro_batch, "cache": args.rollout_batch / 10}
 
-    base = {"tiny": False, "micro_batch": 2, "accumulation": 8, "rollout_batch": 64}
+    base = {"tiny": False, "micro_batch": 2, "accumulation": 8, "rollout_batch": 64,
+            "rollouts": 300}  # fmt: skip
     for free, want in ((100, 512), (50, 256), (20, 32)):
         args = argparse.Namespace(**base, checkpointing="light", left_open=["rollout_batch"])
-        plan.fit_card(args, budget, free)
+        said = plan.fit_card(args, budget, free)
+        assert said.endswith(f", {min(want, 300)} answers sampled at once")
         assert (args.rollout_batch, args.micro_batch, args.accumulation) == (want, 2, 8)
 
 

@@ -59,5 +59,6 @@ def choose_problems(args: argparse.Namespace) -> list[data.Problem]:
     if len(problems) < (args.given_n or 0) < flags.ALL:
         print(f"note: --n is {args.n:,}, but there are only {len(problems):,} problems")
     if held_out is not None and args.data not in data.NAMED:
-        print(f"note: the run was trained on all but {held_out} of these: see --split validation")
+        which = f"all but {held_out} of these: see --split validation" if held_out else "these"
+        print(f"note: the run was trained on {which}")
     return data.subset(problems, args.n)

@@ -98,7 +98,10 @@ def fit_card(args, budget: Callable[[], dict[str, float]], free: int | None) -> 
             if fits(budget(), free, UPDATING):
                 break
     tight = "" if needed(budget()) <= free else ", which may be too little"
-    return f", {free / 2**30:.0f} GiB free{tight}; checkpointing {args.checkpointing}"
+    sampled = ""
+    if "rollout_batch" in choices:
+        sampled = f", {min(args.rollout_batch, args.rollouts)} answers sampled at once"
+    return f", {free / 2**30:.0f} GiB free{tight}; checkpointing {args.checkpointing}{sampled}"
 
 
 # ------------------------------------------------------------------------- what would make it fit

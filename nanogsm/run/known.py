@@ -30,6 +30,10 @@ def model(name: str) -> ModelFiles | None:
     return ModelFiles(size, None, name) if known and not os.path.exists(name) else None
 
 
+def names() -> list[str]:
+    return sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
+
+
 def is_stand_in(found: ModelFiles) -> bool:
     return found.base.parent == FOLDER
 

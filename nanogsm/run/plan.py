@@ -104,6 +104,9 @@ def sampling_bytes(c: Config, total: int, rows: int, bf16: bool, device: str) ->
 
 
 def print_budget(budget: dict[str, float]) -> None:
+    # PPO's sampling and its updates take turns: the smaller of the two needs no memory of its own.
+    turns = [sum(budget.get(name, 0) for name in names) for names in (card.SAMPLING, card.UPDATING)]
+    budget = budget | {"not at once": budget.get("not at once", 0) - min(turns)}
     total = sum(budget.values())
     scale, unit = (2**30, "GiB") if total >= 2**30 else (2**20, "MiB")
     for name, size in (budget | {"in all": total}).items():

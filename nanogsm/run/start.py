@@ -28,6 +28,8 @@ def find_start(args, flag: str) -> hub.ModelFiles:
         found = hub.find_model(getattr(args, flag), weights=not args.dry_run, base=args.base)
     except UserError as error:
         found = known.model(getattr(args, flag)) if args.gpu_memory and not args.base else None
+        if found is None and args.gpu_memory:
+            raise UserError(f"{error} (known without it: {', '.join(known.names())})") from error
         if found is None:
             raise
         print(f"note: planned from the known sizes of {found.base.name}, because: {error}")
@@ -75,7 +77,7 @@ def split_problems(args, found: hub.ModelFiles) -> tuple[list[data.Problem], lis
 
 def note_unknown_words(texts: Iterable[str]) -> None:
     """Say which words of the texts the embedded model was not pretrained on."""
-    words = lambda text: re.findall("[A-Za-z]+", text)  # noqa: E731
+    words = lambda text: re.findall(r"[^\W\d_]+", text)  # noqa: E731
     known = {w for p in data.load_problems("tiny", "train") for w in words(p.question + p.answer)}
     unknown = [*dict.fromkeys(w for text in texts for w in words(text) if w not in known)]
     if unknown:

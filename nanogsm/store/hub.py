@@ -375,7 +375,7 @@ def _hub_problem(repo: str, error: BaseException) -> str | None:
     full = any("No space left" in str(e) or getattr(e, "errno", 0) == errno.ENOSPC for e in chain)
     # errors.HTTPError is the Hub client's name for the base class of httpx's errors.
     unreached = absent or is_any(errors.HTTPError, ConnectionError, TimeoutError)
-    local = "or give a local folder (--model, --init)"
+    local = "or give a local folder"
     for applies, message in [
         (full, "disk full while downloading: free space, or set HF_HOME to a larger disk"),
         (is_any(errors.GatedRepoError),
