@@ -6,7 +6,7 @@ result, a separate critic's is the run's --init. The file's metadata say what it
 which trunk it belongs to (`trunk_sha256`, of hub.fingerprint).
 
 A process reward model of train_prm.py is saved in the same way, as a shared critic is. Its kind is
-"prm". Its values are logits, of the probability that everything so far is right.
+"prm". The head of a process reward model gives logits; rerank.py turns them into probabilities.
 """
 
 from pathlib import Path
