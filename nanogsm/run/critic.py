@@ -9,6 +9,7 @@ A process reward model of train_prm.py is saved in the same way, as a shared cri
 "prm". The head of a process reward model gives logits; rerank.py turns them into probabilities.
 """
 
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +55,11 @@ class Critic(NamedTuple):
     args: dict  # of its run
     separate: bool
     kind: str  # "critic" or "prm"
+
+    def digest(self) -> str:
+        """SHA-256 over its file and its trunk."""
+        trunk = hub.fingerprint(self.trunk).encode()
+        return hashlib.sha256(self.file.read_bytes() + trunk).hexdigest()
 
 
 def find_critic(run: str) -> Critic:
