@@ -219,7 +219,7 @@ def test_reward_models_have_words_and_curves_of_their_own(prm, two):
 @pytest.mark.parametrize(
     "name, value, wanted",
     [(n, v, "a number") for n in ("lr", "head_lr", "micro_batch", "seed", "epochs", "penalty_false")
-     for v in ("x", [1])]
+     for v in ("x", [1], 10**400)]
     + [(n, v, "a text") for n in ("model", "data", "precision", "device", "reward", "base")
        for v in (3, ["x"], {})],
 )  # fmt: skip

@@ -268,6 +268,17 @@ def test_a_trunk_that_has_changed_is_one_line(copied):
     refused(folder, "its model, has changed since the critic was trained on it")
 
 
+def test_a_digest_is_of_head_and_trunk(copied):
+    folder = copied("shared")
+    save_file(load_file(folder / NAME), folder / NAME)  # without metadata that name the trunk
+    first = find_critic(str(folder)).digest()
+    shutil.copy(FIXTURES / "gemma3/model.safetensors", folder / "model/model.safetensors")
+    second = find_critic(str(folder)).digest()
+    other = load_file(folder / NAME) | {"head.bias": torch.ones(1)}
+    save_file(other, folder / NAME)
+    assert len({first, second, find_critic(str(folder)).digest()}) == 3
+
+
 def test_the_base_that_a_start_was_given_does_not_disturb_a_whole_model(copied):
     """--base belongs to --init. The result of full fine-tuning has no base."""
     folder = copied("shared")

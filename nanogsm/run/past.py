@@ -32,7 +32,8 @@ def check_args(run: str, args: dict) -> None:
     for name, value in args.items():
         number = name in NUMBERS or name.startswith("penalty_")
         kinds = (int, float) if number else str if name in TEXTS else object
-        if value is not None and not isinstance(value, kinds):
+        fits = isinstance(value, kinds) and (not number or abs(value) < 1e300)
+        if value is not None and not fits:
             wanted = "a number" if number else "a text"
             raise UserError(f"{run}: in run_args.json {name} is {value!r:.60}, not {wanted}")
 
