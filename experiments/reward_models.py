@@ -114,7 +114,7 @@ def answers_file(folder: Path, args) -> Path | None:
     return found[0].with_suffix(".jsonl") if found else None
 
 
-# All numbers depend on these, and so the labels' noise on two more.
+# The settings that all numbers depend on. The noise depends on two more.
 SETTINGS = ("n", "labelled", "samples", "k", "sft", "ppo", "prm")
 
 
