@@ -115,11 +115,12 @@ def evaluate(args: argparse.Namespace) -> int:
     problems = asked.choose_problems(args)
     critic = rerank.critic_for(args.rerank, problems, args.data) if args.rerank else None
     args.model_sha256 = hub.fingerprint(hub.find_model(args.model, base=args.base))
+    args.rerank_sha256 = critic.digest() if critic else None
     args.n, args.data_sha256 = len(problems), data.digest(problems)
     prompt, folder, name = resolve(args, problems)
     check_place(args, folder, name)
     limit = args.max_new_tokens or past.answer_limit_of(args.model, args.data)
-    names = ("model_sha256", "data_sha256", "samples", "temperature", "seed", "precision")
+    names = "model_sha256 data_sha256 rerank_sha256 samples temperature seed precision".split()
     same = {name: getattr(args, name) for name in names}
     distributed.check_same(same | {"max_new_tokens": limit, "prompt": prompt.settings()})
     model, tokenizer = load_for_inference(args)
@@ -144,7 +145,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if distributed.RANK:
         return 0  # rank 0 has all answers, too
     settings = "model model_sha256 data data_sha256 split samples temperature batch_size".split()
-    settings += ["seed", "precision"]
+    settings += ["seed", "precision"] + ["rerank_sha256"] * bool(critic)
     summary = summarise(rows, args.samples) | {key: getattr(args, key) for key in settings}
     summary |= rerank.summarise(rows, args) if critic else {}
     summary |= {

@@ -14,7 +14,7 @@ Wang et al. 2023, arXiv 2312.08935). An answer of three steps, drawn as in train
     ids         p0   p1   s1   nl   s2   nl   s3   eos      prompt, steps, nl: a line break
     mask[1:]    0    0    0    1    0    1    1             1 where the next token follows a step
     label                      1        .5    0             of steps 1, 2 and 3
-    value[t]                   the head's output, from the tokens 0 .. t
+    logit[t]                   the head's output, from the tokens 0 .. t
 
 With labels from sampling a label is an estimate of a value: how often this model gets right from
 here. So the head learns what PPO's critic learns, from more samples. A step that is wrong and can
@@ -38,15 +38,15 @@ from nanogsm.steps import Example, examples_of
 from nanogsm.transformer import Transformer
 from train_sft import examples_of_step, load_trainable
 
-RIGHT = 0.5  # a step counts as right from this label on, and as predicted right from this value
+RIGHT = 0.5  # a step is right from this label on, and called right from this probability on
 
 # --------------------------------------------------------------------------------------- the loss
 
 
-def step_values(
+def step_logits(
     model: Transformer, head: nn.Linear, examples: list[Example], pad_id: int, autocast: Callable
 ) -> Tensor:
-    """The head's output, a logit, at every label of a micro-batch: (labels,), answer by answer."""
+    """The head's output at every label of a micro-batch: (labels,), answer by answer."""
     ids, mask, lengths = data.collate(examples, pad_id, model.device)  # (B, T)
     with autocast():
         hidden = model(ids, lengths)[:, :-1]  # (B, T - 1, D)
@@ -55,11 +55,11 @@ def step_values(
     return (hidden[where].float() * head.weight[0]).sum(-1) + head.bias
 
 
-def loss_sum(values: Tensor, examples: list[Example]) -> Tensor:
+def loss_sum(logits: Tensor, examples: list[Example]) -> Tensor:
     """Binary cross-entropy with the labels, in nats, added up. A label between 0 and 1 counts as
     that share of a right step, and the rest of a wrong one."""
     labels = torch.tensor([label for example in examples for label in example.labels])
-    return F.binary_cross_entropy_with_logits(values, labels.to(values), reduction="sum")
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="sum")
 
 
 def backward_step(model, head, examples: list, micro_batch: int, pad_id: int, autocast) -> Tensor:
@@ -67,9 +67,9 @@ def backward_step(model, head, examples: list, micro_batch: int, pad_id: int, au
     count = data.supervised_tokens(examples)  # the labels of the whole step, as in train_sft.py
     loss = torch.zeros((), device=model.device)
     for rows in distributed.deal(data.micro_batches(examples, micro_batch), model, backward=True):
-        share = loss_sum(step_values(model, head, rows, pad_id, autocast), rows) / count
-        share.backward()
-        loss += share.detach()
+        part = loss_sum(step_logits(model, head, rows, pad_id, autocast), rows) / count
+        part.backward()
+        loss += part.detach()
     distributed.add_up(loss)
     return loss
 
@@ -82,10 +82,10 @@ def predict(model, head, examples: list, micro_batch: int, pad_id: int, autocast
     """The logits at the labels of each answer."""
     found, batches = [], data.micro_batches(examples, micro_batch)
     for i in distributed.deal([*range(len(batches))], model):
-        values = step_values(model, head, batches[i], pad_id, autocast)
+        logits = step_logits(model, head, batches[i], pad_id, autocast)
         sizes = [len(example.labels) for example in batches[i]]
-        found.append((i, [part.tolist() for part in values.split(sizes)]))
-    everything = [pair for share in distributed.gathered(found) for pair in share]
+        found.append((i, [part.tolist() for part in logits.split(sizes)]))
+    everything = [pair for part in distributed.gathered(found) for pair in part]
     return [row for _, rows in sorted(everything) for row in rows]
 
 
@@ -112,24 +112,25 @@ def first_below(values: list[float], limit: float) -> int | None:
     return next((i for i, value in enumerate(values) if value < limit), None)
 
 
-def share(hits: list[bool]) -> float:
+def share_of(hits: list[bool]) -> float:
     return sum(hits) / len(hits) if hits else math.nan
 
 
 def best_of(examples: list[Example], scores: list[float]) -> tuple[float, float]:
     """(share of right answers, share of the problems whose answer of the highest score is right).
-    An answer is right if its last step is."""
+    An answer is right if its last step is. One whose last step has no label is left out."""
     answers: dict[int, list[tuple[float, bool]]] = {}
     for example, score in zip(examples, scores):
-        answers.setdefault(example.index, []).append((score, example.labels[-1] >= RIGHT))
+        if example.mask[-1]:  # the end token, which follows the last step
+            answers.setdefault(example.index, []).append((score, example.labels[-1] >= RIGHT))
     chosen = [max(group, key=lambda answer: answer[0])[1] for group in answers.values()]
-    return share([right for group in answers.values() for _, right in group]), share(chosen)
+    return share_of([right for group in answers.values() for _, right in group]), share_of(chosen)
 
 
-def validation_metrics(examples: list[Example], values: list[list[float]], answers: bool) -> dict:
-    """What a validation logs. values: logits. answers: whether whole answers were sampled, so that
-    their last step says whether they are right."""
-    everything = torch.tensor([value for row in values for value in row])
+def validation_metrics(examples: list[Example], logits: list[list[float]], answers: bool) -> dict:
+    """What a validation logs. answers: whether whole answers were sampled, so that their last step
+    says whether they are right."""
+    everything = torch.tensor([logit for row in logits for logit in row])
     count = data.supervised_tokens(examples)
     labels = [label for example in examples for label in example.labels]
     metrics = {
@@ -137,16 +138,16 @@ def validation_metrics(examples: list[Example], values: list[list[float]], answe
         "val_auc": auc(everything.tolist(), [label >= RIGHT for label in labels]),
     }
     first = [first_below(example.labels, RIGHT) for example in examples]
-    said = [first_below(row, math.log(RIGHT / (1 - RIGHT))) for row in values]
+    said = [first_below(row, math.log(RIGHT / (1 - RIGHT))) for row in logits]
     pairs = [*zip(first, said)]
     # Of the answers with a wrong step: is the first one the first that is said to be wrong? Of the
     # others: is none said to be wrong?
-    metrics["val_first_wrong"] = share([a == b for a, b in pairs if a is not None])
-    metrics["val_all_right"] = share([b is None for a, b in pairs if a is None])
+    metrics["val_first_wrong"] = share_of([a == b for a, b in pairs if a is not None])
+    metrics["val_all_right"] = share_of([b is None for a, b in pairs if a is None])
     if answers:
-        sampled, best = best_of(examples, [row[-1] for row in values])
+        sampled, best = best_of(examples, [row[-1] for row in logits])
         metrics |= {"val_sampled": sampled, "val_best_last": best}
-        metrics["val_best_least"] = best_of(examples, [min(row) for row in values])[1]
+        metrics["val_best_least"] = best_of(examples, [min(row) for row in logits])[1]
     return metrics
 
 
@@ -170,8 +171,8 @@ def train(args, folder, found, examples: list[Example], held_out: list[Example],
 
     def validate() -> None:
         size = 4 * args.micro_batch
-        values = predict(model, head, held_out, size, tokenizer.pad_id, autocast)
-        run.record_validation(validation_metrics(held_out, values, args.source == "labels"))
+        logits = predict(model, head, held_out, size, tokenizer.pad_id, autocast)
+        run.record_validation(validation_metrics(held_out, logits, args.source == "labels"))
 
     size, warmup = args.micro_batch * args.accumulation, round(0.03 * steps)
     with run:  # continues from the last checkpoint; Ctrl-C saves the last whole step

@@ -14,7 +14,9 @@ Lines are appended to the file as they are ready, and never changed. The same co
 from there, also after a kill. A larger --n adds problems. The settings are beside it, in .json.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ import torch
 from nanogsm import UserError, data, generate, steps
 from nanogsm.model import load_model
 from nanogsm.run import console, flags, machine, past
+from nanogsm.run.folder import hold
 from nanogsm.store import files, hub
 
 CHUNK = 32  # problems whose answers are sampled together, and written together
@@ -86,7 +89,9 @@ def label_chunk(model, tokenizer, prompt, problems: list[data.Problem], seed: in
     for problem, lines in zip(asked, solutions):
         for so_far, ids in prefixes_of(tokenizer, prompt, problem.question, lines) if lines else ():
             wanted[problem.index, so_far] = ids, problem
-    labels = shares(model, tokenizer, wanted, args.k, 2 * seed + 1, args.max_new_tokens, sample)
+    labels = shares(
+        model, tokenizer, prompt, wanted, args.k, 2 * seed + 1, args.max_new_tokens, sample
+    )
     rows = []
     for problem, answer, lines in zip(asked, answers, solutions):
         right = float(answer["correct"] and not answer["truncated"])
@@ -100,19 +105,24 @@ def label_chunk(model, tokenizer, prompt, problems: list[data.Problem], seed: in
     return rows
 
 
-def shares(model, tokenizer, wanted: dict, k: int, seed: int, limit: int, sample: dict) -> dict:
+def shares(
+    model, tokenizer, prompt, wanted: dict, k: int, seed: int, limit: int, sample: dict
+) -> dict:
     """{key: share of k continuations that end right} of {key: (ids, problem)}. A key ends with the
-    lines so far."""
+    lines so far. limit: of the whole answer, in tokens, the lines so far included."""
     prompts = [ids for ids, _ in wanted.values() for _ in range(k)]
     is_over = lambda ids: data.starts_new_question(tokenizer, ids)  # noqa: E731
     done = generate.generate(
         model, prompts, tokenizer.stop_ids, limit, seed=seed, is_over=is_over, **sample
     )
     found = {}
-    for i, (key, (_, problem)) in enumerate(wanted.items()):
+    for i, (key, (ids, problem)) in enumerate(wanted.items()):
         before = "\n".join(key[-1]) + "\n"
+        left = limit - (len(ids) - len(data.encode(tokenizer, prompt, problem.question)[0]))
         right = [
-            not one.truncated and data.is_correct(before + tokenizer.decode(one.ids), problem)
+            not one.truncated
+            and len(one.ids) <= left
+            and data.is_correct(before + tokenizer.decode(one.ids), problem)
             for one in done[i * k : (i + 1) * k]
         ]
         found[key] = sum(right) / k
@@ -120,6 +130,23 @@ def shares(model, tokenizer, wanted: dict, k: int, seed: int, limit: int, sample
 
 
 # ---------------------------------------------------------------------------------------- the file
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One process at a time writes a file. UserError if another does. The lock is a file beside it,
+    which stays; the system drops the lock with the process that holds it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = hold(path.with_suffix(".lock"))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    if lock is None:
+        raise UserError(f"another process writes to {path}: wait for it, or give another --out")
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 def whole_lines(path: Path) -> int:
@@ -148,7 +175,6 @@ def settle(args, settings: dict) -> int:
     rows it has."""
     beside = args.out.with_suffix(".json")
     try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         if args.out.exists() and not beside.exists():
             raise UserError(f"{args.out} is there without its settings, {beside.name}: give "
                             "another --out")  # fmt: skip
@@ -178,6 +204,13 @@ def main(argv: list[str] | None = None) -> int:
     args.device, args.precision = machine.pick_compute(args.device, args.precision)
     found = hub.find_model(args.run, base=args.base)
     problems = choose_problems(args)
+    with alone(args.out):
+        write_labels(args, found, problems)
+    return 0
+
+
+def write_labels(args, found: hub.ModelFiles, problems: list[data.Problem]) -> None:
+    """Write the file, or go on with it, and say so."""
     prompt = past.prompt_of(args.run) or data.Prompt("plain", 1, True)
     settings = {name: getattr(args, name) for name in FIXED if hasattr(args, name)} | {
         "model": args.run,
@@ -188,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     have, n = settle(args, settings), min(args.n, len(problems))
     if have >= n * args.samples:
         print(f"{args.out} has {have:,} labelled answers already")
-        return 0
+        return
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     model, tokenizer = load_model(found, dtype, args.device, merge=args.precision == "fp32")
     if have:
@@ -205,7 +238,6 @@ def main(argv: list[str] | None = None) -> int:
             line.update(have)
     print(f"{have:,} labelled answers are in {args.out}; next: python train_prm.py --model "
           f"{args.run} --data {args.out}")  # fmt: skip
-    return 0
 
 
 if __name__ == "__main__":

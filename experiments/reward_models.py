@@ -10,14 +10,16 @@ table has pass@1, maj@8 and best@8 of each judge, with exact paired tests.
 Then --prefixes beginnings of answers are labelled again, with --k continuations as before and with
 --many, from other random numbers: how far is a label from what it estimates?
 
-Runs are in --out. The same command continues what was stopped. It writes --results with .json (all
-numbers) and .md (the tables).
+Runs are in --out. The same command continues what was stopped. What was found with other settings
+is found again. It writes --results with .json (all numbers) and .md (the tables).
 """
 
+import functools
 import json
 import math
 import random
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -28,7 +30,7 @@ from experiments import label, study
 from nanogsm import data
 from nanogsm.model import load_model
 from nanogsm.report import rerank
-from nanogsm.report.scores import majority, mcnemar
+from nanogsm.report.scores import majority, paired_tests
 from nanogsm.run import console, flags, past
 from nanogsm.run.critic import find_critic
 from nanogsm.store import files
@@ -66,6 +68,7 @@ def parse_args(argv: list[str] | None = None):
     args = p.parse_args(argv)
     at_least = {"seeds": 1, "n": 1, "labelled": 20, "samples": 2, "k": 1, "prefixes": 2, "many": 2}
     flags.check_numbers(args, at_least)
+    args.n = min(args.n, 1319)  # as evaluate.py names its file
     args.results = args.results or args.out / "reward-models"
     return args
 
@@ -107,8 +110,21 @@ def do(command: list[str], args) -> None:
 
 def answers_file(folder: Path, args) -> Path | None:
     """The rows of the evaluation of --n problems in a folder."""
-    found = [*folder.glob(f"eval-test-{args.n}-*{args.samples}x-*.json")]
+    found = [*folder.glob(f"eval-test-{args.n}-{args.samples}x-*.json")]
     return found[0].with_suffix(".jsonl") if found else None
+
+
+# The settings that all numbers depend on. The noise depends on two more.
+SETTINGS = ("n", "labelled", "samples", "k", "sft", "ppo", "prm")
+
+
+def cached(path: Path, args, names: tuple[str, ...], make: Callable[[], dict]) -> dict:
+    """What `make` returns, kept in a file together with these settings. It is made again if they
+    differ."""
+    settings = {name: getattr(args, name) for name in names}
+    if not path.exists() or files.read_json(path).get("settings") != settings:
+        files.write_json(path, {"settings": settings, "found": make()})
+    return files.read_json(path)["found"]
 
 
 # ------------------------------------------------------------------------------------- the judges
@@ -124,24 +140,27 @@ def judge(seed: int, args) -> dict:
         "maj": [majority(group) for group in groups],
         "pass": [any(row["correct"] for row in group) for group in groups],
     }
+    values, how = {}, SimpleNamespace(device="cpu", precision="fp32", batch_size=256)
     for name, (run, by) in JUDGES.items():
-        critic = find_critic(str(args.out / f"{run}-{seed}"))
-        how = SimpleNamespace(device="cpu", precision="fp32", batch_size=256, rerank_by=by)
-        rerank.rate(critic, rows, how)
+        if run not in values:  # a process reward model gives all steps, for both ways to read it
+            how.rerank_by = by
+            critic = find_critic(str(args.out / f"{run}-{seed}"))
+            values[run] = rerank.values_of(critic, rows, how)
+        for row, found in zip(rows, values[run]):
+            row["value"] = rerank.one_value(found, by)
         best = [max(group, key=lambda row: row["value"]) for group in groups]
         right[name] = [row["correct"] for row in best]
     return right
 
 
-def compare(right: dict) -> list[dict]:
-    """The exact paired tests of PAIRS."""
-    tests = []
-    for of, against in PAIRS:
-        both = [*zip(right[against], right[of])]
-        fixed, broken = sum(b and not a for a, b in both), sum(a and not b for a, b in both)
-        tests.append({"of": of, "against": against, "points": 100 * (fixed - broken) / len(both),
-                      "fixed": fixed, "broken": broken, "p": mcnemar(broken, fixed)})  # fmt: skip
-    return tests
+def result(seed: int, args) -> dict:
+    """All numbers of one seed."""
+    right = judge(seed, args)
+    shares = {name: fmean(hits) for name, hits in right.items()}
+    path = answers_file(args.out / f"answers-{seed}", args).with_suffix(".json")
+    shares["sampled"] = files.read_json(path)["accuracy"]
+    return {"seed": seed, "shares": shares, "tests": paired_tests(right, PAIRS),
+            "validated": validated(seed, args)}  # fmt: skip
 
 
 def validated(seed: int, args) -> dict:
@@ -158,9 +177,6 @@ def validated(seed: int, args) -> dict:
 
 def noise(args) -> dict:
     """Labels of k continuations against labels of many, on prefixes of seed 1's answers."""
-    known = args.out / "noise.json"
-    if known.exists():
-        return files.read_json(known)
     run = str(args.out / "ppo-1")
     lines = (args.out / "labels-1.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
@@ -177,12 +193,11 @@ def noise(args) -> dict:
     sample = {"batch_size": 256, "temperature": 1.0}
     limit = past.answer_limit_of(run, "tiny")
     few, many = (
-        label.shares(model, tokenizer, wanted, k, seed, limit, sample)
+        label.shares(model, tokenizer, prompt, wanted, k, seed, limit, sample)
         for k, seed in ((args.k, 1_000_001), (args.many, 1_000_002))
     )
     values = [few[key] for key in chosen], [many[key] for key in chosen]
-    files.write_json(known, spread(*values, args.k, args.many))
-    return files.read_json(known)
+    return spread(*values, args.k, args.many)
 
 
 def spread(few: list[float], many: list[float], k: int, m: int) -> dict:
@@ -250,17 +265,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry_run:
             continue
         known = args.out / f"result-{seed}-{args.n}.json"
-        if not known.exists():
-            right = judge(seed, args)
-            shares = {name: fmean(hits) for name, hits in right.items()}
-            path = answers_file(args.out / f"answers-{seed}", args).with_suffix(".json")
-            shares["sampled"] = files.read_json(path)["accuracy"]
-            files.write_json(known, {"seed": seed, "shares": shares, "tests": compare(right),
-                                     "validated": validated(seed, args)})  # fmt: skip
-        results.append(files.read_json(known))
+        results.append(cached(known, args, SETTINGS, functools.partial(result, seed, args)))
     if args.dry_run:
         return 0
-    found = noise(args)
+    more = (*SETTINGS, "prefixes", "many")
+    found = cached(args.out / "noise.json", args, more, functools.partial(noise, args))
     text = tables(results, found, args)
     args.results.parent.mkdir(parents=True, exist_ok=True)
     names = ("seeds", "n", "labelled", "samples", "k", "prefixes", "many", "sft", "ppo", "prm")

@@ -6,7 +6,8 @@ A file has one object per line, in one of two forms.
 
 experiments/label.py writes this one. A step is a line of an answer. Its label, from 0 to 1, says
 how right everything up to its end is; null says that nobody knows. `index` is the number of the
-problem, which all answers to it share.
+problem, which all answers to it share. It is in every row of a file or in none; without it the
+question tells the problem.
 
 The other form is PRM800K's (Lightman et al. 2023, arXiv 2305.20050), in which people rated GPT-4's
 steps on MATH: -1 is wrong, 0 and 1 are right. At each step there are several completions, of which
@@ -136,9 +137,10 @@ def load(of_data: str, data_dir: str | None, most: int | None) -> tuple[list[Sol
 def read(path: Path, most: int | None = None) -> tuple[list[Solution], str]:
     """`load` of a path. UserError names the line at fault."""
     kept: list[tuple[int, Solution]] = []
-    chance, seen, sources, known = random.Random(data.SUBSET_SEED), 0, set(), {}
+    chance, seen, sources = random.Random(data.SUBSET_SEED), 0, set()
+    known, indexed = {}, set()  # question -> number, or number -> question; whether rows have one
     try:
-        lines = open(path, encoding="utf-8-sig", newline="\n")
+        lines = open(path, "rb")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     with lines:
@@ -147,7 +149,14 @@ def read(path: Path, most: int | None = None) -> tuple[list[Solution], str]:
                 source, found = _parse(row)
                 for question, steps, labels, index in found:
                     (question + "".join(steps)).encode()  # half a surrogate pair is no text
-                    index = known.setdefault(question, len(known)) if index is None else index
+                    if source == "labels":
+                        indexed.add(index is not None)
+                    if len(indexed) > 1:
+                        raise UserError("some rows have an index and others none")
+                    if index is None:
+                        index = known.setdefault(question, len(known))
+                    elif known.setdefault(index, question) != question:
+                        raise UserError(f"index {index} has two questions")
                     if all(label is None for label in labels):
                         continue
                     solution = Solution(question, steps, labels, index)
@@ -174,14 +183,15 @@ def _rows(path: Path, lines) -> Iterator[tuple[int, dict]]:
     """(line number, object) of the lines that are not empty."""
     number = 0
     try:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                row = json.loads(line)
+        for number, line in enumerate(lines, start=1):  # bytes: a bad one is in this line
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            if text.strip():
+                row = json.loads(text)
                 if not isinstance(row, dict):
                     raise UserError(f"{path} line {number}: not a JSON object")
                 yield number, row
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text, after line {number}") from error
+        raise UserError(f"{path} line {number}: it is not UTF-8 text") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} line {number}: not JSON: {files.one_line(error)}") from error
     except OSError as error:
@@ -193,7 +203,7 @@ Found = Iterator[tuple[str, list[str], list[float | None], int | None]]
 
 def _parse(row: dict) -> tuple[str, Found]:
     """(source, what is in a row)."""
-    if isinstance(row.get("question"), dict):
+    if isinstance(row.get("question"), dict) and "labels" not in row:
         phase = 1 if row.get("generation") is None else 2
         return f"prm800k phase {phase}", rated_answers(row)
     return "labels", iter([_labelled(row)])
@@ -203,25 +213,30 @@ def _take(thing: dict, name: str, kinds: type | tuple, where: str = ""):
     """thing[name], if it is there and of one of these types."""
     if name not in thing:
         raise UserError(f"{where}{name} is missing")
-    value, none = thing[name], isinstance(None, kinds)
+    value = thing[name]
     if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
-        wanted = {str: "a text", int: "a number", list: "a list", dict: "an object", bool: "true "
-                  "or false"}[kinds if isinstance(kinds, type) else kinds[0]]  # fmt: skip
-        raise UserError(f"{where}{name} is {value!r:.60}, not {wanted}{' or null' * none}")
+        words = {str: "a text", int: "a number", list: "a list", dict: "an object",
+                 bool: "true or false", type(None): "null"}  # fmt: skip
+        *others, last = [words[kind] for kind in (kinds if isinstance(kinds, tuple) else (kinds,))]
+        wanted = f"{', '.join(others)} or {last}" if others else last
+        raise UserError(f"{where}{name} is {value!r:.60}, not {wanted}")
     return value
 
 
 def _labelled(row: dict) -> tuple[str, list[str], list[float | None], int | None]:
     question, steps = _take(row, "question", str).strip(), _take(row, "steps", list)
     labels, index = _take(row, "labels", list), row.get("index")
-    if not question or not steps or len(steps) != len(labels):
-        raise UserError(f"{len(steps)} steps and {len(labels)} labels: give a question, and a "
-                        "label for each step")  # fmt: skip
+    if not question:
+        raise UserError("the question is empty")
+    if not steps or len(steps) != len(labels):
+        raise UserError(f"{len(steps)} steps and {len(labels)} labels: give steps, and a label for "
+                        "each")  # fmt: skip
     for step in steps:
         if not isinstance(step, str) or not step.strip() or "\n" in step:
             raise UserError(f"a step is {step!r:.60}: give one line of text")
     for label in labels:
-        if label is not None and not (isinstance(label, int | float) and 0 <= label <= 1):
+        number = isinstance(label, int | float) and not isinstance(label, bool)
+        if label is not None and not (number and 0 <= label <= 1):
             raise UserError(f"a label is {label!r:.60}: give a number from 0 to 1, or null")
     if index is not None and (type(index) is not int or not 0 <= index < 2**31):
         raise UserError(f"index is {index!r:.60}, not the number of a problem")

@@ -14,6 +14,7 @@ import train_sft
 from experiments import label, reward_models
 from nanogsm import UserError, data, generate, steps
 from nanogsm.model import load_model
+from nanogsm.report.scores import paired_tests
 
 PROMPT = data.Prompt()
 
@@ -57,17 +58,18 @@ def test_without_chance_a_label_says_what_one_continuation_comes_to(tiny, monkey
     monkeypatch.setattr(tokenizer, "stop_ids", frozenset(tokenizer.encode("a.")[-1:]))
     monkeypatch.setattr(data, "is_correct", lambda text, problem: len(text) % 3 > 0)
     problems = data.load_problems("tiny", "train")[:6]
-    wanted, want = {}, {}
+    wanted, want, limit = {}, {}, 100
     for problem in problems:
         first = steps.steps_of(problem.answer)
         for so_far, ids in label.prefixes_of(tokenizer, PROMPT, problem.question, first)[-1:]:
             key = problem.index, so_far
             wanted[key] = ids, problem
-            text, ended = greedy(model, tokenizer, ids, 32)
+            before = len(ids) - len(data.encode(tokenizer, PROMPT, problem.question)[0])
+            text, ended = greedy(model, tokenizer, ids, limit - before)
             whole = "\n".join(so_far) + "\n" + text
             want[key] = float(ended and data.is_correct(whole, problem))
     sample = {"batch_size": 8, "temperature": 0.0}
-    got = label.shares(model, tokenizer, wanted, 2, 5, 32, sample)
+    got = label.shares(model, tokenizer, PROMPT, wanted, 2, 5, limit, sample)
     assert got == want and len(set(want.values())) == 2  # some end right and some do not
 
 
@@ -77,14 +79,17 @@ def test_a_label_is_the_share_of_its_own_continuations(tiny, monkeypatch):
     ends = ["#### 7", "#### 8", "#### 7", "#### 7", "#### 9", "#### 7", "no", "#### 5"]
     cut_off = [False] * 3 + [True] + [False] * 4  # the fourth has the right number, and no end
 
+    start = data.encode(tokenizer, PROMPT, "?")[0]
+    first, second = start + [1], start + [2]
+
     def sampled(model, prompts, *_, **__):
-        assert prompts == [[1]] * 4 + [[2]] * 4
+        assert prompts == [first] * 4 + [second] * 4
         return [generate.Completion(tokenizer.encode(e), c) for e, c in zip(ends, cut_off)]
 
     monkeypatch.setattr(generate, "generate", sampled)
     problems = data.Problem("?", "#### 7", 0), data.Problem("?", "#### 9", 1)
-    wanted = {(0, ("a",)): ([1], problems[0]), (1, ("a",)): ([2], problems[1])}
-    got = label.shares(None, tokenizer, wanted, 4, 0, 9, {})
+    wanted = {(0, ("a",)): (first, problems[0]), (1, ("a",)): (second, problems[1])}
+    got = label.shares(None, tokenizer, PROMPT, wanted, 4, 0, 9, {})
     assert got == {(0, ("a",)): 0.5, (1, ("a",)): 0.25}
 
 
@@ -100,7 +105,7 @@ def test_the_rows_of_a_chunk(monkeypatch, tiny):
     ]
     monkeypatch.setattr(generate, "answer_and_mark", lambda *_, **__: rows)
 
-    def shares(model, tokenizer, wanted, *_):
+    def shares(model, tokenizer, prompt, wanted, *_):
         assert [key for key in wanted] == [(3, ("a",)), (3, ("a", "b"))]
         return {(3, ("a",)): 0.25, (3, ("a", "b")): 0.75}
 
@@ -110,6 +115,22 @@ def test_the_rows_of_a_chunk(monkeypatch, tiny):
     assert [row["labels"] for row in got] == [[0.25, 0.75, 1], [0.25, 0], [0], [0.25, 0]]
     assert [row["steps"] for row in got][:2] == [["a", "b", "#### 7"], ["a", "#### 8"]]
     assert all(row["index"] == 3 and row["question"] == "How many?" for row in got)
+
+
+def test_an_answer_over_the_limit_counts_as_wrong_as_it_would_if_it_were_sampled_whole(
+    tiny, monkeypatch
+):
+    _, tokenizer = tiny
+    problem = data.Problem("?", "#### 7", 0)
+    [(so_far, ids)] = label.prefixes_of(tokenizer, PROMPT, "?", ["Tom has 7.", "#### 7"])
+    before = len(ids) - len(data.encode(tokenizer, PROMPT, "?")[0])
+    one = generate.Completion(tokenizer.encode("#### 7"), False)
+    monkeypatch.setattr(generate, "generate", lambda *_, **__: [one])
+    assert before > 1
+    for limit, want in ((before + len(one.ids), 1.0), (before + len(one.ids) - 1, 0.0)):
+        wanted = {(0, so_far): (ids, problem)}
+        got = label.shares(None, tokenizer, PROMPT, wanted, 1, 0, limit, {})
+        assert got == {(0, so_far): want}
 
 
 @pytest.fixture
@@ -161,6 +182,22 @@ def test_other_settings_or_another_writer_are_one_line(command, tmp_path):
         label.parse_args(["tiny", "--temperature", "0"])
 
 
+def test_one_process_at_a_time_writes_a_file(command, tmp_path):
+    before = command(1)
+    with label.alone(tmp_path / "labels.jsonl"):
+        with pytest.raises(UserError, match="another process writes to .*labels.jsonl"):
+            command(2)
+        command(1, name="other")
+    assert (tmp_path / "labels.jsonl").read_bytes() == before
+    assert command(2).startswith(before)  # the lock is gone with its holder
+    with pytest.raises(UserError, match="nowhere/x"):
+        label.main(["nowhere/x", "--out", str(tmp_path / "new/labels.jsonl"), "--device", "cpu"])
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write .*labels.jsonl: "):
+        command(1, name="file/labels")
+
+
 def test_problems_that_the_run_held_out_are_not_labelled(monkeypatch):
     monkeypatch.setattr(label.past, "held_out_by", lambda *_: 300)
     args = label.parse_args(["tiny", "--n", "9"])
@@ -196,7 +233,7 @@ def test_every_command_of_the_experiment_parses(tmp_path, monkeypatch, capsys):
 def test_paired_tests_and_noise_by_hand():
     right = dict.fromkeys(["first", "maj", *reward_models.JUDGES], [True, False, False, False])
     right["PRM, last"] = [False, True, True, True]
-    tests = {(t["of"], t["against"]): t for t in reward_models.compare(right)}
+    tests = {(t["of"], t["against"]): t for t in paired_tests(right, reward_models.PAIRS)}
     one = tests["PRM, last", "maj"]
     assert (one["points"], one["fixed"], one["broken"]) == (50, 3, 1)
     assert one["p"] == pytest.approx(2 * (1 + 4) / 16)
@@ -213,7 +250,7 @@ def test_the_tables_say_what_was_found():
     columns = ("sampled", "pass", "maj", *reward_models.JUDGES)
     shares = {name: 0.1 * i for i, name in enumerate(columns, start=1)}
     right = dict.fromkeys(["first", "maj", *reward_models.JUDGES], [True, False])
-    result = {"seed": 1, "shares": shares, "tests": reward_models.compare(right),
+    result = {"seed": 1, "shares": shares, "tests": paired_tests(right, reward_models.PAIRS),
               "validated": {"prm": {"val_auc": 0.75}, "orm": {"val_auc": None}}}  # fmt: skip
     found = reward_models.spread([0.5], [0.5], 8, 256)
     text = reward_models.tables([result], found, args)
@@ -221,3 +258,60 @@ def test_the_tables_say_what_was_found():
     assert "| PRM, last | maj@8 | +0.0 (0, 0; p 1) | +0.0 |" in text
     assert "| PRM, seed 1 | 0.750 |" in text and "| outcome model, seed 1 |  |" in text
     assert "Labels of 8 continuations against labels of 256, on 1 prefixes" in text
+
+
+def test_numbers_of_other_settings_are_found_again(tmp_path):
+    made, path = [], tmp_path / "noise.json"
+
+    def cached(*flags, names=reward_models.SETTINGS):
+        args = reward_models.parse_args([*flags])
+        return reward_models.cached(
+            path, args, names, lambda: made.append(flags) or {"k": args.k, "nan": math.nan}
+        )
+
+    assert cached() == cached() == {"k": 8, "nan": None} and len(made) == 1
+    path.write_text(json.dumps({"k": 8, "many": 256}))  # as an earlier version wrote it
+    cached()
+    for more in (["--k", "4"], ["--samples", "4"], ["--prm=--epochs 3"]):
+        before = len(made)
+        cached(*more)
+        cached(*more)
+        assert made[before:] == [tuple(more)]
+    cached("--many", "9")  # the judges do not depend on it
+    cached()
+    cached("--many", "9", names=("many",))
+    assert len(made) == 7
+
+
+def test_eight_answers_are_not_taken_for_eighteen(tmp_path):
+    for samples in (8, 18):
+        (tmp_path / f"eval-test-50-{samples}x-t1-seed0.json").write_text("{}")
+        args = reward_models.parse_args(["--n", "50", "--samples", str(samples)])
+        found = reward_models.answers_file(tmp_path, args)
+        assert found.name == f"eval-test-50-{samples}x-t1-seed0.jsonl"
+    assert reward_models.parse_args(["--n", "5000"]).n == 1319
+
+
+def test_each_judge_reads_the_answers_once(tmp_path, monkeypatch):
+    """By the last value the process reward model chooses the first answer, by the least the
+    second."""
+    rows = [{"correct": i == 1, "answer": float(i), "gold": 1.0} for i in range(2)]
+    (tmp_path / "answers-1").mkdir()
+    path = tmp_path / "answers-1/eval-test-1-2x-t1-seed0.json"
+    path.write_text("{}")
+    path.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values, asked = {"ppo": [[0.1], [0.2]], "orm": [[0.2], [0.1]]}, []
+    values["prm"] = [[0.1, 0.9], [0.5, 0.6]]
+
+    def values_of(critic, rows, how):
+        asked.append(critic)
+        return values[critic]
+
+    monkeypatch.setattr(reward_models, "find_critic", lambda run: run.split("/")[-1][:3])
+    monkeypatch.setattr(reward_models.rerank, "values_of", values_of)
+    args = reward_models.parse_args(["--out", str(tmp_path), "--n", "1", "--samples", "2"])
+    right = reward_models.judge(1, args)
+    assert asked == ["ppo", "orm", "prm"]
+    assert right == {"first": [False], "maj": [False], "pass": [True], "critic": [True],
+                     "outcome model": [False], "PRM, last": [False],
+                     "PRM, least": [True]}  # fmt: skip

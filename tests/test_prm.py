@@ -110,7 +110,7 @@ def slow_values(model, head, examples):
 
 def test_a_value_is_the_heads_after_the_tokens_of_its_step(judge):
     model, head, tokenizer, examples = judge
-    values = train_prm.step_values(model, head, examples, tokenizer.pad_id, PLAIN)
+    values = train_prm.step_logits(model, head, examples, tokenizer.pad_id, PLAIN)
     assert values.tolist() == pytest.approx(slow_values(model, head, examples), rel=1e-5)
     rows = train_prm.predict(model, head, examples, 2, tokenizer.pad_id, PLAIN)
     assert [len(row) for row in rows] == [3, 1, 1]
@@ -182,6 +182,18 @@ def test_what_the_last_and_the_least_value_choose():
     values = [[0.5, 0.9], [0.6, 0.7]]  # by the last the wrong answer, by the least the right one
     got = train_prm.validation_metrics(examples, values, True)
     assert (got["val_best_last"], got["val_best_least"]) == (0, 1)
+
+
+def test_an_answer_whose_last_step_has_no_label_is_neither_right_nor_wrong():
+    """Of problem 0 the second answer is known to be right, of problem 1 nothing is known."""
+    tokenizer = data.Tokenizer(FIXTURES / "gemma3")
+    some = [solution(1.0, None), solution(0.0, 1.0), solution(0.0), solution(1.0, None, index=1)]
+    examples = steps.examples_of(tokenizer, PROMPT, some, 999)
+    assert [one.labels for one in examples] == [[1.0], [0.0, 1.0], [0.0], [1.0]]
+    for scores in ([9.0, 0.5, 0.1, 0.0], [-9.0, 0.5, 0.1, 0.0]):
+        assert train_prm.best_of(examples, scores) == (0.5, 1.0)
+    assert train_prm.best_of(examples, [9.0, 0.0, 0.1, 0.0]) == (0.5, 0.0)
+    assert all(map(math.isnan, train_prm.best_of(examples[:1], [1.0])))
 
 
 # ----------------------------------------------------------------------------------------- the run
@@ -413,12 +425,12 @@ GOOD = {"index": 5, "question": "q?", "steps": ["a", "b"], "labels": [1, None]}
 
 
 def test_labelled_rows_are_read(tmp_path):
-    got, source = read(tmp_path / "x.jsonl", GOOD, "", GOOD | {"labels": [True, 0.5]},
-                       {"question": "r?", "steps": ["a"], "labels": [0]},
+    got, source = read(tmp_path / "x.jsonl", GOOD, "", GOOD | {"labels": [1, 0.5]},
                        GOOD | {"labels": [None, None]})  # fmt: skip
     assert source == "labels"
-    assert got == [("q?", ["a", "b"], [1.0, None], 5), ("q?", ["a", "b"], [1.0, 0.5], 5),
-                   ("r?", ["a"], [0.0], 0)]  # fmt: skip
+    assert got == [("q?", ["a", "b"], [1.0, None], 5), ("q?", ["a", "b"], [1.0, 0.5], 5)]
+    some = [{"question": q, "steps": ["a"], "labels": [0]} for q in ("r?", "s?", "r? ")]
+    assert [s.index for s in read(tmp_path / "x.jsonl", *some)[0]] == [0, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -429,7 +441,7 @@ def test_labelled_rows_are_read(tmp_path):
         ("1", "line 2: not a JSON object"),
         ({"steps": ["a"], "labels": [1]}, "line 2: question is missing"),
         (GOOD | {"question": None}, "line 2: question is None, not a text"),
-        (GOOD | {"question": "  "}, "line 2: 2 steps and 2 labels: give a question"),
+        (GOOD | {"question": "  "}, "line 2: the question is empty"),
         (GOOD | {"steps": "ab"}, "line 2: steps is 'ab', not a list"),
         (GOOD | {"steps": ["a"]}, "line 2: 1 steps and 2 labels"),
         (GOOD | {"steps": [], "labels": []}, "line 2: 0 steps"),
@@ -440,6 +452,11 @@ def test_labelled_rows_are_read(tmp_path):
         (GOOD | {"labels": [1, 1.5]}, "line 2: a label is 1.5: give a number from 0 to 1"),
         (GOOD | {"labels": [1, "1"]}, "line 2: a label is '1'"),
         ('{"question": "q", "steps": ["a"], "labels": [NaN]}', "line 2: a label is nan"),
+        (GOOD | {"labels": [1, True]}, "line 2: a label is True: give a number from 0 to 1"),
+        (GOOD | {"question": {}}, "line 2: question is {}, not a text"),
+        (GOOD | {"index": None}, "line 2: some rows have an index and others none"),
+        (GOOD | {"question": "r?"}, "line 2: index 5 has two questions"),
+        (GOOD | {"question": "r?", "labels": [None, None]}, "line 2: index 5 has two questions"),
         (GOOD | {"index": -1}, "line 2: index is -1"),
         (GOOD | {"index": "3"}, "line 2: index is '3'"),
     ],
@@ -454,8 +471,17 @@ def test_files_that_are_no_labels_are_one_line(tmp_path):
     with pytest.raises(UserError, match="has no labelled steps in it"):
         read(tmp_path / "x.jsonl", "")
     (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\n\xff\xfe\n')
-    with pytest.raises(UserError, match="line 1: question is missing|not UTF-8 text"):
+    with pytest.raises(UserError, match="line 1: question is missing"):
         steps.read(tmp_path / "x.jsonl")
+    good = json.dumps(GOOD).encode() + b"\n"
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + good)  # as Windows' editor saves it
+    assert steps.read(tmp_path / "x.jsonl")[0][0].index == 5
+    (tmp_path / "x.jsonl").write_bytes(good * 30 + b"\xff\n" + good)
+    with pytest.raises(UserError, match="line 31: it is not UTF-8 text"):
+        steps.read(tmp_path / "x.jsonl")
+    none = GOOD | {"index": None}
+    with pytest.raises(UserError, match="line 3: some rows have an index and others none"):
+        read(tmp_path / "x.jsonl", none, none, GOOD)
     with pytest.raises(UserError, match="cannot read"):
         steps.read(tmp_path)
 
@@ -549,7 +575,7 @@ ONE = step(completion("a", 1))
         (rated(step(completion("a", 1), chosen="0")), "chosen_completion is '0', not a number"),
         (rated(ONE | {"completions": "a"}), "step 1: completions is 'a', not a list or null"),
         (rated({"completions": []}), "step 1: human_completion is missing"),
-        (rated(ONE | {"human_completion": 3}), "human_completion is 3"),
+        (rated(ONE | {"human_completion": 3}), "human_completion is 3, not an object, a text or null"),
         (rated(ONE | {"human_completion": {}}), "human_completion: text is missing"),
         (rated(7), "step 1: it is 7, not an object"),
         (rated(ONE, label=None), "label is None, not an object"),

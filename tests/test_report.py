@@ -11,8 +11,9 @@ import pytest
 from nanogsm import UserError
 from nanogsm.report import page as report
 from nanogsm.report import stages, words
-from nanogsm.report.curves import CURVES, curves_section
+from nanogsm.report.curves import CURVES, CURVES_OF_REWARD_MODELS, curves_section
 from nanogsm.report.scores import summarise
+from nanogsm.run.critic import find_critic
 
 HOSTILE = "<script>alert(1)</script>\x1b[2J</pre></details> <<2*3=7>>\n#### 7"
 
@@ -165,6 +166,75 @@ def test_a_curve_is_drawn_for_each_metric_that_has_values(two):
     groups = [stages[1]._replace(args=stages[1].args | {"advantage": "rloo"}), stages[1]]
     assert "<h2>RLOO, PPO: metrics by step" in curves_section(groups)
     assert curves_section([stages[0]._replace(metrics=[])]) == ""
+
+
+@pytest.fixture
+def prm(tmp_path):
+    """A run of train_prm.py, and one that learned outcomes."""
+    args = {"val_examples": 4, "model": "tiny", "data": "runs/labels-x.jsonl", "lora": True,
+            "lr": 1e-4, "head_lr": 1e-3, "outcome": False, "source": "labels"}  # fmt: skip
+    prompt = {"style": "plain", "shots": 0, "instruction": False}
+    metrics = [
+        *({"step": s, "loss": 1 / s, "grad_norm": 1.0, "head_grad_norm": 2.0} for s in (1, 2)),
+        {"step": 2, "val_loss": 0.5, "val_auc": 0.875, "val_first_wrong": 0.25,
+         "val_all_right": 0.5, "val_sampled": 0.4, "val_best_last": 0.6, "val_best_least": 0.7},
+    ]  # fmt: skip
+    for name, outcome in (("prm", False), ("orm", True)):
+        folder = tmp_path / name
+        folder.mkdir()
+        record = {"args": args | {"outcome": outcome, "lora": not outcome}}
+        record["info"] = {"prompt": prompt}
+        (folder / "run_args.json").write_text(json.dumps(record))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in metrics))
+        (folder / "summary.json").write_text("{}")
+    return [str(tmp_path / "prm"), str(tmp_path / "orm")]
+
+
+def test_reward_models_have_words_and_curves_of_their_own(prm, two):
+    page = read(*prm)
+    said = " ".join(re.sub("<[^>]*>", "", page).split())
+    for sentence in (
+        "prm: A process reward model (PRM): the embedded model and a head, trained with LoRA "
+        "adapters on the labels of labels-x.jsonl. It finished after 2 steps.",
+        "orm: An outcome reward model (ORM): the embedded model and a head, trained in full on",
+        "the training loss in nats per label went from 1 to 0.5. On the held-out problems after "
+        "step 2: their loss is 0.5, the AUC of their steps is 0.875, 40.0% of the answers to them "
+        "are right and 60.0% of those with the highest value.",
+        "It answers no questions: it chooses among answers, with evaluate.py --rerank.",
+        "learning rate 0.0001 for the network and 0.001 for the head",
+    ):
+        assert sentence in said
+    assert said.count("the last step's label alone") == 1  # of the ORM
+    for wrong in ("per token", "SFT", "uned", "evaluated"):
+        assert wrong not in said, wrong
+    assert "<h2>PRM, ORM: metrics by step" in page and page.count("<h2>") == 1
+    for key in ("loss", "val_loss", "val_auc", "val_best_last", "val_best_least",
+                "val_first_wrong", "val_all_right", "grad_norm", "head_grad_norm"):  # fmt: skip
+        assert f'">{CURVES_OF_REWARD_MODELS[key].title}</text>' in page, key
+    both = read(*two, prm[0])
+    heads = re.findall("<h2>([^<]*): metrics by step", both)
+    assert heads == ["SFT", "PPO", "PRM"] and "nats per token" in both
+
+
+@pytest.mark.parametrize(
+    "name, value, wanted",
+    [(n, v, "a number") for n in ("lr", "head_lr", "micro_batch", "seed", "epochs", "penalty_false")
+     for v in ("x", [1], 10**400)]
+    + [(n, v, "a text") for n in ("model", "data", "precision", "device", "reward", "base")
+       for v in (3, ["x"], {})],
+)  # fmt: skip
+def test_a_setting_of_another_type_is_one_line(prm, two, name, value, wanted):
+    for folder in (prm[0], two[1]):
+        path = Path(folder, "run_args.json")
+        record = json.loads(path.read_text())
+        record["args"][name] = value
+        path.write_text(json.dumps(record))
+        for read_it in (lambda: report.main([folder]), lambda: find_critic(folder)):
+            with pytest.raises(UserError, match=f"in run_args.json {name} is .*, not {wanted}"):
+                read_it()
+        record["args"][name] = None  # as flags that were not given are
+        path.write_text(json.dumps(record))
+        assert read(folder)
 
 
 def test_the_only_validation_of_a_run_is_a_dot(two):

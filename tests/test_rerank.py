@@ -179,6 +179,33 @@ def test_an_evaluation_reports_it_beside_pass_and_majority(trained, tmp_path, ca
     assert "value" not in alone[0]
 
 
+def test_a_result_is_not_replaced_by_one_of_another_critic(trained, tmp_path):
+    """Two runs of one name. The name of a critic is that of its run, also if a folder in it is
+    given."""
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}))
+    for place, kind in (("a", "shared"), ("b", "shared"), ("c", "LoRA")):
+        shutil.copytree(trained(kind)[0], tmp_path / place / "judge")
+    rewrite(tmp_path / "b/judge", **{"head.bias": torch.ones(1)})
+    argv = ["--model", str(FIXTURES / "gemma3"), "--data", str(own), "--samples", "2",
+            "--temperature", "1", "--max-new-tokens", "2", "--device", "cpu", "--precision",
+            "fp32", "--out", str(tmp_path / "out"), "--rerank"]  # fmt: skip
+    assert evaluate.main([*argv, str(tmp_path / "a/judge/model")]) == 0
+    [file] = (tmp_path / "out").glob("*.json")
+    assert file.stem.endswith("-rerank-last-judge")
+    before = file.read_bytes()
+    for place in ("b/judge", "c/judge", "c/judge/adapter"):  # another head, another trunk
+        with pytest.raises(UserError, match="a result with values of another critic: choose anoth"):
+            evaluate.main([*argv, str(tmp_path / place)])
+    assert file.read_bytes() == before
+    assert evaluate.main([*argv, str(tmp_path / "a/judge")]) == 0  # the same critic
+    summary = json.loads(file.read_text())
+    del summary["rerank_sha256"]  # as an earlier version wrote it
+    file.write_text(json.dumps(summary))
+    with pytest.raises(UserError, match="is a result with rerank .*a/judge: choose another"):
+        evaluate.main([*argv, str(tmp_path / "b/judge")])
+
+
 # ------------------------------------------------------------------------------- what does not fit
 
 
@@ -239,6 +266,17 @@ def test_a_trunk_that_has_changed_is_one_line(copied):
     assert not find_critic(str(folder)).separate
     shutil.copy(FIXTURES / "gemma3/model.safetensors", folder / "model/model.safetensors")
     refused(folder, "its model, has changed since the critic was trained on it")
+
+
+def test_a_digest_is_of_head_and_trunk(copied):
+    folder = copied("shared")
+    save_file(load_file(folder / NAME), folder / NAME)  # without metadata that name the trunk
+    first = find_critic(str(folder)).digest()
+    shutil.copy(FIXTURES / "gemma3/model.safetensors", folder / "model/model.safetensors")
+    second = find_critic(str(folder)).digest()
+    other = load_file(folder / NAME) | {"head.bias": torch.ones(1)}
+    save_file(other, folder / NAME)
+    assert len({first, second, find_critic(str(folder)).digest()}) == 3
 
 
 def test_the_base_that_a_start_was_given_does_not_disturb_a_whole_model(copied):

@@ -81,17 +81,52 @@ CURVES = {  # key in metrics.jsonl: its panel
 }  # fmt: skip
 
 
+CURVES_OF_REWARD_MODELS = {
+    "loss": Curve(
+        "training loss, nats per label",
+        "Falls from about 0.69, which is to know nothing. It stays above 0 if labels are shares."),
+    "val_loss": Curve(
+        "loss on held-out problems, nats per label",
+        "Falls with the training loss. If it rises meanwhile, train for fewer epochs."),
+    "val_auc": Curve(
+        "AUC of the steps of held-out problems",
+        "Rises from 0.5, which is chance. Part of it is telling easy problems from hard ones."),
+    "val_best_last": Curve(
+        "best answer by its last value is right",
+        "Lies above the share of all answers that are right. Otherwise it does not help to choose.",
+        True),
+    "val_best_least": Curve(
+        "best answer by its least value is right",
+        "Lies above the share of all answers that are right, too.", True),
+    "val_first_wrong": Curve(
+        "first wrong step is the first called wrong",
+        "Rises. Read it together with the next: one that calls every step wrong is no judge.",
+        True),
+    "val_all_right": Curve(
+        "answers without a wrong step called so",
+        "Rises, or stays high.", True),
+    "grad_norm": CURVES["grad_norm"],
+    "head_grad_norm": Curve(
+        "gradient norm of the head",
+        "Changes slowly, on a scale of its own."),
+    "lr": CURVES["lr"]._replace(title="learning rate of the network"),
+    "tokens_per_s": CURVES["tokens_per_s"],
+}  # fmt: skip
+
+
 def curves_section(stages: list[Stage]) -> str:
-    """One panel per metric. All SFT runs share their panels, and all runs with rewards theirs."""
+    """One panel per metric. All SFT runs share their panels, all runs with rewards theirs, and all
+    reward models theirs."""
     parts = []
-    for supervised in (True, False):
-        runs = [s for s in stages if s.metrics and (method(s.args) == "SFT") == supervised]
+    for family, curves in enumerate((CURVES, CURVES, CURVES_OF_REWARD_MODELS)):
+        of = lambda args: {"SFT": 0, "PRM": 2, "ORM": 2}.get(method(args), 1)  # noqa: E731
+        runs = [stage for stage in stages if stage.metrics and of(stage.args) == family]
         kinds = escape(", ".join(dict.fromkeys(method(stage.args) for stage in runs)))
         names = [stage.name for stage in runs]
         last = max((row["step"] for stage in runs for row in stage.metrics), default=0)
         share_of_right = all(reward_is_a_share(stage.args) for stage in runs)
         figures = []
-        for key, curve in CURVES.items():
+        for key, curve in curves.items():
             lines = [(stage.name, points(stage.metrics, key)) for stage in runs]
             never = key == "worked" and not any(y for _, line in lines for _, y in line)
             if any(line for _, line in lines) and not never:  # MATH's answers have no annotations

@@ -18,7 +18,7 @@ from nanogsm.store import files
 def place_of(args, prompt: Prompt, usual: Prompt) -> tuple[Path, str]:
     """(folder, file name without ending) of the result. args: evaluate.py's. usual: the prompt that
     the model is asked with by default."""
-    run = run_of(args.model)
+    run, judge = run_of(args.model), run_of(args.rerank) if args.rerank else None
     own_data = "" if args.data in NAMED else Path(args.data).stem
     if own_data in ("test", "validation"):
         own_data = f"own-{own_data}"
@@ -40,7 +40,7 @@ def place_of(args, prompt: Prompt, usual: Prompt) -> tuple[Path, str]:
         f"{args.samples}x-t{temperature}-seed{args.seed}" if args.temperature else "",
         f"max{args.max_new_tokens}" if args.max_new_tokens else "",
         f"base-{Path(args.base).name[:60]}" if args.base else "",
-        f"rerank-{args.rerank_by}-{Path(args.rerank).name[:60]}" if args.rerank else "",
+        f"rerank-{args.rerank_by}-{judge[0].name[:60]}" if judge else "",
     ]
     model_name = args.model.strip("/").replace("/", "--")
     untuned = f"{'runs/tiny' if args.tiny else 'runs'}/eval-{model_name}-{prompt_name}"
@@ -49,7 +49,7 @@ def place_of(args, prompt: Prompt, usual: Prompt) -> tuple[Path, str]:
 
 def check_place(args, folder: Path, name: str) -> None:
     """Raise UserError if the result could not be written, or would replace the result of another
-    model, other data or another precision. Called before the work, not after it."""
+    model, other data, another precision or another critic. Called before the work, not after it."""
     try:
         folder.stat()
     except FileNotFoundError:
@@ -72,9 +72,15 @@ def check_place(args, folder: Path, name: str) -> None:
         keys.append("model_sha256")
     elif not run or run[0] != folder:  # a run's own folder may have been renamed
         keys.append("model")
+    if "rerank_sha256" in old:
+        keys.append("rerank_sha256")
+    elif isinstance(old.get("rerank"), dict):  # of an earlier version
+        keys.append("rerank")
+        old["rerank"] = old["rerank"].get("run")
     for key in keys:
         if key in old and not files.same_place(old[key], getattr(args, key)):
-            names = {"data_sha256": "other problems", "model_sha256": "other weights"}
+            names = {"data_sha256": "other problems", "model_sha256": "other weights",
+                     "rerank_sha256": "values of another critic"}  # fmt: skip
             other = names.get(key, f"{key} {old[key]}")
             raise UserError(f"{path} is a result with {other}: choose another --out")
 

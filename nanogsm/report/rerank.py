@@ -16,7 +16,7 @@ each row also gets the list of them, step by step, as "step_values".
 import torch
 
 from nanogsm import UserError, data, distributed, steps
-from nanogsm.report.scores import majority, mcnemar
+from nanogsm.report.scores import majority, paired_tests
 from nanogsm.run.critic import Critic, find_critic, load_critic
 
 
@@ -62,9 +62,9 @@ def stepwise(tokenizer, prompt: data.Prompt, row: dict) -> data.Example:
 
 
 @torch.no_grad()
-def rate(critic: Critic, rows: list[dict], args) -> None:
-    """Add a "value" to each row, and "step_values" if the critic is a process reward model. args:
-    evaluate.py's, of which precision, device, batch_size and rerank_by are read."""
+def values_of(critic: Critic, rows: list[dict], args) -> list[list[float]]:
+    """The values of each row at the positions that are asked: all steps of an answer for a process
+    reward model, and for a critic the end, or with --rerank-by least every line's end."""
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     trunk, head, tokenizer = load_critic(critic, dtype, args.device)
     is_prm = critic.kind == "prm"
@@ -83,9 +83,20 @@ def rate(critic: Critic, rows: list[dict], args) -> None:
         of_rows = value.split([sum(example.mask) for example in examples[some]])
         found.append((some.start, [values.tolist() for values in of_rows]))
     everything = sorted(pair for share in distributed.gathered(found) for pair in share)
-    for row, values in zip(rows, (values for _, of_rows in everything for values in of_rows)):
-        row["value"] = min(values) if args.rerank_by == "least" else values[-1]
-        if is_prm:
+    return [values for _, of_rows in everything for values in of_rows]
+
+
+def one_value(values: list[float], by: str) -> float:
+    """An answer's value from `values_of`. by: --rerank-by."""
+    return min(values) if by == "least" else values[-1]
+
+
+def rate(critic: Critic, rows: list[dict], args) -> None:
+    """Add a "value" to each row, and "step_values" if the critic is a process reward model. args:
+    evaluate.py's, of which precision, device, batch_size and rerank_by are read."""
+    for row, values in zip(rows, values_of(critic, rows, args)):
+        row["value"] = one_value(values, args.rerank_by)
+        if critic.kind == "prm":
             row["step_values"] = [round(value, 4) for value in values]
 
 
@@ -93,23 +104,17 @@ def summarise(rows: list[dict], args) -> dict:
     """What the values make of k samples a problem, and exact paired tests of it."""
     k = args.samples
     groups = [rows[i : i + k] for i in range(0, len(rows), k)]
+    best, vote = f"best@{k}", f"weighted_maj@{k}"
     right = {
         "the first answer": [group[0]["correct"] for group in groups],
         f"maj@{k}": [majority(group) for group in groups],
-        f"best@{k}": [max(group, key=lambda row: row["value"])["correct"] for group in groups],
-        f"weighted_maj@{k}": [
-            majority(group, [max(0.0, row["value"]) for row in group]) for group in groups
-        ],
+        best: [max(group, key=lambda row: row["value"])["correct"] for group in groups],
+        vote: [majority(group, [max(0.0, row["value"]) for row in group]) for group in groups],
     }
-    tests = []
-    for a, b in (("the first answer", f"best@{k}"), (f"maj@{k}", f"best@{k}"),
-                 (f"maj@{k}", f"weighted_maj@{k}")):  # fmt: skip
-        fixed = sum(y and not x for x, y in zip(right[a], right[b]))
-        broken = sum(x and not y for x, y in zip(right[a], right[b]))
-        points = 100 * (fixed - broken) / len(groups)
-        tests.append({"of": b, "against": a, "points": points, "fixed": fixed, "broken": broken,
-                      "p": mcnemar(broken, fixed)})  # fmt: skip
-    shares = {name: sum(right[name]) / len(groups) for name in (f"best@{k}", f"weighted_maj@{k}")}
+    tests = paired_tests(
+        right, [(best, "the first answer"), (best, f"maj@{k}"), (vote, f"maj@{k}")]
+    )
+    shares = {name: sum(right[name]) / len(groups) for name in (best, vote)}
     return shares | {"rerank": {"run": args.rerank, "by": args.rerank_by, "tests": tests}}
 
 

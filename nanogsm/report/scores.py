@@ -49,15 +49,33 @@ def in_common(path_a: str, a: dict[int, dict], path_b: str, b: dict[int, dict]) 
     return common
 
 
-def paired(a: dict[int, dict], b: dict[int, dict]) -> dict:
-    """Compare B with A (problem -> row) on the problems that both have. Returns the indices `fixed`
-    (only B is right) and `broken` (only A is right), the difference in points, and McNemar's p."""
-    common = sorted(a.keys() & b.keys())
-    fixed = [i for i in common if b[i]["correct"] and not a[i]["correct"]]
-    broken = [i for i in common if a[i]["correct"] and not b[i]["correct"]]
-    points = 100 * (len(fixed) - len(broken)) / len(common)
+def paired_test(a: list[bool], b: list[bool]) -> dict:
+    """Compare B with A, each right or wrong on the same problems. Returns the places `fixed` (only
+    B is right) and `broken` (only A is right), the difference in points, and McNemar's p."""
+    fixed = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if y and not x]
+    broken = [i for i, (x, y) in enumerate(zip(a, b)) if x and not y]
+    points = 100 * (len(fixed) - len(broken)) / len(a)
     p = mcnemar(len(broken), len(fixed))
-    return {"n": len(common), "points": points, "p": p, "fixed": fixed, "broken": broken}
+    return {"points": points, "fixed": fixed, "broken": broken, "p": p}
+
+
+def paired_tests(right: dict[str, list[bool]], pairs: list[tuple[str, str]]) -> list[dict]:
+    """`paired_test` of each pair (of, against) of these, with counts in place of places."""
+    found = []
+    for of, against in pairs:
+        test = paired_test(right[against], right[of])
+        counts = {change: len(test[change]) for change in ("fixed", "broken")}
+        found.append({"of": of, "against": against} | test | counts)
+    return found
+
+
+def paired(a: dict[int, dict], b: dict[int, dict]) -> dict:
+    """`paired_test` of two evaluations (problem -> row), on the problems that both have. `fixed`
+    and `broken` are indices of problems."""
+    common = sorted(a.keys() & b.keys())
+    test = paired_test(*([rows[i]["correct"] for i in common] for rows in (a, b)))
+    places = {change: [common[i] for i in test[change]] for change in ("fixed", "broken")}
+    return {"n": len(common)} | test | places
 
 
 def majority(rows: list[dict], weights: list[float] | None = None) -> bool:

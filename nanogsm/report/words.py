@@ -21,6 +21,10 @@ PROBLEMS = {
     "tiny-socratic": "the embedded word problems with socratic answers",
     "tiny-worked": "the embedded word problems with worked answers only",
 }
+REWARD_MODELS = {
+    "PRM": "A process reward model (PRM)",
+    "ORM": "An outcome reward model (ORM)",
+}
 PRECISION = {"bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -30,7 +34,9 @@ def escape(value: object) -> str:
 
 
 def method(args: dict) -> str:
-    """SFT, PPO, or what else trained a run by rewards."""
+    """SFT, PRM or ORM for a reward model, PPO, or what else trained a run by rewards."""
+    if "head_lr" in args:
+        return "ORM" if args.get("outcome") else "PRM"
     return str(args.get("advantage") or "ppo").upper() if "kl_coef" in args else "SFT"
 
 
@@ -84,6 +90,10 @@ def what_it_is(stage: Stage) -> str:
     kind = "with LoRA adapters" if args.get("lora") else "of all weights"
     run = run_of(begin)
     after = f", starting from {escape(run[0].name)}" if run else ""
+    if name in REWARD_MODELS:
+        how = "with LoRA adapters" if args.get("lora") else "in full"
+        return (f"{REWARD_MODELS[name]}: {model_name(begin)} and a head, trained {how} on the "
+                f"labels of {escape(Path(str(args.get('data'))).name)}{after}.")  # fmt: skip
     about = problems_name(str(args.get("data")))
     return f"{escape(name)} {kind} of {model_name(begin)} on {about}{after}."
 
@@ -102,10 +112,11 @@ def how_it_went(stage: Stage) -> str:
                 f"{when}."]  # fmt: skip
     # A reward of one's own may be any number; the usual one is the share of right answers.
     reward = "{:.1%}" if reward_is_a_share(stage.args) else "{:.3g}"
+    unit = "label" if method(stage.args) in REWARD_MODELS else "token"
     went = []
     for key, what, form in (
         ("reward", "the mean reward of sampled answers", reward),
-        ("loss", "the training loss in nats per token", "{:.3g}"),
+        ("loss", f"the training loss in nats per {unit}", "{:.3g}"),
         ("response_tokens", "the length of an answer in tokens", "{:.0f}"),
     ):
         values = [y for _, y in points(stage.metrics, key)]
@@ -114,18 +125,27 @@ def how_it_went(stage: Stage) -> str:
             went.append(f"{what} went from {form.format(values[0])} to {form.format(last)}")
     if went:
         said.append(f"From the first step to the last tenth of the steps {' and '.join(went)}.")
-    validated = points(stage.metrics, "val_loss"), points(stage.metrics, "val_exact_match")
-    forms = "their loss is {:.3g}", "{:.1%} of them are right"
-    held_out = [form.format(line[-1][1]) for line, form in zip(validated, forms) if line]
+    forms = {
+        "val_loss": "their loss is {:.3g}",
+        "val_exact_match": "{:.1%} of them are right",
+        "val_auc": "the AUC of their steps is {:.3g}",
+        "val_sampled": "{:.1%} of the answers to them are right",
+        "val_best_last": "{:.1%} of those with the highest value",
+    }
+    validated = {key: points(stage.metrics, key) for key in forms}
+    held_out = [forms[key].format(line[-1][1]) for key, line in validated.items() if line]
     if held_out:
-        step = max(line[-1][0] for line in validated if line)
-        said.append(f"On the held-out problems after step {step:,}: {' and '.join(held_out)}.")
+        step = max(line[-1][0] for line in validated.values() if line)
+        listed = " and ".join(", ".join(held_out).rsplit(", ", 1))
+        said.append(f"On the held-out problems after step {step:,}: {listed}.")
     return " ".join(said)
 
 
 def what_it_scores(stage: Stage, previous: Stage | None) -> str:
     """Its evaluation, and the comparison with a run before it."""
     s = stage.summary
+    if method(stage.args) in REWARD_MODELS:
+        return "It answers no questions: it chooses among answers, with evaluate.py --rerank."
     if not s:
         return "It has not been evaluated."
     split = {"test": "test problems", "validation": "held-out problems"}
@@ -171,6 +191,8 @@ def settings(args: dict) -> str:
         said.append(f"learning rate {number(args['lr'])}")
         if has("value_lr"):
             said[-1] += f" for the policy and {number(args['value_lr'])} for the critic"
+        elif has("head_lr"):
+            said[-1] += f" for the network and {number(args['head_lr'])} for the head"
         elif has("min_lr"):
             said[-1] += f", falling to {number(args['min_lr'])}"
         if args.get("warmup"):
@@ -190,6 +212,8 @@ def settings(args: dict) -> str:
         said.append(f"ratios clipped above 1 + {number(args['clip_high'])}")
     for name, weight in penalties(args).items():
         said.append(f"{escape(name.replace('_', ' '))} {number(weight)}")
+    if args.get("outcome"):
+        said.append("the last step's label alone")
     if args.get("critic") == "separate":
         said.append("a separate critic")
     if args.get("reward"):

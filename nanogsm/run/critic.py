@@ -6,9 +6,10 @@ result, a separate critic's is the run's --init. The file's metadata say what it
 which trunk it belongs to (`trunk_sha256`, of hub.fingerprint).
 
 A process reward model of train_prm.py is saved in the same way, as a shared critic is. Its kind is
-"prm". Its values are logits, of the probability that everything so far is right.
+"prm". The head of a process reward model gives logits; rerank.py turns them into probabilities.
 """
 
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +56,11 @@ class Critic(NamedTuple):
     separate: bool
     kind: str  # "critic" or "prm"
 
+    def digest(self) -> str:
+        """SHA-256 over its file and its trunk."""
+        trunk = hub.fingerprint(self.trunk).encode()
+        return hashlib.sha256(self.file.read_bytes() + trunk).hexdigest()
+
 
 def find_critic(run: str) -> Critic:
     """The critic of a PPO run, or a run of train_prm.py. Reads no weights. UserError says why there
@@ -64,6 +70,7 @@ def find_critic(run: str) -> Critic:
         raise UserError(f"{run} is not a run folder: give a run of train_ppo.py, with a critic, or "
                         "of train_prm.py")  # fmt: skip
     folder, args = known[0], known[1]["args"]
+    past.check_args(run, args)
     if args.get("advantage"):
         raise UserError(f"{run} was trained by {args['advantage']}, which has no critic: give a "
                         "run of PPO")  # fmt: skip

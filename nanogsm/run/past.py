@@ -7,6 +7,11 @@ from pathlib import Path
 from nanogsm import UserError, boxed, data, distributed
 from nanogsm.store import files
 
+# Settings of a run that others read, and their types. Any may be null.
+NUMBERS = """lr min_lr value_lr head_lr warmup seed epochs micro_batch accumulation rollouts group
+    kl_coef gamma lam clip_high lora_r lora_alpha""".split()
+TEXTS = "data model init base source recipe precision device reward critic advantage".split()
+
 
 def run_of(model: str) -> tuple[Path, dict] | None:
     """(folder, content of run_args.json) of the run that `model` names: the folder itself, or its
@@ -20,6 +25,17 @@ def run_of(model: str) -> tuple[Path, dict] | None:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return None
+
+
+def check_args(run: str, args: dict) -> None:
+    """UserError if a setting of a run is of another type. (Its file may have been edited.)"""
+    for name, value in args.items():
+        number = name in NUMBERS or name.startswith("penalty_")
+        kinds = (int, float) if number else str if name in TEXTS else object
+        fits = isinstance(value, kinds) and (not number or abs(value) < 1e300)
+        if value is not None and not fits:
+            wanted = "a number" if number else "a text"
+            raise UserError(f"{run}: in run_args.json {name} is {value!r:.60}, not {wanted}")
 
 
 def prompt_of(model: str) -> data.Prompt | None:
