@@ -387,6 +387,9 @@ def test_what_cannot_be_shown_is_refused(two, tmp_path):
         ("eval-test-4.json", lambda text: text.replace('"flexible_accuracy"', '"gone"')),
         ("eval-test-4.json", lambda text: text.replace('"accuracy": 0.5', '"accuracy": "x"')),
         ("eval-test-4.jsonl", lambda text: text.replace('"truncated"', '"gone"')),
+        ("eval-test-4.json", lambda text: text.replace('"accuracy": 0.5', '"accuracy": "0.5"')),
+        ("eval-test-4.json", lambda text: text.replace('"accuracy": 0.5', f'"accuracy": {10**400}')),
+        ("eval-test-4.json", lambda text: text[:1] + '"split": ["test"],' + text[1:]),
         ("metrics.jsonl", lambda text: text + "[1]\n"),
     ],
 )
@@ -401,7 +404,8 @@ def test_a_damaged_folder_is_named_in_one_line(two, name, spoil):
 
 def test_metrics_that_are_damaged_are_named(two):
     for damaged in ('{"step": 1}\n{"step": \n{"step": 3}\n', '{"step": "1"}\n', "[1]\n",
-                    '{"step": 1, "tokens": "x", "seconds": 1}\n'):  # fmt: skip
+                    '{"step": 1, "tokens": "x", "seconds": 1}\n', '{"step": Infinity}\n',
+                    f'{{"step": 1, "val_loss": {10**400}}}\n'):  # fmt: skip
         Path(two[0], "metrics.jsonl").write_text(damaged)
         with pytest.raises(UserError, match="cannot read .*metrics.jsonl"):
             report.main(two)

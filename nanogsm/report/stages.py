@@ -56,11 +56,21 @@ def _read_summary(where: str, path: str, rows: list[dict]) -> dict:
     try:
         summary = json.loads(Path(path).with_suffix(".json").read_text("utf-8"))
         beside = "text_accuracy" if "grader" in summary else "flexible_accuracy"
-        [float(summary[key]) for key in (*NEEDED, beside)]
+        for key in (*NEEDED, beside):
+            if not _is_number(summary[key]):
+                raise ValueError(f"{key} is {summary[key]!r:.60}, not a number")
+        for key in ("data", "split", "precision"):
+            if not isinstance(summary.get(key, ""), str):
+                raise ValueError(f"{key} is {summary[key]!r:.60}, not a text")
         rows[0], [scores.kind_of(row) for row in rows]
         return summary
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"cannot show {where} ({error!r}): evaluate it again") from error
+
+
+def _is_number(value: object) -> bool:
+    """Whether a JSON value is a number, and small enough to be drawn."""
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -70,7 +80,8 @@ def read_metrics(path: Path) -> list[dict]:
         rows = [json.loads(line) for line in lines]
         for row in rows:
             numbers = [{"step": None, **row}.get(key, 0) for key in ("step", "tokens", "seconds")]
-            if not all(isinstance(x, (int, float)) for x in numbers):
+            drawn = [x for x in row.values() if type(x) is int]
+            if not all(map(_is_number, numbers + drawn)):
                 raise ValueError(f"a row without its numbers: {str(row)[:60]}")
         return rows
     except FileNotFoundError:
