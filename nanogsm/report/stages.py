@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from nanogsm import UserError
 from nanogsm.report import eval_files, scores
-from nanogsm.run.past import check_args, run_of
+from nanogsm.run.past import run_of
 
 
 class Stage(NamedTuple):
@@ -29,8 +29,6 @@ def read_stage(where: str) -> Stage:
     may lack an evaluation or its end. Raises UserError if there is nothing to show, or if a file is
     damaged."""
     run = run_of(where)
-    if run:
-        check_args(where, run[1]["args"])
     folder = run[0] if run else Path(where)
     path, rows, summary, probes = "", {}, {}, []
     # The answers of an unscored run are not right or wrong.
@@ -40,7 +38,6 @@ def read_stage(where: str) -> Stage:
         path, listed = eval_files.read_rows(str(folder))
         folder = Path(path).absolute().parent
         run = run or run_of(str(folder))  # None for an untuned model
-        check_args(where, run[1]["args"] if run else {})
         rows, summary = scores.by_problem(path, listed), _read_summary(where, path, listed)
         found = sorted(folder.glob("eval-probes*.jsonl"))
         probes = eval_files.read_rows(str(found[-1]))[1] if found else []

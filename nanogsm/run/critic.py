@@ -70,7 +70,6 @@ def find_critic(run: str) -> Critic:
         raise UserError(f"{run} is not a run folder: give a run of train_ppo.py, with a critic, or "
                         "of train_prm.py")  # fmt: skip
     folder, args = known[0], known[1]["args"]
-    past.check_args(run, args)
     if args.get("advantage"):
         raise UserError(f"{run} was trained by {args['advantage']}, which has no critic: give a "
                         "run of PPO")  # fmt: skip

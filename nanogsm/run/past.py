@@ -9,25 +9,26 @@ from nanogsm.store import files
 
 # Settings of a run that others read, and their types. Any may be null.
 NUMBERS = """lr min_lr value_lr head_lr warmup seed epochs micro_batch accumulation rollouts group
-    kl_coef gamma lam clip_high lora_r lora_alpha""".split()
+    kl_coef gamma lam clip_high lora_r lora_alpha val_examples val_use max_new_tokens""".split()
 TEXTS = "data model init base source recipe precision device reward critic advantage".split()
 
 
 def run_of(model: str) -> tuple[Path, dict] | None:
     """(folder, content of run_args.json) of the run that `model` names: the folder itself, or its
-    model/ or adapter/. None if it is no run."""
+    model/ or adapter/. None if it is no run. UserError if a setting is of another type."""
     path = Path(os.path.abspath(os.path.expanduser(model)))
     for folder in (path, *[path.parent] * (path.name in ("model", "adapter"))):
         try:
             record = json.loads((folder / "run_args.json").read_text(encoding="utf-8"))
             data.Prompt(**record["info"]["prompt"]), record["args"]["val_examples"]
-            return folder, record
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
+        _check_args(model, record["args"])
+        return folder, record
     return None
 
 
-def check_args(run: str, args: dict) -> None:
+def _check_args(run: str, args: dict) -> None:
     """UserError if a setting of a run is of another type. (Its file may have been edited.)"""
     for name, value in args.items():
         number = name in NUMBERS or name.startswith("penalty_")
@@ -59,7 +60,7 @@ def answer_limit_of(model: str, of_data: str) -> int:
     """The default for --max-new-tokens: the data's own limit, or the limit that the run `model` was
     validated with if that is larger. A socratic run gives long answers whatever it is asked."""
     run = run_of(model)
-    return max(data.answer_limit(of_data), run[1]["args"].get("max_new_tokens", 0) if run else 0)
+    return max(data.answer_limit(of_data), run and run[1]["args"].get("max_new_tokens") or 0)
 
 
 def held_out_by(model: str, of_data: str) -> int | None:
