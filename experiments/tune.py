@@ -81,7 +81,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             try:
                 script.parse_args([*args.flags, *tried])
             except UserError as error:
-                raise UserError(f"a trial with {' '.join(tried)} cannot run: {error}") from error
+                raise UserError(f"--space must leave out {' '.join(tried)}: {error}") from error
     args.metric = "val_exact_match"
     if args.run.unscored:  # no answer is right or wrong
         args.metric = "val_reward" if args.method == "ppo" else "val_loss"

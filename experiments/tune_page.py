@@ -126,10 +126,11 @@ def axis(name: str, values: list | tuple, trials: list) -> tuple[dict, list, str
         labels = [(i, charts.number(choices[i])) for i in range(0, len(choices), every)]
         first, last = -0.5, len(choices) - 0.5
         places, title = {}, f"{name} (within a value, in the order of the trials)"
-        for i, choice in enumerate(choices):
+        for choice in {t.params[name] for t in trials}:
             same = [t.number for t in trials if t.params[name] == choice]
             for k, number in enumerate(same):
-                places[number] = i + SPREAD * ((k + 0.5) / len(same) - 0.5)
+                beside = SPREAD * ((k + 0.5) / len(same) - 0.5)
+                places[number] = choices.index(choice) + beside
     return places, [(first, ""), *labels, (last, "")], title
 
 
@@ -145,8 +146,8 @@ def picture(study, args) -> str:
     for name, values in args.space.items():
         places, ticks, title = axis(name, values, trials)
         lines = [(k, [(places[t.number], t.value) for t in trials if kind(t) == k]) for k in KINDS]
-        panels.append(charts.Panel(f"{args.metric} against {name}", lines, dots=True, x=title,
-                                   percent=args.metric == "val_exact_match", ticks=ticks))
+        share, of = args.metric == "val_exact_match", f"{args.metric} against {name}"
+        panels.append(charts.Panel(of, lines, share, title, dots=True, ticks=ticks))
     return charts.page(panels, list(KINDS))
 
 
