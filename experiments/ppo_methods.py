@@ -24,7 +24,9 @@ from pathlib import Path
 from statistics import fmean
 
 from experiments import ppo_curves, study
+from nanogsm import UserError
 from nanogsm.report import charts
+from nanogsm.rewards import MOST
 from nanogsm.run import console, flags
 from nanogsm.store import files
 
@@ -58,9 +60,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="Print the commands. Nothing is run.")
     args = p.parse_args(argv)
     flags.check_numbers(args, {"seeds": 1, "steps": 1, "rollouts": 1, "group": 2, "n": 1})
+    check_settings(args)
     args.out = args.out or Path("runs/tiny") / args.what
     args.results = args.results or args.out / args.what
     return args
+
+
+def check_settings(args) -> None:
+    """UserError for what a training script would refuse after others have run."""
+    if args.what == "methods" and args.rollouts % args.group:
+        raise UserError(f"--rollouts {args.rollouts} is no multiple of --group {args.group}")
+    for flag, values, most in (("--rates", args.rates, 1e30), ("--weights", args.weights, MOST)):
+        shown = [f"{value:g}" for value in values]  # as they are named in folders and tables
+        if not all(0 < value <= most for value in values):
+            raise UserError(f"{flag} {' '.join(shown)}: give numbers above 0, at most {most:g}")
+        if len(set(shown)) < len(shown):
+            raise UserError(f"{flag} {' '.join(shown)}: two of the values are the same")
 
 
 def sft(seed: int, args) -> list[str]:

@@ -6,9 +6,10 @@
     python -m experiments.tune ppo --init runs/sft-full-main
 
 A trial is an ordinary run of train_sft.py or train_ppo.py in a folder of its own. It pauses after a
-quarter and after half of its steps. There Optuna's pruner keeps it if its score is in the better
-half of all trials that got so far. A kept trial goes on from its checkpoint. So nothing is trained
-twice, and its learning rate follows the schedule of the whole run from the first step on.
+quarter and after half of its steps. There Optuna's pruner compares it with all n trials that got so
+far, itself included. It is kept if it is among the best floor(n / 2) of them, or the best of all. A
+kept trial goes on from its checkpoint. So nothing is trained twice, and its learning rate follows
+the schedule of the whole run from the first step on.
 
 Trials are judged on training problems that are held out, never on the test split. The best of many
 trials was also lucky on these problems. So half of what is held out is kept from the search, and
@@ -54,7 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     add("method", choices=SPACE, help="sft and lora run train_sft.py, ppo runs train_ppo.py.")
     add("--trials", type=int, default=16, help="Trials in all. More of them continue a search.")
-    add("--space", nargs="+", metavar="NAME=VALUES",
+    add("--space", nargs="+", action="extend", metavar="NAME=VALUES",
         help="Search this range (lr=1e-6:1e-4) or these values (epochs=1,2) instead of the usual.")
     add("--out", help="The search's folder. Default: runs/tune-METHOD (tiny: runs/tiny/...).")
     add("--dry-run", action="store_true", help="Say what will be searched. Nothing is run.")
@@ -74,9 +75,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.out = Path(args.out or f"runs/{'tiny/' * args.run.tiny}tune-{args.method}")
     args.run.out, args.run.dry_run = str(args.out / "trial-000"), True
     args.space = space_of(args)
-    for name in args.space:  # the script refuses what it cannot take
-        for edge in (min, max):
-            script.parse_args([*args.flags, *flags_of(args, {name: edge(args.space[name])})])
+    for name, values in args.space.items():  # the script refuses what it cannot take
+        for value in values:
+            tried = flags_of(args, {name: value})
+            try:
+                script.parse_args([*args.flags, *tried])
+            except UserError as error:
+                raise UserError(f"--space must leave out {' '.join(tried)}: {error}") from error
     args.metric = "val_exact_match"
     if args.run.unscored:  # no answer is right or wrong
         args.metric = "val_reward" if args.method == "ppo" else "val_loss"

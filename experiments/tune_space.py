@@ -5,7 +5,7 @@ import shutil
 
 from nanogsm import UserError
 from nanogsm.model import read_config
-from nanogsm.run import known, plan, start
+from nanogsm.run import flags, known, plan, start
 
 RUNGS = (1 / 4, 1 / 2)  # shares of a trial's steps after which it may be pruned
 HELD_OUT = 1024  # problems: one half for the search, one for the winner's last score
@@ -13,10 +13,12 @@ HELD_OUT = 1024  # problems: one half for the search, one for the winner's last 
 
 def space_of(args) -> dict[str, list | tuple]:
     """{parameter: a list of choices, or the pair (lowest, highest)}. A parameter that is given as a
-    flag is not searched."""
-    space = {}
+    flag is not searched, and one of the critic is not where --advantage does without a critic."""
+    space, narrowed = {}, set()
+    absent = flags.OF_CRITIC if getattr(args.run, "advantage", None) else ()
     for name, values in args.usual.items():
-        if ("--accumulation" if name == "batch" else flag_of(name)) not in args.named:
+        flag = "--accumulation" if name == "batch" else flag_of(name)
+        if flag not in args.named and name not in absent:
             times = getattr(args.run, name) if isinstance(values, tuple) else 1
             space[name] = type(values)(times * value for value in values)
     for text in args.space or ():
@@ -24,16 +26,24 @@ def space_of(args) -> dict[str, list | tuple]:
         if name not in space:
             searched = ", ".join(space) or "nothing"
             raise UserError(f"--space {text}: {args.method} searches {searched}")
+        if name in narrowed:
+            raise UserError(f"--space {text}: {name} is given twice")
+        narrowed.add(name)
         kind, is_range = type(space[name][0]), ":" in values
         try:
             given = [kind(value) for value in values.split(":" if is_range else ",")]
             # A batch of 37 could only be cut into single examples.
             if is_range and not (len(given) == 2 and 0 < given[0] < given[1] and name != "batch"):
                 raise ValueError
+            if not all(map(math.isfinite, given)):
+                raise ValueError
         except ValueError as error:
             what = "whole numbers" if kind is int else "numbers"
             how = "A,B,C" if name == "batch" else "LOW:HIGH or A,B,C"
             raise UserError(f"--space {text}: give {what}, as {how}") from error
+        if len(set(map(written, given))) < len(given):
+            digits = "" if kind is int else " in three digits, which is what a trial gets"
+            raise UserError(f"--space {text}: two of the values are the same{digits}")
         space[name] = tuple(given) if is_range else given
     if not space:
         raise UserError("nothing is left to search: every parameter is given as a flag")
@@ -44,15 +54,20 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def written(value: int | float) -> str:
+    """A parameter's value as a trial's flag. Three digits of a rate are enough."""
+    return str(value) if isinstance(value, int) else f"{value:.3g}"
+
+
 def flags_of(args, params: dict) -> list[str]:
-    """A trial's parameters as flags. Three digits of a rate are enough."""
+    """A trial's parameters as flags."""
     found = []
     for name, value in params.items():
         if name == "batch":
             micro = math.gcd(value, args.run.micro_batch)
             found += ["--micro-batch", str(micro), "--accumulation", str(value // micro)]
         else:
-            found += [flag_of(name), str(value) if isinstance(value, int) else f"{value:.3g}"]
+            found += [flag_of(name), written(value)]
     return found
 
 

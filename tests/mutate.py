@@ -123,6 +123,7 @@ MUTATIONS = [
     ("groups: rloo is grpo", PPO, 'if method == "grpo" else', 'if method else'),
     ("groups: group 1 is allowed", FLAGS, 'check_numbers(args, {"group": 2})', 'pass'),
     ("groups: any number of answers", FLAGS, 'if args.group and args.rollouts % args.group:', 'if False:'),
+    ("groups: an upper clip below the lower one", FLAGS, 'args.clip_high < args.clip:', 'False:'),
     ("groups: the critic's flags are ignored", FLAGS, '        without_critic(args)\n', '        args.group = args.group or 8\n'),
     ("rewards: terms are not added", PPO, 'rewards = add_terms(rewards, answers)', 'pass'),
     ("rewards: a column late", REWARDS, 'answer["example"].mask.index(1) + token - 1', 'answer["example"].mask.index(1) + token'),

@@ -63,6 +63,16 @@ def test_lines_of_a_name_share_its_colour_and_text_is_escaped():
     ]
 
 
+def test_ticks_of_ones_own_stand_at_their_places_and_end_the_axis():
+    panel = charts.Panel("t", [("a", [(0.0, 1.0)])], ticks=[(-0.5, ""), (0.0, "8"), (1.5, "64")])
+    page, width = charts.page([panel], ["a"]), charts.WIDTH - charts.RIGHT - charts.LEFT
+    assert labels(page, "x") == pytest.approx(
+        {None: charts.LEFT, "8": charts.LEFT + width / 4, "64": charts.LEFT + width}
+    )
+    ((dot,),) = points(page)
+    assert dot[0] == pytest.approx(charts.LEFT + width / 4)
+
+
 def labels(page: str, axis: str) -> dict[str, float]:
     """Label -> its x coordinate, for the "x" or the "y" axis."""
     texts = [text for text in ET.fromstring(page).iter(f"{SVG}text") if text.get("class") == axis]

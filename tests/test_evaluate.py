@@ -243,7 +243,8 @@ def test_validation_of_a_run_is_exactly_what_it_held_out(tmp_path, monkeypatch, 
     args = parse_args(["--model", str(run), "--split", "validation", "--part", "2/2"])
     args.n = 4  # as evaluate sets it
     assert evaluate.resolve(args)[2] == "eval-validation-4-part2of2"
-    for flags, says in [(["--split", "validation", "--part", part], "--part: invalid")
+    for flags, says in [(["--split", "validation", "--part", part],
+                         f"--part: give K/N, K from 1 to N, not '{part}'")
                         for part in ("3/2", "0/2", "x", "1", "1/2/3")] + [
         (["--part", "1/2"], "--part is for --split validation"),
         (["--split", "validation", "--part", "1/9"], "--part 1/9: only 8 problems are held out"),

@@ -1,6 +1,7 @@
 """The PPO experiments in experiments/: pairing, tables, the ablation's rows and its patches."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -247,6 +248,34 @@ def test_each_term_gets_the_same_weights_and_nothing_else_differs(capsys):
     for args in runs:
         changed = {k for k, v in vars(args).items() if v != getattr(runs[0], k)}
         assert changed <= {*weights, "seed", "init", "out", "val_every"}
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--rollouts", "100"], "--rollouts 100 is no multiple of --group 8"),
+        (["--rates", "nan", "1", "2"], "--rates nan 1 2: give numbers above 0"),
+        (["--rates", "1e-4", "inf", "2"], "--rates 0.0001 inf 2: give numbers above 0"),
+        (["--rates", "0", "1", "2"], "--rates 0 1 2: give numbers above 0"),
+        (["--rates", "1e-4", "2e-4", "0.0001"], "two of the values are the same"),
+        (["--rates", "1e-4", "2e-4", "1.00000001e-4"], "two of the values are the same"),
+        (["terms", "--rates", "nan", "1", "2"], "--rates nan 1 2: give numbers above 0"),
+        (["terms", "--weights", "0.1", "0.91"], "--weights 0.1 0.91: give numbers above 0, at most "
+         "0.9"),
+        (["terms", "--weights", "0"], "--weights 0: give numbers above 0, at most 0.9"),
+        (["terms", "--weights", "nan"], "--weights nan: give numbers above 0"),
+        (["terms", "--weights", "0.3", "0.30"], "--weights 0.3 0.3: two of the values are"),
+    ],
+)  # fmt: skip
+def test_settings_that_would_fail_later_are_refused_at_once(argv, says):
+    with pytest.raises(UserError, match=re.escape(says)) as caught:
+        ppo_methods.parse_args(argv)
+    assert "\n" not in str(caught.value)
+
+
+def test_groups_divide_the_answers_only_where_there_are_groups():
+    assert ppo_methods.parse_args(["terms", "--rollouts", "100"]).rollouts == 100
+    assert ppo_methods.parse_args(["--rollouts", "100", "--group", "5"]).group == 5
 
 
 def test_the_best_setting_is_the_lower_of_equals():

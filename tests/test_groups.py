@@ -237,6 +237,7 @@ def test_the_flags_and_what_they_are_without_a_group():
     for args in (rloo, grpo):
         assert args.critic is args.value_lr is args.value_coef is args.value_clip is None
         assert (args.critic_warmup, args.gamma, args.lam) == (0, 1.0, 1.0)
+    assert parsed("--clip-high", "0.2").clip_high == 0.2  # as --clip
     original = parsed("--advantage", "rloo", "--recipe", "original")
     assert (original.gamma, original.kl_coef, original.lr) == (1.0, 0.05, 5e-7)
 
@@ -253,6 +254,8 @@ def test_the_flags_and_what_they_are_without_a_group():
         (["--advantage", "dr-grpo"], "--advantage"),
         (["--clip-high", "0"], "--clip-high is 0.0: give a positive number"),
         (["--clip-high", "nan"], "--clip-high"),
+        (["--clip-high", "0.1"], "--clip-high 0.1 is below --clip 0.2"),
+        (["--clip-high", "0.28", "--clip", "0.3"], "--clip-high 0.28 is below --clip 0.3"),
         *[
             (["--advantage", "rloo", flag, value], f"{flag} has no meaning with --advantage rloo")
             for flag, value in {

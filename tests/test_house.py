@@ -214,7 +214,7 @@ MOST_TOKENS = {
     "evaluate.py: several worked examples, --n all, questions from standard input": 700,
     "a run continues in its own wandb run; the study uses runs that are there": 400,
     "run/card.py, run/known.py: a plan for a GPU that is not here": 2700,
-    "RLOO, GRPO and the upper clip": 520,
+    "RLOO, GRPO and the upper clip": 560,
     "rewards.py: terms of the reward": 880,
     "run/critic.py, report/rerank.py: a critic that chooses among answers": 1760,
     "the HTML page explains itself: sentences, shares, healthy curves, unfinished runs": 2900,
@@ -222,7 +222,8 @@ MOST_TOKENS = {
     "shares as percentages, a folder for a run that starts from another": 120,
     "Llama 3, an untied output head, the text part of multimodal Gemmas": 1500,
     "boxed.py: MATH as data, and its grading": 3200,
-    "what experiments/tune.py asks of a run: pauses, patience, parts of what is held out": 1000,
+    "what experiments/tune.py asks of a run: pauses, patience, parts of what is held out": 1030,
+    "report/charts.py: an axis with ticks of its own": 40,
     "train_prm.py, steps.py, run/prm.py, coloured.py: a process reward model": 6450,
     "reward models on the page, settings of another type, results of another critic": 800,
 }

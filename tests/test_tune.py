@@ -14,12 +14,13 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import train_ppo
 import train_sft
-from experiments import tune, tune_space
+from experiments import tune, tune_page, tune_space
 from nanogsm import UserError
 from nanogsm.run.folder import hold
 from nanogsm.run.loop import check_finite
@@ -69,6 +70,19 @@ def test_the_space_is_narrowed_and_a_given_flag_is_not_searched():
         (["sft", "--space", "lr=0:1"], "give numbers"),
         (["sft", "--space", "epochs=1.5,2"], "give whole numbers"),
         (["sft", "--space", "batch=8:64"], "give whole numbers, as A,B,C"),
+        (["sft", "--space", "lr=1e-3,nan"], "--space lr=1e-3,nan: give numbers"),
+        (["sft", "--space", "lr=1e-3:inf"], "give numbers"),
+        (["sft", "--space", "warmup=0,-inf,0.1"], "give numbers"),
+        (["sft", "--space", "lr=1e-4:1e-3", "lr=2e-4:1e-3"], "lr=2e-4:1e-3: lr is given twice"),
+        (["sft", "--space", "lr=1e-4:1e-3", "--space", "lr=2e-4:1e-3"], "lr is given twice"),
+        (["sft", "--space", "lr=1e-3:1.0000001e-3"], "two of the values are the same in three"),
+        (["sft", "--space", "lr=1e-4,2e-4,0.0001"], "two of the values are the same in three"),
+        (["sft", "--space", "batch=8,16,8"], "batch=8,16,8: two of the values are the same"),
+        (["sft", "--space", "warmup=0.1,2,0"], "--space must leave out --warmup 2: --warmup is 2"),
+        (["ppo", "--init", "tiny", "--clip-high", "0.25"],
+         "--space must leave out --clip 0.3: --clip-high 0.25 is below --clip 0.3"),
+        (["ppo", "--init", "tiny", "--advantage", "rloo", "--space", "lam=0.9,1"],
+         "ppo searches lr, kl_coef, clip, batch, epochs"),
         (["sft", *"--lr 1 --epochs 1 --warmup 0 --accumulation 1".split()], "nothing is left"),
         (["sft", "--space", "lora_r=8"], "sft searches lr, epochs, warmup, batch"),
         (["sft", "--space", "clip=0.1,0.2"], "sft searches"),
@@ -87,6 +101,24 @@ def test_bad_flags_are_one_line(argv, says):
     with pytest.raises(UserError, match=re.escape(says)):
         parsed(*argv, "--tiny")
     assert not os.listdir(".")
+
+
+@pytest.mark.parametrize("method", ["gae", "rloo", "grpo"])
+def test_ppo_without_a_critic_searches_nothing_of_the_critic(method):
+    flags = ["ppo", "--tiny", "--init", "tiny", "--advantage", method]
+    of_critic = {"value_lr", "lam"} if method == "gae" else set()
+    space = parsed(*flags).space
+    assert space.keys() == {"lr", "kl_coef", "clip", "batch", "epochs"} | of_critic
+    args = parsed(*flags, "--space", "lr=1e-5:1e-4")
+    assert args.space == space | {"lr": (1e-5, 1e-4)}
+    params = {name: values[0] for name, values in args.space.items()}
+    run = train_ppo.parse_args(tune_space.command_of(args, 0, params)[1:] + ["--device", "cpu"])
+    assert run.advantage == (None if method == "gae" else method) and run.lr == 1e-5
+
+
+def test_space_may_be_given_in_several_flags():
+    space = parsed("sft", "--tiny", "--space", "lr=1e-4:1e-3", "--space", "epochs=1,2").space
+    assert space["lr"] == (1e-4, 1e-3) and space["epochs"] == [1, 2]
 
 
 def test_a_trial_is_a_command_that_the_script_takes():
@@ -233,18 +265,116 @@ def test_a_whole_search(script, capsys):
     # By hand: both halves have 512 problems, so with p the search's score the error of p - 0.5 is
     # sqrt((p (1 - p) + 0.25) / 512).
     p = best.value
-    give = 196 * ((p * (1 - p) + 0.25) / 512) ** 0.5
-    assert f"flattered it by {100 * (p - 0.5):.1f} points, give or take {give:.1f}." in page
+    give, much = 196 * ((p * (1 - p) + 0.25) / 512) ** 0.5, 100 * (p - 0.5)
+    assert f"by {much:.1f} points (95%: {much - give:+.1f} to {much + give:+.1f})." in page
     assert "It scores 50.0% (95%: 45.7 to 54.3) on 512 held-out problems" in said
     numbers = [line.split(" | ")[0] for line in page.splitlines() if re.match(r"\| \d", line)]
     assert len(numbers) == 12 and numbers[0] == f"| {best.number}"
-    assert f"--out s/trial-{best.number:03}" in page and "pruned at step 10" in page
+    assert "pruned at step 10" in page and "the score at which it was pruned." in page
+    again = page.split("```")[1].split()
+    run = train_sft.parse_args(again[2:])
+    assert again[:2] == ["python", "train_sft.py"] and f"{run.lr:.3g}" == f"{best.params['lr']:.3g}"
+    assert (run.val_examples, run.val_use, run.val_every) == (None, None, 0)
+    assert (run.max_examples, run.out) == (640, "runs/tiny/sft-full-main")
     assert len(list(ET.parse("s/tune.svg").iter("{http://www.w3.org/2000/svg}circle"))) == 12
     script.ran.clear()
     assert tune.main([*ARGV, "--trials", "12"]) == 0 and not script.ran  # all is done
     assert tune.main([*ARGV, "--trials", "13"]) == 0 and len(trials()) == 13
     with pytest.raises(UserError, match="s is a search with other flags or another space"):
         tune.main([*ARGV, "--seed", "1"])
+
+
+@needs_optuna
+def test_the_better_half_is_kept_rounded_down_but_always_one():
+    """As docs/usage.md says. By hand: of .5 and .4 one, of three .6, of four two, of five two."""
+    study, kept = tune.open_study(tune.parse_args(ARGV)), []
+    for score in (0.5, 0.4, 0.6, 0.55, 0.52, 0.55):
+        trial = study.ask()
+        trial.report(score, 1)
+        kept.append(not trial.should_prune())
+    assert kept == [True, False, True, True, False, True]  # the last: third, but equal to second
+
+
+class Trial:
+    """What tune_page reads of a trial."""
+
+    def __init__(self, number, value, ended=True, **params):
+        self.number, self.value, self.params, self.user_attrs = number, value, params, {}
+        self.state = SimpleNamespace(name="COMPLETE" if ended else "PRUNED")
+        self.last_step = 1
+
+
+def written(trials: list, space: dict, **args) -> tuple[str, dict]:
+    """(tune.md, {title of a panel's x axis: ([labels], [(class, x, y) of each dot])})."""
+    usual = {"metric": "val_exact_match", "script": "train_sft.py", "flags": [], "named": set()}
+    args = usual | args | {"out": Path("."), "space": space, "val_use": 512}
+    args["run"] = SimpleNamespace(micro_batch=16)
+    tune_page.write(SimpleNamespace(trials=trials), SimpleNamespace(**args))
+    panels, labels, dots = {}, [], []
+    for part in ET.parse("tune.svg").getroot():
+        kind = part.get("class") or ""
+        if kind == "title":
+            labels, dots = [], []
+        elif kind == "x":
+            labels.append((part.text or "", float(part.get("x"))))
+        elif kind == "axis":
+            panels[part.text] = labels, dots
+        elif part.tag.endswith("circle"):
+            dots.append((kind, float(part.get("cx")), float(part.get("cy"))))
+    return Path("tune.md").read_text(), panels
+
+
+def test_choices_are_evenly_spaced_and_no_dot_hides_another():
+    scores = [0.3, 0.3, 0.3, 0.5, 0.2]
+    found = [Trial(i, s, ended=i < 4, batch=1024 if i == 3 else 16) for i, s in enumerate(scores)]
+    page, panels = written(found, {"batch": [1024, 8, 16]})
+    assert "| 3 | 0.5000 | 1024 |" in page and "trial 3" in page
+    [(labels, dots)] = panels.values()
+    assert [text for text, _ in labels if text] == ["8", "16", "1,024"]
+    first, second, third = [x for text, x in labels if text]
+    assert third - second == pytest.approx(second - first, abs=0.11)
+    assert len({(x, y) for _, x, y in dots}) == 5
+    kinds = {kind: [x for k, x, _ in dots if k == kind] for kind, *_ in dots}
+    assert {kind: len(xs) for kind, xs in kinds.items()} == {"c0": 3, "c1": 1, "c2": 1}
+    assert kinds["c2"] == pytest.approx([third], abs=0.11)
+    equal = kinds["c0"] + kinds["c1"]  # left to right in their order, around their value
+    assert equal == sorted(equal) and sum(equal) / 4 == pytest.approx(second, abs=0.11)
+    assert max(equal) - min(equal) < (second - first) / 2
+
+
+def test_rates_have_readable_ticks_at_their_places():
+    found = [Trial(0, 0.3, lr=1e-3, epochs=2), Trial(1, 0.4, lr=5e-3, epochs=4)]
+    page, panels = written(found, {"lr": (4e-4, 1e-2), "epochs": (1, 4)})
+    labels, dots = panels.pop("lr, logarithmic")
+    assert [text for text, _ in labels if text] == ["0.0005", "0.001", "0.002", "0.005", "0.01"]
+    at = dict(labels)
+    assert [x for _, x, _ in dots] == pytest.approx([at["0.001"], at["0.005"]], abs=0.11)
+    [(labels, dots)] = panels.values()
+    assert [text for text, _ in labels if text] == ["1", "2", "3", "4"]  # no 1.5
+    assert [x for _, x, _ in dots] == [dict(labels)["2"], dict(labels)["4"]]
+    assert "pruned." not in page
+
+
+@pytest.mark.parametrize(
+    "low, high, want",
+    [
+        (1e-5, 1e-1, [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]),
+        (1e-3, 0.5, [1e-3, 1e-2, 1e-1]),
+        (2e-4, 1e-3, [2e-4, 5e-4, 1e-3]),
+        (1.1e-3, 1.9e-3, [1.1e-3, 1.9e-3]),
+        (1e-12, 1.0, [1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2, 1.0]),
+    ],
+)
+def test_the_values_that_a_logarithmic_axis_labels(low, high, want):
+    assert tune_page.round_values(low, high) == want
+
+
+def test_the_command_keeps_the_flags_of_the_command_line_and_no_others():
+    flags = ["--val-examples", "600", "--val-every", "20"]
+    best = [Trial(0, 0.3, ended=False, lr=2e-3), Trial(1, 0.2, lr=1e-3)]
+    page, _ = written(best, {"lr": (1e-4, 1e-2)}, flags=flags, named={"--val-examples"})
+    assert "\npython train_sft.py --val-examples 600 --val-every 20 --lr 0.001\n" in page
+    assert "in the script's usual folder:" in page and "A pruned trial has the score" in page
 
 
 @needs_optuna

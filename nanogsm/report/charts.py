@@ -27,6 +27,7 @@ class Panel(NamedTuple):
     x: str = ""  # what x counts
     last: float | None = None  # where the x axis ends; without it at the last point
     dots: bool = False  # a dot for each point, and no line
+    ticks: list[tuple[float, str]] | None = None  # of x: (x, label), from end to end of the axis
 
 
 def number(value: float) -> str:
@@ -52,6 +53,8 @@ def panel_svg(panel: Panel, names: list[str], x0: float, y0: float) -> str:
     y_ticks, first, last = ticks(min(ys), max(ys)), min(xs), max(xs)
     if panel.last is not None:
         first, last = min(first, 0), max(last, panel.last)
+    if panel.ticks:
+        first, last = panel.ticks[0][0], panel.ticks[-1][0]
     last = last if last > first else first + 1  # the x axis ends at the last point, y at a tick
     y_labels = [number(100 * y) + "%" if panel.percent else number(y) for y in y_ticks]
     left = x0 + max(LEFT, 10 + DIGIT * max(map(len, y_labels)))
@@ -63,8 +66,9 @@ def panel_svg(panel: Panel, names: list[str], x0: float, y0: float) -> str:
     for y, y_label in zip(map(at_y, y_ticks), y_labels):
         parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
         parts.append(f'<text class="y" x="{left - 6}" y="{y + 4:.1f}">{y_label}</text>')
-    for x in [x for x in ticks(first, last) if first <= x <= last]:
-        parts.append(f'<text class="x" x="{at_x(x):.1f}" y="{bottom + 16}">{number(x)}</text>')
+    found = [(x, number(x)) for x in ticks(first, last) if first <= x <= last]
+    for x, x_label in panel.ticks or found:
+        parts.append(f'<text class="x" x="{at_x(x):.1f}" y="{bottom + 16}">{x_label}</text>')
     if panel.x:
         place = f'x="{(left + right) / 2}" y="{bottom + 32}"'
         parts.append(f'<text class="axis" {place}>{html.escape(panel.x)}</text>')

@@ -297,10 +297,13 @@ def check_choosing(args: argparse.Namespace) -> None:
 
 
 def part(text: str) -> tuple[int, int]:
-    """--part K/N as (K, N)."""
-    k, n = map(int, text.split("/"))
-    if not 1 <= k <= n:
-        raise ValueError
+    """argparse's type of --part K/N: (K, N)."""
+    try:
+        k, n = map(int, text.split("/"))
+        if not 1 <= k <= n:
+            raise ValueError
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"give K/N, K from 1 to N, not {text!r}") from error
     return k, n
 
 
@@ -445,6 +448,8 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
     at_least |= dict.fromkeys(penalties, 0)
     positive = ("lr", "value_lr", "clip", "clip_high", "value_clip", "max_grad_norm", "lora_alpha")
     check_numbers(args, at_least, positive)
+    if args.clip_high is not None and args.clip_high < args.clip:
+        raise UserError(f"--clip-high {args.clip_high:g} is below --clip {args.clip:g}")
     if (total := sum(getattr(args, name) for name in penalties)) > rewards.MOST + 1e-9:
         raise UserError(f"the weights of --penalty-... add up to {total:g}: give at most "
                         f"{rewards.MOST:g} in all, or a wrong answer could be worth more than a "
