@@ -47,12 +47,12 @@ def parsed(*argv: str):
 
 def test_the_usual_space_lies_around_the_recipe():
     args = parsed("lora", "--tiny")
-    assert args.space["lr"] == pytest.approx((2e-3, 5e-2)) and args.space["lora_r"] == [8, 16, 64]
+    assert args.space["lr"] == pytest.approx((6e-4, 1.5e-2)) and args.space["lora_r"] == [8, 16, 64]
     assert args.space["epochs"] == [1, 2, 3]
     assert (args.val_use, args.examples) == (512, 7473 - 1024)
     assert "lora_r" not in parsed("sft", "--tiny").space
     assert "lora_r" in parsed("sft", "--tiny", "--lora").space
-    assert parsed("sft", "--tiny").space["lr"] == pytest.approx((4e-4, 1e-2))
+    assert parsed("sft", "--tiny").space["lr"] == pytest.approx((8.6e-5, 2.15e-3))
 
 
 def test_the_space_is_narrowed_and_a_given_flag_is_not_searched():
@@ -214,8 +214,8 @@ class Script:
         return 0, ""
 
 
-ARGV = "sft --tiny --space lr=1e-5:1e-1 --warmup 0 --epochs 1 --accumulation 1 --max-examples 640"
-ARGV = [*ARGV.split(), "--out", "s", "--device", "cpu"]
+ARGV = "sft --tiny --space lr=1e-5:1e-1 --warmup 0 --epochs 1 --micro-batch 16 --accumulation 1"
+ARGV = [*ARGV.split(), "--max-examples", "640", "--out", "s", "--device", "cpu"]
 
 
 @pytest.fixture
