@@ -559,6 +559,6 @@ def test_one_process_knows_nothing_of_others():
 
 def test_rank_0_grades_boxes_and_the_others_hear_of_it(monkeypatch):
     monkeypatch.setattr(boxed, "_ask", lambda *_: boxed.Verdict(distributed.RANK == 0))
-    boxed._grade_once.cache_clear()
+    boxed._grade_on_all.cache_clear()
     found = on_ranks(2, lambda: [boxed.grade("6", gold).right for gold in ("7", "6", "8")])
     assert found == [[True, True, True]] * 2  # rank 1 itself would say that 6 is not 7

@@ -199,6 +199,24 @@ MEMORY_ADVICE = (
 )
 
 
+# Flags whose values may differ between machines. What these places hold is compared by digest.
+PLACES = ("data", "model", "init", "base", "reward", "out", "run", "rerank", "compare")
+OF_MACHINE = ("device", "data_dir")  # a rank has a GPU of its own; data_dir may be in the environment
+
+
+def same_command(args):
+    """A script's parsed flags, as they are. UserError if the ranks run different scripts or have
+    different flags. Where a flag names a place, only whether it was given is compared. A script
+    calls this before anything that the ranks do together."""
+    distributed.check_same({"the script": os.path.basename(sys.argv[0])})
+    flags = {
+        name: value is not None if name in PLACES else value
+        for name, value in vars(args).items() if name not in OF_MACHINE
+    }  # fmt: skip
+    distributed.check_same(flags)
+    return args
+
+
 def entry(main: Callable[[], int | None]) -> NoReturn:
     """`if __name__ == "__main__": entry(main)`: run main and exit with what it returns.
 
@@ -225,6 +243,9 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
         code = 141
     except SystemExit as error:  # --help
         code = error.code or 0
+        if not isinstance(code, int):  # as Python does: sys.exit("text") prints it and ends with 1
+            _fail(str(code))
+            code = 1
     except Exception as error:
         message = _explained(error)
         if not message and distributed.COUNT == 1:
