@@ -229,9 +229,9 @@ def on_rank_0(do: Callable[[], Any]) -> Any:
 
 
 def check_same(settings: dict) -> None:
-    """UserError if the ranks have different settings, which are JSON values. A setting that a rank
-    lacks is different, too. So is a rank that is elsewhere in the program and says something
-    else."""
+    """UserError if the ranks have different settings, which are JSON values. A setting that only
+    some ranks have is different, too. So are ranks that are elsewhere in the program, and say
+    something else."""
     first, *others = everyone = gathered(settings)
     names = {"what they do"}
     if all(isinstance(one, dict) for one in everyone):

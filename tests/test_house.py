@@ -224,6 +224,7 @@ MOST_TOKENS = {
     "boxed.py: MATH as data, and its grading": 3200,
     "what experiments/tune.py asks of a run: pauses, patience, parts of what is held out": 1000,
     "train_prm.py, steps.py, run/prm.py, coloured.py: a process reward model": 6450,
+    "one line for odd rewards, rows and ranks, and for ranks with different commands": 660,
 }
 
 

@@ -199,15 +199,18 @@ MEMORY_ADVICE = (
 )
 
 
-# Flags whose values may differ between machines. What these places hold is compared by digest.
+# Flags that name a place, which may be elsewhere on another machine. Data, weights and rewards are
+# compared later, by digest.
 PLACES = ("data", "model", "init", "base", "reward", "out", "run", "rerank", "compare")
-OF_MACHINE = ("device", "data_dir")  # a rank has a GPU of its own; data_dir may be in the environment
+# A rank has a GPU of its own, and --data-dir may come from the environment of one machine only.
+OF_MACHINE = ("device", "data_dir")
 
 
 def same_command(args):
-    """A script's parsed flags, as they are. UserError if the ranks run different scripts or have
-    different flags. Where a flag names a place, only whether it was given is compared. A script
-    calls this before anything that the ranks do together."""
+    """A script's parsed flags, unchanged. UserError if the ranks run different scripts or have
+    different flags. Of a flag that names a place only its presence is compared. A script calls this
+    right after it has parsed its flags: ranks that do different things would wait for each other,
+    or take each other's messages for their own."""
     distributed.check_same({"the script": os.path.basename(sys.argv[0])})
     flags = {
         name: value is not None if name in PLACES else value

@@ -26,8 +26,8 @@ from nanogsm.data import Problem, cut
 from nanogsm.store.files import one_line
 
 Reward = Callable[[str, Problem, bool], float]
-# The value loss and the gradient norm square rewards, and add up many such squares, in float32,
-# which ends at 3e38.
+# The largest reward. The value loss squares it, the gradient norm squares its product with hidden
+# states, and both add up many such squares in float32, which ends at 3e38.
 MOST = 1e12
 
 
@@ -56,8 +56,8 @@ def load_reward(path: str) -> tuple[Reward, str]:
         if not math.isfinite(number):
             raise UserError(f"{where}: it returned {_shown(value)}, which is not a finite number")
         if abs(number) > MOST:
-            raise UserError(f"{where}: it returned {number:g}: give numbers up to {MOST:g}, because "
-                            "training squares them in float32")  # fmt: skip
+            raise UserError(f"{where}: it returned {number:g}: give numbers up to {MOST:g}, "
+                            "because training squares them in float32")  # fmt: skip
         return number
 
     return checked, hashlib.sha256(source).hexdigest()
@@ -65,9 +65,10 @@ def load_reward(path: str) -> tuple[Reward, str]:
 
 @contextlib.contextmanager
 def _own_code(where: str) -> Iterator[None]:
-    """Around code of the user's file. What it raises, sys.exit() included, becomes one line. What
-    it changes for the whole process is put back: the working directory, in which the run writes its
-    result, and PyTorch's default type and gradient mode."""
+    """Around code of the user's file. What it raises becomes one line; so does sys.exit(), which
+    would end the run as if all were well. Three things that it may change for the whole process are
+    put back: the working directory, where the run writes its result, and PyTorch's default type and
+    gradient mode."""
     folder, dtype, with_gradient = os.getcwd(), torch.get_default_dtype(), torch.is_grad_enabled()
     try:
         yield
@@ -85,14 +86,14 @@ def _number(value: object) -> float:
     """value as a float, NaN if it is no number."""
     try:
         return math.nan if isinstance(value, (str, bytes)) else float(value)
-    except Exception:  # of None, of a long tensor, of an object with its own ideas
+    except Exception:  # of None, of a long tensor, of a class whose __float__ fails
         return math.nan
 
 
 def _shown(value: object) -> str:
     try:
         return f"{value!r:.60}"
-    except Exception:  # an int of more than 4,300 digits has no text, and others may fail, too
+    except Exception:  # of an int of more than 4,300 digits, of a class whose __repr__ fails
         return f"an object of the type {type(value).__name__}"
 
 

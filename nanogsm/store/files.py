@@ -159,7 +159,7 @@ def read_pairs(path: Path) -> list[tuple[int, str, str]]:
         except UserError as e:
             raise UserError(f"{path} line {number}: {e}") from e
         except UnicodeEncodeError as e:
-            half = rf"\u{ord(e.object[e.start]):04x}"  # valid JSON, but not text
+            half = rf"\u{ord(e.object[e.start]):04x}"  # which is valid JSON, but not text
             raise UserError(f"{path} line {number}: {half} is half of a character (a surrogate "
                             "without its pair)") from e  # fmt: skip
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
