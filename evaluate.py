@@ -218,7 +218,7 @@ def print_beside(s: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    args = console.same_command(parse_args(argv))
     if args.compare:
         return compare(*args.compare, args.all)
     args.device, args.precision = machine.pick_compute(args.device, args.precision)

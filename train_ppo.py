@@ -536,7 +536,7 @@ def train(args, folder, found, prompt, problems, held_out, scored_by) -> int | N
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    args = console.same_command(parse_args(argv))
     scored_by = start.own_reward(args) or reward
     prompt = start.prompt_of_init(args)
     found = start.find_start(args, "init")

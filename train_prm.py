@@ -211,7 +211,7 @@ def train(args, folder, found, examples: list[Example], held_out: list[Example],
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = prm.prm_args(argv)
+    args = console.same_command(prm.prm_args(argv))
     prompt = prm.prompt_for(args)
     found = start.find_start(args, "model")
     start.set_rank(args, found)

@@ -168,7 +168,7 @@ def train(args, folder, found, prompt, examples, steps, held_out, held_out_examp
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    args = console.same_command(parse_args(argv))
     found = start.find_start(args, "model")
     start.set_rank(args, found)
     config, tokenizer = read_config(found.base), known.tokenizer(found)

@@ -209,13 +209,18 @@ def grade(answer: str | None, gold: str) -> Verdict:
     """Whether an answer (the inside of a box, or None) is right. On many devices rank 0 asks the
     package and tells the others, because a timeout may come on one and not on another. Trap: so all
     ranks have to call this in the same order, or rank 0 alone inside distributed.on_rank_0."""
-    # What rank 0 has graded alone, the others do not know. So it is remembered apart.
-    return _grade_once(answer, gold, distributed.ALONE)
+    return (_grade_alone if distributed.ALONE else _grade_on_all)(answer, gold)
 
 
 @functools.lru_cache(2**14)
-def _grade_once(answer: str | None, gold: str, alone: bool) -> Verdict:
+def _grade_on_all(answer: str | None, gold: str) -> Verdict:
     return _grade(answer, gold, distributed.on_rank_0)
+
+
+# Trap: this needs a memory of its own. The other must hold the same on all ranks, or one of them
+# would ask again, and the ranks would get out of step. What rank 0 grades alone would push out
+# verdicts there that the others still have.
+_grade_alone = functools.lru_cache(2**14)(_grade_on_all.__wrapped__)
 
 
 def _grade(answer: str | None, gold: str, asked: Callable) -> Verdict:

@@ -47,7 +47,15 @@ def start() -> None:
     needed = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     if not needed <= os.environ.keys():
         return  # a cluster may set some of these for other purposes
-    RANK, COUNT = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    found = {name: os.environ[name] for name in needed - {"MASTER_ADDR"}}
+    advice = "leave the environment variables of many devices to torchrun"
+    for name, text in sorted(found.items()):
+        if not text.isdecimal():
+            raise UserError(f"{name} is {text!r}, which is not a number from 0 up: {advice}")
+    rank, count = int(found["RANK"]), int(found["WORLD_SIZE"])
+    if rank >= count:
+        raise UserError(f"RANK is {rank}, and must be below WORLD_SIZE, which is {count}: {advice}")
+    RANK, COUNT = rank, count
     if COUNT == 1:
         return
     if RANK:
@@ -221,11 +229,21 @@ def on_rank_0(do: Callable[[], Any]) -> Any:
 
 
 def check_same(settings: dict) -> None:
-    """UserError if the ranks have different settings, which are JSON values."""
-    everyone = gathered(settings)
-    names = {name for one in everyone for name in one if one[name] != everyone[0].get(name)}
+    """UserError if the ranks have different settings, which are JSON values. A setting that only
+    some ranks have is different, too. So are ranks that are elsewhere in the program, and say
+    something else."""
+    first, *others = everyone = gathered(settings)
+    names = {"what they do"}
+    if all(isinstance(one, dict) for one in everyone):
+        absent = object()
+        names = {
+            name for one in others for name in first | one
+            if one.get(name, absent) != first.get(name, absent)
+        }  # fmt: skip
     if names:
-        raise UserError(f"the processes differ in {', '.join(sorted(names))}: start the same "
+        shown, more = sorted(names)[:8], len(names) - 8
+        also = f" and {more} more" * (more > 0)
+        raise UserError(f"the processes differ in {', '.join(shown)}{also}: start the same "
                         "command with the same files on every machine")  # fmt: skip
 
 

@@ -36,12 +36,12 @@ needs_package = pytest.mark.skipif(not HAVE_PACKAGE, reason="math-verify is not 
 
 @pytest.fixture(autouse=True)
 def nothing_remembered(monkeypatch, tmp_path):
-    boxed._grade_once.cache_clear()
+    boxed._grade_on_all.cache_clear()
     GRADER_NAME.cache_clear()
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NANOGSM_DATA_DIR", raising=False)
     yield
-    boxed._grade_once.cache_clear()
+    boxed._grade_on_all.cache_clear()
     GRADER_NAME.cache_clear()
 
 

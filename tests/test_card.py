@@ -291,3 +291,23 @@ def test_the_bound_names_its_rates_and_is_called_one():
     assert "2.5 hours on an H100" in card.least_time(args, 989e12 * 3600, 3350e9 * 7200)
     args.precision = "fp32"
     assert "on an RTX 4090 (82.6 TFLOP/s)" in card.least_time(args, 1e15)
+
+
+@pytest.mark.parametrize("gib", ["20", "0.001"])
+def test_a_step_of_millions_is_planned_in_seconds(gated, capsys, monkeypatch, gib):
+    """It has 504 divisors. The flags that are named make it fit all the same."""
+    tries = []
+    monkeypatch.setattr(card, "fit_card", lambda *a, f=card.fit_card: tries.append(1) or f(*a))
+    argv = [*SFT, "--gpu-memory", gib, "--micro-batch", "7207200", "--accumulation", "1"]
+    plan = said(capsys, train_sft.main, *argv)
+    assert len(tries) < 250
+    named = re.findall(r"^(?:or )?add +(--.*?)(?: on \d+ such cards.*)?: 1\.3 x", plan, re.M)
+    assert len(named) == 2 * (gib == "20")
+    assert all("it fits" in said(capsys, train_sft.main, *argv, *n.split()) for n in named)
+
+
+def test_smaller_micro_batches_that_divide_a_step():
+    assert [*card._smaller(16, 32)] == [8, 4, 2, 1]
+    assert [*card._smaller(13, 60)] == [12, 10, 6, 5, 4, 3, 2, 1]  # all of the usual sizes
+    assert [*card._smaller(100, 240)] == [48, 24, 16, 15, 12, 10, 8, 6, 5, 4, 3, 2, 1]
+    assert [*card._smaller(1, 8)] == []

@@ -83,6 +83,7 @@ def test_entry_exits_with_what_main_returns(capsys):
     code, err = ended(lambda: fail(KeyboardInterrupt()), capsys)
     assert code == 130 and err == "\nstopped at once: what was not saved is lost\n"
     assert ended(lambda: sys.exit(7), capsys) == (7, "")
+    assert ended(lambda: sys.exit("a text"), capsys) == (1, "error: a text\n")
 
 
 def test_user_error_is_one_safe_line(capsys):

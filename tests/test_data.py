@@ -644,9 +644,6 @@ def test_unicode_line_separators_inside_a_text_end_no_line(tmp_path, character):
         '{"question": "a", "answer": 1}',
         '{"question": "a", "answer": null}',
         '{"question": ["a"], "answer": "#### 1"}',
-        r'{"question": "half a pair: \ud83c", "answer": "#### 1"}',
-        r'{"question": "a", "answer": "\udf4e #### 1"}',
-        r'{"question": "a\ud83c", "answer": "\udf4e #### 1"}',  # no pair across two texts
         "[" * 100_000,
     ],
 )
@@ -665,6 +662,21 @@ def test_a_misspelt_field_is_named(tmp_path):
 def test_a_whole_surrogate_pair_is_a_character(tmp_path):
     path = write(tmp_path, r'{"question": "\ud83c\udf4e?", "answer": "#### 1"}')
     assert read_jsonl(path)[0].question == "\U0001f34e?"
+
+
+@pytest.mark.parametrize(
+    "bad, half",
+    [
+        (r'{"question": "half a pair: \ud83c", "answer": "#### 1"}', r"\ud83c"),
+        (r'{"question": "a", "answer": "\udf4e #### 1"}', r"\udf4e"),
+        (r'{"question": "a\ud83c", "answer": "\udf4e #### 1"}', r"\ud83c"),  # across two texts
+    ],
+)
+def test_half_a_surrogate_pair_is_named(tmp_path, bad, half):
+    """The texts are there, and are JSON. But no tokenizer takes them."""
+    path = write(tmp_path, f"{row()}\n\n{bad}\n")
+    with pytest.raises(UserError, match=f"line 3: {re.escape(half)} is half of a character"):
+        read_jsonl(path)
 
 
 @pytest.mark.parametrize("question", ["", " \n\t"])
@@ -703,9 +715,16 @@ def test_other_names_of_question_and_answer(tmp_path, line, question):
     "turns, says",
     [([ASKED, SAID, ASKED, SAID], "not user, assistant, user, assistant"), ([ASKED], "not user"),
      ([SAID, ASKED], "not assistant, user"), ([], "not none"), ([ASKED, SYSTEM, SAID], "turn"),
-     ([{"role": ["x"] * 99, "content": ""}], "not ['x', 'x'"), ("text", "not a JSON object"),
-     ([3, 4], "not a JSON object"), ([ASKED, {"role": "assistant"}], "'content' is missing"),
-     ([ASKED, {"role": "assistant", "content": [{"text": "5"}]}], "not a JSON object"),
+     ([{"role": ["x"] * 99, "content": ""}], "not ['x', 'x'"),
+     ("text", "must be a list of objects"),
+     ([3, 4], "must be a list of objects"), ({"role": "user"}, "must be a list of objects"),
+     (None, "must be a list of objects"), (7, "must be a list of objects"),
+     ([{"content": "5"}, SAID], "not a turn without a role, assistant"),
+     ([ASKED, {"role": "assistant"}], "the content of the assistant turn is missing"),
+     ([ASKED, {"role": "assistant", "content": [{"text": "5"}]}],
+      "the content of the assistant turn is a list of parts: join"),
+     ([{"role": "user", "content": None}, SAID], "content of the user turn is null, not a text"),
+     ([{"role": "user", "content": {"a": "b" * 99}}, SAID], 'turn is {"a": "bbb'),
      ([{"role": "user", "content": ""}, SAID], "the question is empty")],
 )  # fmt: skip
 def test_other_chats_are_refused_with_their_line(tmp_path, turns, says):

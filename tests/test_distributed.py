@@ -5,6 +5,7 @@ has a limit of time: ranks that wait for each other would wait for an hour.
 """
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ from safetensors.torch import load_file
 
 import evaluate
 import train_ppo
+import train_prm
 import train_sft
 from nanogsm import UserError, boxed, data, distributed, generate, optim
 from nanogsm.model import load_model, sampler_of, save_model
@@ -292,6 +294,82 @@ def test_processes_with_different_settings_are_refused():
         assert name == "UserError" and "the processes differ in lr: start the same" in text
 
 
+@pytest.mark.parametrize(
+    "mine, says",
+    [(lambda r: {"a": 1, "own": 2} if r == 0 else {"a": 1}, "own"),
+     (lambda r: {"a": 1, "own": None} if r == 1 else {"a": 1}, "own"),
+     (lambda r: {"a": 1} if r == 0 else [None, None], "what they do"),
+     (lambda r: {f"x{i:02}": r for i in range(11)},
+      "x00, x01, x02, x03, x04, x05, x06, x07 and 3 more")],
+)  # fmt: skip
+def test_a_rank_that_lacks_a_setting_or_says_something_else_is_refused(mine, says):
+    for name, text in on_ranks(2, lambda: distributed.check_same(mine(distributed.RANK))):
+        assert name == "UserError" and f"the processes differ in {says}: start" in text
+
+
+@pytest.mark.parametrize(
+    "main, argv, more, says",
+    [(train_sft.main, SFT, ["--dry-run"], "dry_run"),
+     (train_sft.main, SFT, ["--overwrite"], "overwrite"),
+     (train_ppo.main, ["--tiny", "--init", "tiny"], ["--reward", "own.py"], "reward"),
+     (train_prm.main, ["--tiny", "--data", "x.jsonl"], ["--lr", "0.5"], "lr"),
+     (evaluate.main, ["--tiny"], ["--ask", "1?"], "ask"),
+     (evaluate.main, ["--tiny"], ["--compare", "a", "b"], "compare"),
+     (evaluate.main, ["--tiny", "--samples", "2", "--temperature", "1"], ["--rerank", "x"],
+      "rerank")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+@pytest.mark.parametrize("on", [0, 1])
+def test_a_flag_of_one_rank_alone_is_refused(tmp_path, monkeypatch, main, argv, more, says, on):
+    monkeypatch.chdir(tmp_path)
+    for name, text in on_ranks(2, lambda: main([*argv, *more * (distributed.RANK == on)])):
+        assert name == "UserError" and f"the processes differ in {says}: start" in text
+    assert not [*tmp_path.iterdir()]
+
+
+def test_ranks_with_different_scripts_are_refused():
+    def meet():
+        sys.argv = [f"/somewhere/{('train_sft.py', 'evaluate.py')[distributed.RANK]}"]
+        (train_sft.main, evaluate.main)[distributed.RANK](["--tiny"])
+
+    for name, text in on_ranks(2, meet):
+        assert name == "UserError" and "the processes differ in the script: start" in text
+
+
+def test_machines_may_have_files_and_devices_of_their_own():
+    def meet():
+        sys.argv = [f"/home/{distributed.RANK}/train_sft.py"]
+        places = {name: f"/data{distributed.RANK}" for name in (*console.PLACES, "device")}
+        found = SimpleNamespace(**places, seed=3, data_dir=[None, "/x"][distributed.RANK])
+        return console.same_command(found) is found
+
+    assert on_ranks(2, meet) == [True, True]
+
+
+@pytest.mark.parametrize(
+    "changed, says",
+    [({"RANK": "x"}, "RANK is 'x', which"), ({"WORLD_SIZE": ""}, "WORLD_SIZE is '', which"),
+     ({"RANK": "-1"}, "RANK is '-1', which"), ({"WORLD_SIZE": "-2"}, "WORLD_SIZE is '-2', which"),
+     ({"LOCAL_RANK": "1.5"}, "LOCAL_RANK is '1.5'"), ({"MASTER_PORT": "http"}, "MASTER_PORT is"),
+     ({"WORLD_SIZE": "0"}, "RANK is 0, and must be below WORLD_SIZE, which is 0"),
+     ({"RANK": "5"}, "RANK is 5, and must be below WORLD_SIZE, which is 2"),
+     ({"RANK": "2"}, "RANK is 2, and must be below WORLD_SIZE, which is 2")],
+    ids=str,
+)  # fmt: skip
+def test_ranks_that_cannot_be_are_refused_before_any_waits(monkeypatch, changed, says):
+    usual = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": "1"}  # fmt: skip
+    for name, text in (usual | changed).items():
+        monkeypatch.setenv(name, text)
+    for name in ("RANK", "COUNT"):  # which would be put back
+        monkeypatch.setattr(distributed, name, getattr(distributed, name))
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match=says):
+        distributed.start()
+    assert (distributed.RANK, distributed.COUNT) == (0, 1)
+
+
 def test_a_run_with_another_seed_on_one_rank_is_refused(tmp_path):
     def train():
         seed = ["--seed", str(distributed.RANK)]
@@ -461,9 +539,11 @@ def test_a_dry_run_says_what_each_device_needs(capsys):
     assert found[0] == pytest.approx([4 * x for x in found[1]], rel=0.02)
 
 
-def test_a_step_smaller_than_the_number_of_devices_is_refused():
-    argv = [*SFT, "--micro-batch", "1", "--accumulation", "2", "--dry-run"]
-    for name, text in on_ranks(3, train_sft.main, argv):
+@pytest.mark.parametrize("script", [train_sft, train_prm])
+def test_a_step_smaller_than_the_number_of_devices_is_refused(script):
+    argv = ["--tiny", "--device", "cpu", "--data", "x.jsonl", "--dry-run"]
+    argv += ["--micro-batch", "1", "--accumulation", "2"]
+    for name, text in on_ranks(3, script.main, argv):
         assert name == "UserError" and "a step of 1 x 2 is too small for 3 devices" in text
 
 
@@ -497,8 +577,9 @@ def fail_on_rank_1(error: BaseException) -> None:
 @pytest.mark.parametrize(
     "error, status, line",
     [(UserError("wrong"), 2, "error: wrong"), (SystemExit(0), 0, ""),
+     (SystemExit("text"), 1, "error: text"),  # os._exit takes numbers only
      (KeyboardInterrupt(), 130, "stopped at once"), (KeyError("bug"), 1, "KeyError: 'bug'")],
-    ids=["user error", "--help", "Ctrl-C", "bug"],
+    ids=["user error", "--help", "sys.exit with a text", "Ctrl-C", "bug"],
 )  # fmt: skip
 def test_a_rank_that_fails_ends_all_with_one_message(tmp_path, error, status, line):
     """Also if it ends by --help: its threads must not be aborted, which would be a core dump."""
@@ -521,7 +602,8 @@ def test_a_rank_that_fails_ends_all_with_one_message(tmp_path, error, status, li
     assert ranks[1].exitcode == status and {p.exitcode for p in ranks} <= {status, 1, 2}
     text = said.read_text()
     assert line in text and "terminate" not in text, text
-    assert text.count("error: ") == (status == 2) and text.count("Traceback") == (status == 1)
+    assert text.count("error: ") == line.startswith("error: ")
+    assert text.count("Traceback") == isinstance(error, KeyError)
 
 
 def test_a_rank_that_is_killed_loses_nothing_that_was_saved(tmp_path, alone):
@@ -559,6 +641,24 @@ def test_one_process_knows_nothing_of_others():
 
 def test_rank_0_grades_boxes_and_the_others_hear_of_it(monkeypatch):
     monkeypatch.setattr(boxed, "_ask", lambda *_: boxed.Verdict(distributed.RANK == 0))
-    boxed._grade_once.cache_clear()
+    boxed._grade_on_all.cache_clear()
     found = on_ranks(2, lambda: [boxed.grade("6", gold).right for gold in ("7", "6", "8")])
     assert found == [[True, True, True]] * 2  # rank 1 itself would say that 6 is not 7
+
+
+def test_what_rank_0_grades_alone_pushes_out_nothing_that_all_have_graded(monkeypatch):
+    """Or it would ask again, and the ranks would be out of step."""
+    monkeypatch.setattr(boxed, "_ask", lambda *_: boxed.Verdict(True))
+    memories = {name: getattr(boxed, name) for name in ("_grade_on_all", "_grade_alone")}
+    small = {old: functools.lru_cache(3)(old.__wrapped__) for old in memories.values()}
+    for name, old in memories.items():
+        monkeypatch.setattr(boxed, name, small[old])
+
+    def steps():
+        for answer in "ababcdabcd":
+            many = [f"{answer}{i}" for i in range(3)]
+            distributed.on_rank_0(lambda: [boxed.grade(each, "x").right for each in many])
+            boxed.grade(answer, "x")
+        return distributed.gathered("done")
+
+    assert on_ranks(2, steps) == [["done", "done"]] * 2

@@ -635,6 +635,20 @@ def test_ask_answers_each_line_of_standard_input(monkeypatch, capsys):
         main([*flags(None), "--ask"])
 
 
+@pytest.mark.parametrize(
+    "stdin, says",
+    [(None, "standard input is closed"),
+     (io.TextIOWrapper(io.BytesIO(b"caf\xe9?\n"), "utf-8"), "the question is not UTF-8 text"),
+     (open(os.devnull, "w"), "standard input cannot be read (not readable)")],
+    ids=["closed", "latin-1", "not readable"],
+)  # fmt: skip
+def test_standard_input_that_cannot_be_read_is_one_line(monkeypatch, stdin, says):
+    answers(monkeypatch, ["#### 72"])
+    monkeypatch.setattr("sys.stdin", stdin)
+    with pytest.raises(UserError, match=re.escape(f"--ask: {says}")):
+        main([*flags(None), "--ask"])
+
+
 def test_an_answer_is_shown_while_it_is_sampled(monkeypatch, capsys):
     """Nothing that `cut` would drop is ever shown, and no half of a character."""
     tokenizer, seen = data.Tokenizer(GEMMA), []

@@ -226,6 +226,7 @@ MOST_TOKENS = {
     "report/charts.py: an axis with ticks of its own": 40,
     "train_prm.py, steps.py, run/prm.py, coloured.py: a process reward model": 6450,
     "reward models on the page, settings of another type, results of another critic": 800,
+    "one line for odd rewards, rows and ranks, and for ranks with different commands": 660,
 }
 
 

@@ -1,15 +1,19 @@
 """A reward of one's own: what the file may do, and what is said when it does something else."""
 
+import contextlib
 import json
+import math
+import os
 import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_ppo
 from nanogsm import UserError, data
-from nanogsm.run.reward import load_reward
+from nanogsm.run.reward import MOST, load_reward
 
 PROBLEM = data.Problem("2 + 3?", "It is 5.\n#### 5", 7)
 FLAGS = ["--tiny", "--device", "cpu", "--init", "tiny", "--steps", "1", "--rollouts", "6",
@@ -102,10 +106,17 @@ def test_a_missing_file_is_one_line(tmp_path):
      ("return float('inf')", "it returned inf"), ("return 10**400", "it returned 1000"),
      ("return [1]", "it returned [1]"), ("return 1j", "it returned 1j"),
      ("return problem.missing", "AttributeError"), ("raise KeyError('x')", "KeyError: 'x'"),
-     ("return problem.question[99]", "IndexError: string index out of range")],
+     ("return problem.question[99]", "IndexError: string index out of range"),
+     ("return 10**5000", "it returned an object of the type int, which is not a finite number"),
+     ("return Odd()", "it returned an object of the type Odd, which is not a finite number"),
+     ("raise Silent", "Silent: Silent"), ("raise GeneratorExit", "GeneratorExit"),
+     ("import sys; sys.exit()", "SystemExit"), ("import sys; sys.exit('x')", "SystemExit: x"),
+     ("return -1e25", "it returned -1e+25: give numbers up to 1e+12, because")],
 )  # fmt: skip
 def test_a_reward_that_fails_names_the_problem(tmp_path, body, says):
-    file = written(tmp_path, f"def reward(completion, problem, truncated):\n    {body}\n")
+    odd = "class Odd:\n    def __repr__(self): raise KeyError\n    __float__ = __repr__\n"
+    odd += "class Silent(Exception):\n    def __str__(self): raise KeyError\n"
+    file = written(tmp_path, f"{odd}def reward(completion, problem, truncated):\n    {body}\n")
     with pytest.raises(UserError, match=re.escape(f"own.py, problem 7: {says}")):
         load_reward(file)[0]("text", PROBLEM, False)
 
@@ -119,3 +130,43 @@ def test_numbers_of_any_kind_are_taken(tmp_path, value, number):
     file = written(tmp_path, f"import numpy, torch\ndef reward(*_):\n    return {value}\n")
     found = load_reward(file)[0]("text", PROBLEM, False)
     assert type(found) is float and found == number
+
+
+CHANGES = "os.chdir('/'); torch.set_default_dtype(torch.float64); torch.set_grad_enabled(False)"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [f"{CHANGES}\ndef reward(*_): return 1", f"def reward(*_):\n    {CHANGES}; return 1",
+     f"def reward(*_):\n    {CHANGES}; raise ValueError", f"{CHANGES}; raise ValueError"],
+    ids=["file", "call", "failing call", "failing file"],
+)  # fmt: skip
+def test_what_a_file_changes_for_the_process_is_put_back(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    file = written(tmp_path, "import os, torch\n" + source)
+    with pytest.raises(UserError) if "raise" in source else contextlib.nullcontext():
+        load_reward(file)[0]("text", PROBLEM, False)
+    left = Path.cwd(), torch.get_default_dtype(), torch.is_grad_enabled()
+    os.chdir(tmp_path)
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    assert left == (tmp_path, torch.float32, True)
+
+
+def test_dataclasses_of_a_file_find_its_module(tmp_path):
+    source = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Score:\n    value: float\n"
+        "def reward(*_): return Score(0.5).value\n"
+    )
+    assert load_reward(written(tmp_path, source))[0]("text", PROBLEM, False) == 0.5
+
+
+def test_the_largest_reward_can_be_trained_on(tmp_path):
+    """Its square, added up, is a number of float32."""
+    file = written(tmp_path, f"def reward(text, *_): return {MOST!r} * (-1) ** len(text)")
+    out = tmp_path / "run"
+    assert train_ppo.main([*FLAGS, "--reward", file, "--out", str(out), "--steps", "2"]) == 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["value_grad_norm"] > 1e9 for row in rows if "value_grad_norm" in row)
+    assert math.isfinite(rows[-1]["value_loss"])

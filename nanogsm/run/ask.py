@@ -7,12 +7,15 @@ import sys
 from nanogsm import UserError, boxed, data, distributed, generate
 from nanogsm.run import console, start
 from nanogsm.run.past import answer_limit_of
+from nanogsm.store.files import one_line
+
+NOT_TEXT = "--ask: the question is not UTF-8 text"
 
 
 def answer_questions(args: argparse.Namespace, model, tokenizer, prompt: data.Prompt) -> int:
     """Print the answers to a question, or to each line of standard input, with what is graded."""
     limit = args.max_new_tokens or answer_limit_of(args.model, args.data)
-    lines = iter(lambda: distributed.on_rank_0(sys.stdin.readline), "")
+    lines = iter(lambda: distributed.on_rank_0(next_line), "")
     for question in lines if args.ask is True else [args.ask]:
         question = checked(question)
         if args.tiny and args.data in data.GENERATED:
@@ -39,10 +42,23 @@ def print_graded(text: str, prompt: data.Prompt) -> None:
     print(f"-> {missing if found is None else console.printable(boxed.shown(found))}")
 
 
+def next_line() -> str:
+    """The next line of standard input, "" after the last. UserError if there is no input, or if a
+    strict encoding cannot decode it."""
+    if sys.stdin is None:
+        raise UserError("--ask: standard input is closed: give a QUESTION")
+    try:
+        return sys.stdin.readline()
+    except UnicodeDecodeError as error:
+        raise UserError(NOT_TEXT) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"--ask: standard input cannot be read ({one_line(error)})") from error
+
+
 def checked(text: str) -> str:
     """The question without spaces around it. UserError if it is not text."""
     if re.search("[\ud800-\udfff]", text):  # bytes that could not be decoded
-        raise UserError("--ask: the question is not UTF-8 text")
+        raise UserError(NOT_TEXT)
     return text.strip()
 
 

@@ -159,8 +159,7 @@ def _changes(args, left_open: list[str]) -> tuple[list[list[dict]], list[dict], 
     rollout_batch, critic = getattr(args, "rollout_batch", 0), getattr(args, "critic", "shared")
     usual = [
         [{"checkpointing": kind} for kind in kinds[kinds.index(args.checkpointing) + 1 :]],
-        [{"micro_batch": n, "accumulation": size // n}
-         for n in range(args.micro_batch - 1, 0, -1) if size % n == 0],
+        [{"micro_batch": n, "accumulation": size // n} for n in _smaller(args.micro_batch, size)],
         [{"rollout_batch": n} for n in (256, 128, 64, 32, 16, 8) if n < rollout_batch],
         [{"optim": "adamw8bit"}] * (args.optim == "adamw"),
         [{"critic": "shared"}] * (critic == "separate"),
@@ -171,6 +170,16 @@ def _changes(args, left_open: list[str]) -> tuple[list[list[dict]], list[dict], 
     here = distributed.COUNT  # under torchrun N has to divide it
     parts = [{"shard": n} for n in shared_by if here == 1 or here % n == 0]
     return usual, lora, parts
+
+
+def _smaller(micro_batch: int, size: int) -> Iterator[int]:
+    """The divisors of a step's size that are below micro_batch, the largest first. A size of
+    millions has hundreds, and a plan that tried them all would take minutes. So above MOST_AT_ONCE
+    each is at most half of the one before."""
+    below = micro_batch
+    for n in range(micro_batch - 1, 0, -1):
+        if size % n == 0 and (n <= MOST_AT_ONCE or 2 * n <= below):
+            yield (below := n)
 
 
 def _together(changes: Iterable[dict]) -> dict:

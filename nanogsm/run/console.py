@@ -199,6 +199,27 @@ MEMORY_ADVICE = (
 )
 
 
+# Flags that name a place, which may be elsewhere on another machine. Data, weights and rewards are
+# compared later, by digest.
+PLACES = ("data", "model", "init", "base", "reward", "out", "run", "rerank", "compare")
+# A rank has a GPU of its own, and --data-dir may come from the environment of one machine only.
+OF_MACHINE = ("device", "data_dir")
+
+
+def same_command(args):
+    """A script's parsed flags, unchanged. UserError if the ranks run different scripts or have
+    different flags. Of a flag that names a place only its presence is compared. A script calls this
+    right after it has parsed its flags: ranks that do different things would wait for each other,
+    or take each other's messages for their own."""
+    distributed.check_same({"the script": os.path.basename(sys.argv[0])})
+    flags = {
+        name: value is not None if name in PLACES else value
+        for name, value in vars(args).items() if name not in OF_MACHINE
+    }  # fmt: skip
+    distributed.check_same(flags)
+    return args
+
+
 def entry(main: Callable[[], int | None]) -> NoReturn:
     """`if __name__ == "__main__": entry(main)`: run main and exit with what it returns.
 
@@ -225,6 +246,9 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
         code = 141
     except SystemExit as error:  # --help
         code = error.code or 0
+        if not isinstance(code, int):  # as Python does: sys.exit("text") prints it and ends with 1
+            _fail(str(code))
+            code = 1
     except Exception as error:
         message = _explained(error)
         if not message and distributed.COUNT == 1:

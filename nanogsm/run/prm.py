@@ -5,7 +5,7 @@ import math
 import sys
 from pathlib import Path
 
-from nanogsm import UserError, data, steps
+from nanogsm import UserError, data, distributed, steps
 from nanogsm.run import flags, machine, past, plan
 from nanogsm.run.critic import save_head
 from nanogsm.run.folder import RunFolder
@@ -92,6 +92,9 @@ def prm_args(argv: list[str] | None = None) -> argparse.Namespace:
     at_least = dict.fromkeys(positive, 1) | dict.fromkeys(("val_examples", "val_every", "seed"), 0)
     at_least["max_seq_length"] = 2
     flags.check_numbers(args, at_least, ("lr", "head_lr", "max_grad_norm", "lora_alpha"))
+    if args.micro_batch * args.accumulation < distributed.COUNT:
+        raise UserError(f"a step of {args.micro_batch} x {args.accumulation} is too small for "
+                        f"{distributed.COUNT} devices: raise --accumulation")  # fmt: skip
     return args
 
 

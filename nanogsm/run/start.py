@@ -136,7 +136,7 @@ def open_folder(args, flag: str, found: hub.ModelFiles, prompt: data.Prompt, pro
         info["grader"] = boxed.grader_name()
     if distributed.COUNT > 1:
         info["devices"] = distributed.COUNT
-    places = ("device", "data_dir", "data", "model", "init", "base", "reward")
+    places = (*console.PLACES, *console.OF_MACHINE)
     same = {name: value for name, value in settings.items() if name not in places}
     distributed.check_same(files.strict(same))
     # PPO's learning rate is constant, so a run of 10 steps is the beginning of one of 20. The best

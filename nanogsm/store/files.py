@@ -114,7 +114,11 @@ def same_place(a: str | None, b: str | None) -> bool:
 
 def one_line(error: BaseException) -> str:
     """The message of any exception on one line, cut at 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    try:
+        text = str(error)
+    except Exception:  # of a class whose __str__ fails
+        text = ""
+    return " ".join(text.split())[:200] or type(error).__name__
 
 
 def read_json(path: Path) -> dict:
@@ -151,9 +155,13 @@ def read_pairs(path: Path) -> list[tuple[int, str, str]]:
             row = json.loads(line)
             fields = next((p for p in PAIRS if isinstance(row, dict) and p[0] in row), PAIRS[0])
             question, answer = (text.strip() for text in _two_texts(row, fields))
-            (question + answer).encode()  # half a surrogate pair is valid JSON, but not text
+            (question + answer).encode()
         except UserError as e:
             raise UserError(f"{path} line {number}: {e}") from e
+        except UnicodeEncodeError as e:
+            half = rf"\u{ord(e.object[e.start]):04x}"  # which is valid JSON, but not text
+            raise UserError(f"{path} line {number}: {half} is half of a character (a surrogate "
+                            "without its pair)") from e  # fmt: skip
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             missing = f"; {e} is missing" if isinstance(e, KeyError) else ""
             names = f'"{fields[0]}" and "{fields[1]}"'
@@ -171,15 +179,26 @@ def read_pairs(path: Path) -> list[tuple[int, str, str]]:
 
 def _two_texts(row: dict, fields: tuple[str, str]) -> list[str]:
     """The question and the answer of a row, as they are."""
-    if "messages" in row:
-        roles = [turn["role"] for turn in row["messages"]]
-        if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-            shown = ", ".join(map(str, roles))[:80]
-            wanted = "one user and one assistant turn, after at most one system turn"
-            raise UserError(f"messages must be {wanted}, not {shown or 'none'}")
-        *asked, answer = [turn["content"] for turn in row["messages"]]
-        return ["\n\n".join(text.strip() for text in asked), answer]
-    return [row[name] for name in fields]
+    if "messages" not in row:
+        return [row[name] for name in fields]
+    turns = row["messages"]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise UserError('messages must be a list of objects with "role" and "content"')
+    roles = [turn.get("role", "a turn without a role") for turn in turns]
+    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+        shown = ", ".join(map(str, roles))[:80]
+        wanted = "one user and one assistant turn, after at most one system turn"
+        raise UserError(f"messages must be {wanted}, not {shown or 'none'}")
+    for turn in turns:
+        content, fault = turn.get("content"), f"the content of the {turn['role']} turn"
+        if "content" not in turn:
+            raise UserError(f"{fault} is missing")
+        if isinstance(content, list):
+            raise UserError(f"{fault} is a list of parts: join their texts to one")
+        if not isinstance(content, str):
+            raise UserError(f"{fault} is {json.dumps(content)[:40]}, not a text")
+    *asked, answer = [turn["content"] for turn in turns]
+    return ["\n\n".join(text.strip() for text in asked), answer]
 
 
 def write_json(path: Path | str, obj) -> None:
