@@ -33,23 +33,24 @@ ROOT = Path(__file__).parents[1]
 
 # The commands must fit both versions, so they use only flags that both have. RECIPE stands for the
 # recipe that is called "original" today and that was called "report" before.
-SFT = "train_sft.py --tiny --device cpu --val-examples 16 --max-new-tokens 48"
+SFT = "train_sft.py --tiny --device cpu --epochs 1 --val-examples 16 --max-new-tokens 48"
 PPO = (
     "train_ppo.py --tiny --device cpu --init runs/sft --max-new-tokens 48"
     " --steps 3 --rollouts 64 --micro-batch 16"
 )
+RATE = "--warmup 0.03 --micro-batch 16 --accumulation 1"  # a recipe's values may change
 EVALUATE = "evaluate.py --device cpu --n 64 --max-new-tokens 48"
 
 # PPO starts from the run "sft". That run sees enough examples to answer some problems: without a
 # reward PPO would have nothing to learn, and there would be little to compare.
 RUNS = {
-    "sft": f"{SFT} --recipe tuned --max-examples 1000 --val-every 20 --keep best",
+    "sft": f"{SFT} {RATE} --lr 0.002 --max-examples 1000 --val-every 20 --keep best",
     "lora": f"{SFT} --recipe RECIPE --lora --max-examples 160 --micro-batch 8 --accumulation 2"
     " --optim adamw --weight-decay 0.01",
     "ppo": f"{PPO} --recipe RECIPE --accumulation 1",
     "ppo-lora": f"{PPO} --recipe tuned --lora --critic separate --accumulation 2",
     "sft-bf16": f"{SFT} --recipe RECIPE --max-examples 48 --checkpointing light",
-    "lora-bf16": f"{SFT} --recipe tuned --lora --max-examples 48",
+    "lora-bf16": f"{SFT} {RATE} --lr 0.01 --lora --max-examples 48",
     "ppo-bf16": f"{PPO} --recipe tuned --accumulation 2 --checkpointing full",
 }
 

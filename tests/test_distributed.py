@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed.fsdp  # here once, and not for two seconds in every process
-from conftest import FIXTURES
+from conftest import FIXTURES, slow
 from safetensors.torch import load_file
 
 import evaluate
@@ -144,8 +144,9 @@ def test_machines_with_different_versions_are_refused(monkeypatch):
 
 # ------------------------------------------------------------------------------- whole runs
 
-SFT = ["--tiny", "--device", "cpu", "--max-examples", "45", "--val-examples", "5", "--micro-batch",
-       "8", "--accumulation", "2", "--max-new-tokens", "16", "--optim", "adamw"]  # fmt: skip
+SFT = ["--tiny", "--device", "cpu", "--max-examples", "45", "--val-examples", "5", "--epochs", "1",
+       "--lr", "0.002", "--warmup", "0.03", "--micro-batch", "8", "--accumulation", "2",
+       "--max-new-tokens", "16", "--optim", "adamw"]  # fmt: skip
 PPO = ["--tiny", "--device", "cpu", "--init", "tiny", "--steps", "2", "--rollouts", "14",
        "--micro-batch", "2", "--accumulation", "3", "--val-examples", "4", "--val-every", "1",
        "--max-new-tokens", "16", "--optim", "adamw", "--entropy-coef", "0.01"]  # fmt: skip
@@ -200,8 +201,11 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-SHARDED = [(2, ["--shard", "2"]), (3, ["--shard", "3", "--checkpointing", "light"]),
-           (4, ["--shard", "2", "--val-every", "2"])]  # fmt: skip
+SHARDED = [
+    (2, ["--shard", "2"]),
+    pytest.param(3, ["--shard", "3", "--checkpointing", "light"], marks=slow),
+    (4, ["--shard", "2", "--val-every", "2"]),
+]
 
 
 @pytest.mark.parametrize("count, more", [(2, []), (3, ["--lora"]), *SHARDED])
@@ -216,7 +220,10 @@ PPO_LORA = ["--lora", "--critic", "separate", "--critic-warmup", "1"]
 GRPO = ["--advantage", "grpo", "--group", "2", "--shard", "3", "--penalty-no-answer", "0.3"]
 
 
-@pytest.mark.parametrize("more", [[], PPO_LORA, ["--shard", "3", "--critic-warmup", "1"], GRPO])
+SHARED = pytest.param(["--shard", "3", "--critic-warmup", "1"], marks=slow)
+
+
+@pytest.mark.parametrize("more", [[], PPO_LORA, SHARED, GRPO])
 def test_ppo_is_the_same_on_many_devices(alone, tmp_path, more, monkeypatch):
     """14 answers in updates of 6, 6 and 2, on 3 ranks: unequal shares, and once none at all."""
     reward = lambda completion, *_: float(len(completion) % 2)  # noqa: E731
@@ -455,7 +462,9 @@ def run_sft(out: Path, more: list, stop: int | None = None) -> int:
     return train_sft.main([*SFT, *more, "--out", str(out)])
 
 
-@pytest.mark.parametrize("more", [["--optim", "adamw8bit"], ["--shard", "2"]])
+@pytest.mark.parametrize(
+    "more", [pytest.param(["--optim", "adamw8bit"], marks=slow), ["--shard", "2"]]
+)
 def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(tmp_path, more):
     """On the same number of ranks to the bit, on another within rounding."""
     whole, halved = tmp_path / "whole", tmp_path / "halved"

@@ -227,7 +227,7 @@ MOST_TOKENS = {
     "train_prm.py, steps.py, run/prm.py, coloured.py: a process reward model": 6450,
     "reward models on the page, settings of another type, results of another critic": 800,
     "one line for odd rewards, rows and ranks, and for ranks with different commands": 660,
-    "what a plan chose to sample at once, known sizes by name, a page's numbers checked": 260,
+    "what a plan chose to sample at once, known sizes by name, a page's numbers checked": 300,
 }
 
 

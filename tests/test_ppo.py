@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FIXTURES, VALIDATED
+from conftest import FIXTURES, VALIDATED, slow
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -703,6 +703,7 @@ def test_a_simple_task_is_learnt(gemma, monkeypatch):
     assert learn(gemma, monkeypatch) > 0.95
 
 
+@slow
 def test_and_it_is_not_learnt_with_the_advantages_sign_flipped(gemma, monkeypatch):
     flipped = lambda x, mask: -whiten(x, mask)  # noqa: E731
     assert learn(gemma, monkeypatch, steps=15, spoil=("whiten", flipped)) < 0.2
@@ -770,10 +771,16 @@ def assert_same_run(one, other):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-KINDS = [[], ["--lora", "--critic", "separate"], ["--critic", "separate", "--critic-warmup", "2"]]
+LORA = ["--lora", "--critic", "separate"]
+SEPARATE = ["--critic", "separate", "--critic-warmup", "2"]
+KINDS = [
+    pytest.param([], id="full"),
+    pytest.param(LORA, id="LoRA"),
+    pytest.param(SEPARATE, id="full, separate critic", marks=slow),
+]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["full", "LoRA", "full, separate critic"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_stopped_run_continues_bit_for_bit(flags, rewarding, kind, tmp_path, monkeypatch, capsys):
     assert train_ppo.main([*flags, *kind, "--out", str(tmp_path / "whole")]) == 0
     with monkeypatch.context() as patched:
@@ -786,7 +793,7 @@ def test_a_stopped_run_continues_bit_for_bit(flags, rewarding, kind, tmp_path, m
     assert steps == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("kind", KINDS[:2], ids=["full", "LoRA"])
+@pytest.mark.parametrize("kind", [[], pytest.param(LORA, marks=slow)], ids=["full", "LoRA"])
 def test_a_paused_run_continues_bit_for_bit(flags, rewarding, kind, tmp_path, capsys):
     assert train_ppo.main([*flags, *kind, "--out", str(tmp_path / "whole")]) == 0
     cut = [*flags, *kind, "--out", str(tmp_path / "cut")]
@@ -834,7 +841,9 @@ def test_the_last_weights_are_kept_however_that_is_said(flags, rewarding, tmp_pa
 
 
 # A validation after step 2 belongs to both runs, or only to the shorter one.
-@pytest.mark.parametrize("kind, val_every", [([], "3"), (KINDS[1], "2")], ids=["full", "LoRA"])
+@pytest.mark.parametrize(
+    "kind, val_every", [([], "3"), pytest.param(LORA, "2", marks=slow)], ids=["full", "LoRA"]
+)
 def test_a_finished_run_may_grow_bit_for_bit(flags, rewarding, kind, val_every, tmp_path, capsys):
     flags = [*flags, *kind, "--val-every", val_every]
     assert train_ppo.main([*flags, "--out", str(tmp_path / "whole")]) == 0

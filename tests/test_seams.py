@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import slow
 
 import evaluate
 import train_ppo
@@ -42,7 +43,7 @@ def run_all(folder: Path, checkpointing: str) -> None:
     """Four steps of SFT, full and LoRA, two of PPO with four updates each; evaluate each result."""
     common = ["--tiny", "--device", "cpu", "--recipe", "tuned", "--optim", "adamw"]
     common += ["--checkpointing", checkpointing, "--val-examples", "4", "--max-new-tokens", "12"]
-    sft = ["--max-examples", "32", "--micro-batch", "4", "--accumulation", "2"]
+    sft = ["--max-examples", "32", "--epochs", "1", "--micro-batch", "4", "--accumulation", "2"]
     ppo = ["--init", "tiny", "--steps", "2", "--rollouts", "32", "--micro-batch", "4"]
     ppo += ["--accumulation", "2", "--temperature", "0.9", "--entropy-coef", "0.01"]
     for script, name, flags in (
@@ -69,6 +70,7 @@ def weights(name: Path | str) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+@slow
 def test_runs_do_not_depend_on_the_fast_forms(tmp_path, monkeypatch, count):
     # The embedded model solves nothing yet. This reward gives PPO something to learn all the same.
     monkeypatch.setattr(train_ppo, "reward", lambda text, *_: float(len(text) % 2))

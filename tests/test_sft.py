@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FIXTURES, VALIDATED
+from conftest import FIXTURES, VALIDATED, slow
 from safetensors.torch import load_file, save_file
 
 import train_ppo
@@ -50,7 +50,7 @@ def test_of_a_multimodal_model_only_adapters_are_trained(tmp_path, capsys, flags
 
 TRAINED = [
     ("gemma3", "trainer", "none"),
-    ("gemma3", "trainer", "light"),
+    pytest.param("gemma3", "trainer", "light", marks=slow),
     ("llama32", "trainer_llama32", "light"),
     ("llama30", "trainer_llama30", "none"),
 ]
@@ -182,7 +182,10 @@ def weights(folder):
     return load_file(next(folder.glob("*/*model.safetensors")))
 
 
-@pytest.mark.parametrize("method", [[], ["--lora"]], ids=["full", "lora"])
+METHODS = [pytest.param([], id="full"), pytest.param(["--lora"], id="lora", marks=slow)]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_killed_and_continued_run_equals_an_uninterrupted_one(
     problems, method, tmp_path, monkeypatch
 ):
@@ -212,7 +215,7 @@ def test_a_killed_and_continued_run_equals_an_uninterrupted_one(
     assert not (cut / "checkpoint").exists()
 
 
-@pytest.mark.parametrize("method", [[], ["--lora"]], ids=["full", "lora"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_paused_and_continued_run_equals_one_without_a_pause(problems, method, tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     argv = [*problems, *method, "--val-every", "2", "--keep", "best", "--epochs", "1"]
@@ -446,7 +449,9 @@ def test_a_run_does_not_overwrite_the_model_it_starts_from(problems, tmp_path):
     load_model(tmp_path / "a")
 
 
-@pytest.mark.parametrize("at", [2, 6], ids=["in the middle", "at the end"])
+@pytest.mark.parametrize(
+    "at", [pytest.param(2, marks=slow), 6], ids=["in the middle", "at the end"]
+)
 def test_a_stop_during_validation_saves_and_continues_exactly(problems, tmp_path, monkeypatch, at):
     argv = [*problems, "--lora", "--val-every", "2", "--save-every", "99"]
     assert train_sft.main([*argv, "--out", str(tmp_path / "whole")]) == 0
@@ -721,6 +726,7 @@ def test_held_out_problems_that_are_all_too_long_are_left_out_aloud(tmp_path, ca
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, text)))
     argv = ["--tiny", "--data", str(file), "--val-examples", "2", "--max-seq-length", "100"]
+    argv += ["--epochs", "1"]
     argv += ["--max-new-tokens", "4", "--device", "cpu", "--out", str(tmp_path / "run")]
     assert train_sft.main(argv) == 0
     assert "left out 2 of 2 held-out examples" in capsys.readouterr().out

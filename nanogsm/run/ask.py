@@ -47,6 +47,8 @@ def next_line() -> str:
     strict encoding cannot decode it."""
     if sys.stdin is None:
         raise UserError("--ask: standard input is closed: give a QUESTION")
+    if sys.stdin.isatty():
+        print("question (Ctrl-D ends): ", end="", file=sys.stderr, flush=True)
     try:
         return sys.stdin.readline()
     except UnicodeDecodeError as error:
