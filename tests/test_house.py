@@ -12,6 +12,7 @@ import sys
 import tokenize
 from pathlib import Path
 
+import mutate
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -235,6 +236,11 @@ def test_the_rooms_did_not_become_a_place_to_grow():
     files = [f for f in sources() if f.startswith(("nanogsm/", "train_", "evaluate"))]
     files += ["experiments/study.py", "experiments/pretrain_tiny.py"]
     assert sum(map(code_tokens, files)) <= sum(MOST_TOKENS.values())
+
+
+def test_each_mutation_is_of_a_line_that_is_there_once():
+    for name, file, text, _ in mutate.MUTATIONS:
+        assert (ROOT / file).read_text("utf-8").count(text) == 1, name
 
 
 def code_tokens(file: str) -> int:
