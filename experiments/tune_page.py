@@ -4,6 +4,7 @@ is the best, and deletes what the others leave."""
 import json
 import math
 import shlex
+import textwrap
 from pathlib import Path
 
 from experiments.tune_space import flags_of, written
@@ -163,7 +164,7 @@ def write(study, args) -> str:
         again = "To train again with its settings, in the script's usual folder"
         again += usual * ("--val-examples" not in args.named)
         end = f"The winner is trial {best.number}. {flattery(best, args)}"
-        parts += [end, f"{again}:", f"```\n{shlex.join(command)}\n```"]
+        parts += [textwrap.fill(end, 100), textwrap.fill(f"{again}:", 100), f"```\n{shlex.join(command)}\n```"]
     parts.append(table(study, args))
     if count[1]:
         parts.append("A pruned trial has the score at which it was pruned.")

@@ -223,7 +223,7 @@ GRPO = ["--advantage", "grpo", "--group", "2", "--shard", "3", "--penalty-no-ans
 SHARED = pytest.param(["--shard", "3", "--critic-warmup", "1"], marks=slow)
 
 
-@pytest.mark.parametrize("more", [[], PPO_LORA, SHARED, GRPO])
+@pytest.mark.parametrize("more", [[], pytest.param(PPO_LORA, marks=slow), SHARED, GRPO])
 def test_ppo_is_the_same_on_many_devices(alone, tmp_path, more, monkeypatch):
     """14 answers in updates of 6, 6 and 2, on 3 ranks: unequal shares, and once none at all."""
     reward = lambda completion, *_: float(len(completion) % 2)  # noqa: E731

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import slow
 
 from docs import make_reading
 
@@ -19,6 +20,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 WIDTH = 100
 
 
+@slow
 def test_the_reading_page_is_as_the_code_makes_it():
     written, made = make_reading.PAGE.read_text("utf-8"), "\n".join(make_reading.sections())
     # Columns and line ends may shift with the width of a number.

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FIXTURES
+from conftest import FIXTURES, slow
 from safetensors.torch import load_file
 
 import evaluate
@@ -246,6 +246,7 @@ def test_generated_problems_do_not_overwrite_results_on_gsm8k():
     assert evaluate.resolve(tiny)[2] == "eval-test-1319"
 
 
+@slow
 def test_tiny_trains_and_is_evaluated_as_a_newcomer_would(tmp_path, monkeypatch, capsys):
     """The README's commands, shortened to half a minute: the loss falls, and the model learns the
     format."""
