@@ -164,7 +164,8 @@ def write(study, args) -> str:
         again = "To train again with its settings, in the script's usual folder"
         again += usual * ("--val-examples" not in args.named)
         end = f"The winner is trial {best.number}. {flattery(best, args)}"
-        parts += [textwrap.fill(end, 100), textwrap.fill(f"{again}:", 100), f"```\n{shlex.join(command)}\n```"]
+        parts += [textwrap.fill(text, 100) for text in (end, f"{again}:")]
+        parts.append(f"```\n{shlex.join(command)}\n```")
     parts.append(table(study, args))
     if count[1]:
         parts.append("A pruned trial has the score at which it was pruned.")
