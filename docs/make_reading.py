@@ -502,7 +502,7 @@ for main (three seeds). But a socratic training answer has 51.7 supervised token
 36.7 (the `data` line of each run's plan), so an answer costs 4.2 or 4.3 nats either way. The
 questions between the steps are almost determined by the text before them. They lower the mean per
 token and teach nothing about the numbers. So the loss per token cannot compare two kinds of answer.
-Exact match can, and there the two hardly differ (29.0% and 28.0%). With LoRA the loss of socratic
+Exact match can, and there the two hardly differ (28.9% and 27.9%). With LoRA the loss of socratic
 answers is the higher one, 0.415 against 0.315: at that learning rate the form of the questions is
 not yet learned at the end of the run.
 
@@ -524,8 +524,8 @@ shown next to every score.
 
 PPO selects habits that pay. It does not teach new ones. Half of the embedded model's training
 answers are terse, so the model guesses where it could have worked the problem out. PPO finds
-that showing the work pays. It goes from 28% to 67% (`tuned`) or 52% (`original`) on the 1,319 test
-problems; training on nothing but worked answers reaches 76%. The 270M model gains nothing: about
+that showing the work pays. It goes from 28% to 69% (`tuned`) or 51% (`original`) on the 1,319 test
+problems; one pass over nothing but worked answers reaches 76%. The 270M model gains nothing: about
 one in a hundred of its sampled answers is right. Where every answer earns the same, whitening
 scales the noise of the KL penalty up to a full step, and nothing is learned from it.
 

@@ -10,7 +10,8 @@ equal. Then every variant is trained with its setting and three new seeds, each 
 fine-tuned start, and evaluated on the test problems. No test problem is asked before. All runs
 sample the same number of answers.
 
-All use the recipe tuned, whose other settings were chosen for PPO. The methods have no KL penalty:
+All use PPO's recipe tuned, whose other settings were chosen for PPO, and a start trained by
+`original`. The methods have no KL penalty:
 GRPO would scale its noise up (train_ppo.group_advantages). Runs are in --out. The same command
 continues a comparison that was stopped: what is finished is not done again.
 
@@ -33,7 +34,7 @@ from nanogsm.store import files
 TERMS = {"false annotation": "false", "no answer": "no-answer", "overlong": "overlong"}
 CURVES = {  # metric -> title of its panel
     "val_exact_match": "right, greedy, held-out, by answers sampled",
-    "reward": "right, sampled, training, by answers sampled",
+    "exact_match": "right, sampled, training, by answers sampled",
     "groups_without_spread": "groups whose answers all earned the same",
     "worked": "answers that show a calculation",
     "response_tokens": "length of an answer, tokens",

@@ -62,7 +62,9 @@ def open_study(args):
     except OSError as error:
         raise UserError(f"{args.out} cannot be a search's folder: {error.strerror}") from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    asked = json.loads(json.dumps([args.method, args.flags, args.space]))
+    # JSON has no tuples: a range of two numbers must not pass for a choice of them.
+    space = {n: {"from_to": v} if isinstance(v, tuple) else v for n, v in args.space.items()}
+    asked = json.loads(json.dumps([args.method, args.flags, space]))
     with alone(args):
         backend = optuna.storages.journal.JournalFileBackend(str(journal), JournalLock(args))
         study = optuna.create_study(

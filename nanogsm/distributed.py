@@ -1,6 +1,6 @@
 """Many devices: everything that is different on them.
 
-    torchrun --nproc-per-node 8 train_sft.py ...        # and train_ppo.py, evaluate.py
+    torchrun --nproc-per-node 8 train_sft.py ...    # and train_ppo.py, train_prm.py, evaluate.py
 
 torchrun starts the script once for every device. Each of these processes is a *rank*. Like
 --micro-batch, the number of ranks changes time and memory and not the result, rounding apart. All
@@ -11,11 +11,11 @@ to be said between them:
   added up   gradients, losses and log-probs, of which each rank made a part          add_up
   parts      With --shard N, every N ranks share one copy of the weights, of their    shard, own,
              gradients and moments: each has some rows of every matrix                whole
-  first      rank 0 alone prints and writes files. It tells the others what it found  first
+  rank 0     prints and writes files alone, and tells the others what it found         on_rank_0
 
 Tensors and JSON travel, and nothing that is unpickled. The ports are open to whoever reaches them,
-so use a private network. Without torchrun there is one rank, and every function here is a line or
-two that do nothing.
+so use a private network. Without torchrun there is one rank, which deals to itself and has nobody
+to tell.
 """
 
 import datetime
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from nanogsm import UserError
 
 RANK, COUNT = 0, 1  # this process's number, and how many there are
-ALONE = False  # whether this is rank 0 inside `first`, while the others wait for it
+ALONE = False  # whether this is rank 0 inside `on_rank_0`, while the others wait for it
 # How long a rank waits for the others: while one of them writes a checkpoint, or samples the
 # longest answers.
 PATIENCE = datetime.timedelta(hours=1)

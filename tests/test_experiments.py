@@ -288,7 +288,8 @@ def test_methods_are_compared_with_ppo_seed_by_seed(tmp_path, monkeypatch, capsy
     args = ppo_methods.parse_args(["--out", str(tmp_path), "--n", "10", "--seeds", "2"])
     validated = {"PPO": (0.2, 0.4, 0.3), "RLOO": (0.5, 0.4, 0.5), "GRPO": (0.1, 0.2, 0.3)}
     steps = [{"step": 0, "val_exact_match": 0.25},
-             {"step": 1, "reward": 0.5, "response_tokens": 40.0, "seconds": 60.0}]  # fmt: skip
+             {"step": 1, "reward": 0.4, "exact_match": 0.5, "response_tokens": 40.0,
+              "seconds": 60.0}]  # fmt: skip
     for seed in range(3):
         made_run(tmp_path / f"sft-{seed}", {}, 3)
         for method, found in validated.items():
@@ -309,7 +310,7 @@ def test_methods_are_compared_with_ppo_seed_by_seed(tmp_path, monkeypatch, capsy
     pair = rloo["against_first"]
     assert (pair["fixed"], pair["broken"], pair["mcnemar_p"]) == (2, 0, 0.5)
     assert (rloo["before"], rloo["after"]) == (0.3, 0.7)
-    assert rloo["curves"]["reward"] == [[512, 0.5]]  # by answers sampled
+    assert rloo["curves"]["exact_match"] == [[512, 0.5]]  # by answers sampled
     assert rloo["last"] == {"response_tokens": 40.0}
     text = capsys.readouterr().out
     assert "| RLOO | 5e-05 | 1 | 30.0% | 70.0% |" in text and "| +20.0 | 2, 0 | 0.5 |" in text

@@ -74,21 +74,23 @@ def fit_card(args, budget: Callable[[], dict[str, float]], free: int | None) -> 
     """Choose what the command line left open for a GPU with `free` bytes: the fastest split of a
     step that fits. Returns what the plan says about it; "" without a GPU.
 
-    Recomputing is slow, so it is the last resort: first micro-batches become smaller. The product
-    micro_batch x accumulation stays as it is. budget() is the memory with args as they are.
+    Recomputing is slow, so micro-batches become smaller first, down to 4. Below 4 they are tried
+    last, with all of the recomputation. The product micro_batch x accumulation stays as it is.
+    budget() is the memory with args as they are.
     """
     choices = vars(args).pop("left_open")
     if free is None or args.tiny:
         return ""
     size = args.micro_batch * args.accumulation
-    micro_batches = [args.micro_batch]
-    if {"micro_batch", "accumulation"} <= set(choices):
+    micro_batches, is_open = [args.micro_batch], {"micro_batch", "accumulation"} <= set(choices)
+    if is_open:
         most = min(MOST_AT_ONCE, -(-size // devices(args)))
         divisors = [n for n in range(most, 0, -1) if size % n == 0]
         micro_batches = [n for n in divisors if n >= 4] or divisors
     kinds = ["none", "light", "full"] if "checkpointing" in choices else [args.checkpointing]
     splits = [(n, kind) for kind in kinds for n in micro_batches]
-    splits += [(n, kinds[-1]) for n in (2, 1) if len(micro_batches) > 1 and size % n == 0]
+    fewest = micro_batches[-1] if is_open else 1
+    splits += [(n, kinds[-1]) for n in (2, 1) if n < fewest and size % n == 0]
     for args.micro_batch, args.checkpointing in splits:
         args.accumulation = size // args.micro_batch
         if fits(budget(), free, SAMPLING):
@@ -116,6 +118,7 @@ def judge(args, left_open: list[str], budget_of: Callable[..., Budget]) -> Itera
     fit_card's `budget` for other args. Flags are tried in the order of what they change: how a step
     is split, the moments, the critic; only then LoRA or more devices.
     """
+    left_open = [] if args.tiny else left_open  # fit_card chooses nothing for the embedded model
     free, budget = memory(args), budget_of(args)()
     enough = needed(budget) <= free
     verdict = "it fits" if enough else "it does NOT fit"
