@@ -1,6 +1,6 @@
 """The original study and ours in one command: train, evaluate, compare, tabulate.
 
-    python -m experiments.study --tiny       # the embedded model: half an hour on one core
+    python -m experiments.study --tiny       # the embedded model: 17 minutes on one core
     python -m experiments.study              # google/gemma-2b-it on GSM8K: not run yet
     python -m experiments.study --model PATH --sft="--max-examples 1024" --rows untuned full-main
 
