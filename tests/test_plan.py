@@ -349,6 +349,16 @@ def test_the_rollout_batch_is_what_fits_beside_the_weights():
         assert (args.rollout_batch, args.micro_batch, args.accumulation) == (want, 2, 8)
 
 
+def test_an_open_split_goes_down_to_one_row_also_where_four_is_the_largest():
+    """16 examples on 4 devices: at most 4 rows each, and 4 was once the only size tried."""
+    for free, want in ((6, 4), (3, 2), (1.5, 1)):
+        args = argparse.Namespace(tiny=False, micro_batch=8, accumulation=2, shard=4,
+                                  checkpointing="full",
+                                  left_open=["micro_batch", "accumulation"])  # fmt: skip
+        plan.fit_card(args, lambda: {"activations": args.micro_batch}, free)
+        assert (args.micro_batch, args.accumulation) == (want, 16 // want)
+
+
 def test_without_a_gpu_nothing_is_chosen(monkeypatch):
     args = argparse.Namespace(tiny=False, micro_batch=8, accumulation=2, left_open=["micro_batch"])
     assert plan.fit_card(args, dict, None) == "" and (args.micro_batch, args.accumulation) == (8, 2)

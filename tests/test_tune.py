@@ -280,6 +280,9 @@ def test_a_whole_search(script, capsys):
     script.ran.clear()
     assert tune.main([*ARGV, "--trials", "12"]) == 0 and not script.ran  # all is done
     assert tune.main([*ARGV, "--trials", "13"]) == 0 and len(trials()) == 13
+    choice = ["lr=1e-5,1e-1" if flag == "lr=1e-5:1e-1" else flag for flag in ARGV]
+    with pytest.raises(UserError, match="s is a search with other flags or another space"):
+        tune.main([*choice, "--trials", "2"])  # two choices are no range
     with pytest.raises(UserError, match="s is a search with other flags or another space"):
         tune.main([*ARGV, "--seed", "1"])
 
