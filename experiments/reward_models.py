@@ -55,8 +55,9 @@ def parse_args(argv: list[str] | None = None):
     add("--seeds", type=int, default=3, help="Seeds: 1, 2, ...")
     add("--n", type=int, default=1319, help="Test problems.")
     add("--labelled", type=int, default=2000, help="Training problems whose answers are labelled.")
-    add("--samples", type=int, default=8, help="Answers to each problem.")
-    add("--k", type=int, default=8, help="Continuations that make a label.")
+    add("--label-samples", type=int, default=4, help="Answers to each of these problems.")
+    add("--k", type=int, default=4, help="Continuations that make a label.")
+    add("--samples", type=int, default=8, help="Answers to each test problem.")
     add("--prefixes", type=int, default=100, help="Prefixes that are labelled again.")
     add("--many", type=int, default=256, help="Continuations of these.")
     for name in ("sft", "ppo", "prm"):
@@ -66,7 +67,8 @@ def parse_args(argv: list[str] | None = None):
         "reward-models in --out.")  # fmt: skip
     add("--dry-run", action="store_true", help="Print the commands. Nothing is run.")
     args = p.parse_args(argv)
-    at_least = {"seeds": 1, "n": 1, "labelled": 20, "samples": 2, "k": 1, "prefixes": 2, "many": 2}
+    at_least = {"seeds": 1, "n": 1, "labelled": 20, "label_samples": 1, "k": 1, "samples": 2,
+                "prefixes": 2, "many": 2}  # fmt: skip
     flags.check_numbers(args, at_least)
     args.n = min(args.n, 1319)  # as evaluate.py names its file
     args.results = args.results or args.out / "reward-models"
@@ -84,8 +86,8 @@ def commands(seed: int, args) -> list[list[str]]:
          place("sft")],
         ["train_ppo.py", "--tiny", *own, *more["ppo"], "--init", place("sft"), "--out",
          place("ppo")],
-        ["label", place("ppo"), "--n", str(args.labelled), "--samples", str(args.samples), "--k",
-         str(args.k), *own, "--out", labels],
+        ["label", place("ppo"), "--n", str(args.labelled), "--samples", str(args.label_samples),
+         "--k", str(args.k), *own, "--out", labels],
         [*prm, "--out", place("prm")],
         [*prm, "--outcome", "--out", place("orm")],
         ["evaluate.py", place("ppo"), "--n", str(args.n), "--samples", str(args.samples),
@@ -115,7 +117,7 @@ def answers_file(folder: Path, args) -> Path | None:
 
 
 # The settings that all numbers depend on. The noise depends on two more.
-SETTINGS = ("n", "labelled", "samples", "k", "sft", "ppo", "prm")
+SETTINGS = ("n", "labelled", "label_samples", "k", "samples", "sft", "ppo", "prm")
 
 
 def cached(path: Path, args, names: tuple[str, ...], make: Callable[[], dict]) -> dict:
@@ -272,8 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     found = cached(args.out / "noise.json", args, more, functools.partial(noise, args))
     text = tables(results, found, args)
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    names = ("seeds", "n", "labelled", "samples", "k", "prefixes", "many", "sft", "ppo", "prm")
-    settings = {key: getattr(args, key) for key in names}
+    settings = {key: getattr(args, key) for key in ("seeds", *more)}
     record = {"settings": settings, "runs": results, "noise": found}
     files.write_json(Path(f"{args.results}.json"), record)
     files.replace_file(Path(f"{args.results}.md"), text.encode())
