@@ -269,10 +269,10 @@ def test_numbers_of_other_settings_are_found_again(tmp_path):
             path, args, names, lambda: made.append(flags) or {"k": args.k, "nan": math.nan}
         )
 
-    assert cached() == cached() == {"k": 8, "nan": None} and len(made) == 1
+    assert cached() == cached() == {"k": 4, "nan": None} and len(made) == 1
     path.write_text(json.dumps({"k": 8, "many": 256}))  # as an earlier version wrote it
     cached()
-    for more in (["--k", "4"], ["--samples", "4"], ["--prm=--epochs 3"]):
+    for more in (["--k", "8"], ["--samples", "4"], ["--label-samples", "8"], ["--prm=--epochs 3"]):
         before = len(made)
         cached(*more)
         cached(*more)
@@ -280,7 +280,7 @@ def test_numbers_of_other_settings_are_found_again(tmp_path):
     cached("--many", "9")  # the judges do not depend on it
     cached()
     cached("--many", "9", names=("many",))
-    assert len(made) == 7
+    assert len(made) == 8
 
 
 def test_eight_answers_are_not_taken_for_eighteen(tmp_path):
