@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     limit = args.max_seq_length
     examples = examples_of(tokenizer, prompt, solutions, limit, args.outcome)
     # Validation looks at all steps, also of an outcome model.
-    held_out_examples = examples_of(tokenizer, prompt, held_out, limit)
+    held_out_examples = examples_of(tokenizer, prompt, held_out, limit, of="held-out ")
     steps = prm.steps_in(examples, args)
     prm.settle(args, found, config, examples, held_out_examples, steps)
     if args.dry_run:

@@ -91,15 +91,17 @@ def example_of(
 
 
 def examples_of(
-    tokenizer, prompt: data.Prompt, solutions: list[Solution], limit: int, outcome: bool = False
-) -> list[Example]:
-    """Solutions as examples. Those over `limit` tokens, or without a label, are left out."""
+    tokenizer, prompt: data.Prompt, solutions: list[Solution], limit: int, outcome: bool = False,
+    of: str = "",
+) -> list[Example]:  # fmt: skip
+    """Solutions as examples. Those over `limit` tokens, or without a label, are left out. of: which
+    solutions these are, for messages."""
     made = [example_of(tokenizer, prompt, solution, outcome) for solution in solutions]
     kept = [example for example in made if example.labels and len(example.ids) <= limit]
     if made and not kept:
-        raise UserError(f"no answer is at most --max-seq-length {limit} long and has a label")
+        raise UserError(f"no {of}answer is at most --max-seq-length {limit} long and has a label")
     if len(kept) < len(made):
-        print(f"left out {len(made) - len(kept)} of {len(made)} answers: longer than "
+        print(f"left out {len(made) - len(kept)} of {len(made)} {of}answers: longer than "
               f"--max-seq-length {limit}, or without a label")  # fmt: skip
     return kept
 

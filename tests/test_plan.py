@@ -292,6 +292,24 @@ def test_the_packed_weights_of_a_cpu(tiny, name, bf16, monkeypatch):
     assert with_them - without == pytest.approx(want, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    "lora, critic, of_policy, of_critic", [(True, None, "adapters", None),
+    (True, "separate", "adapters", "adapters"), (False, "separate", "all", "adapters")],
+)  # fmt: skip
+def test_what_a_run_takes_on_disk(tiny, lora, critic, of_policy, of_critic):
+    """A separate critic has adapters of its own, beside the policy's."""
+    model, _ = tiny(torch.float32)
+    sizes = {"all": held(parameters(model)), None: 0}
+    config = dataclasses.replace(model.config, dtype=torch.bfloat16)
+    add_lora(model, 16, 32.0)
+    sizes["adapters"] = held(parameters(model, trained=True))
+    args = argparse.Namespace(lora=lora, critic=critic, lora_r=16, lora_alpha=32.0, optim="adamw")
+    checkpoint, result = plan.disk_bytes(args, config)
+    trained = sizes[of_policy] + sizes[of_critic]  # in float32, as its two moments
+    assert checkpoint == 3 * trained
+    assert result == (sizes["all"] / 2 if not lora else sizes["adapters"]) + sizes[of_critic]
+
+
 # ---------------------------------------------------------------------------- a card's memory
 
 GEMMA_2B = Config(

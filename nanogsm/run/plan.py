@@ -120,7 +120,7 @@ def print_budget(budget: dict[str, float]) -> None:
 FEW_STEPS = 20  # of SFT, in which little is learnt
 
 
-def _shapes(config: Config, args, continued: Path | None = None) -> tuple[list, list]:
+def shapes_of(config: Config, args, continued: Path | None = None) -> tuple[list, list]:
     """Shapes of a model's own weights, and of adapters on it. Nothing is allocated. continued: the
     adapter that is trained further, whose layers count if its weights are on this disk."""
     with torch.device("meta"):
@@ -135,11 +135,11 @@ def _shapes(config: Config, args, continued: Path | None = None) -> tuple[list, 
     return everything, [p.shape for p in model.parameters() if p.requires_grad]
 
 
-def _size(shapes: list) -> int:
+def entries(shapes: list) -> int:
     return sum(map(math.prod, shapes))
 
 
-def _say(name: str, text: str) -> None:
+def say(name: str, text: str) -> None:
     print(f"{name:<12} {text}")
 
 
@@ -158,8 +158,8 @@ def _held_out(args, problems: list) -> str:
 def _say_patience(args, held_out: list) -> None:
     if args.patience and len(held_out) < 512:
         points = 100 * math.sqrt(0.3 * 0.7 / len(held_out))
-        _say("patience", f"the standard error of a validation on {len(held_out)} problems is "
-             f"{points:.1f} points at 30% right; with --val-examples 512 it is 2.0")  # fmt: skip
+        say("patience", f"the standard error of a validation on {len(held_out)} problems is "
+            f"{points:.1f} points at 30% right; with --val-examples 512 it is 2.0")  # fmt: skip
 
 
 def settle_sft(args, found, config: Config, examples: list, held_out: list, steps: int) -> None:
@@ -170,39 +170,39 @@ def settle_sft(args, found, config: Config, examples: list, held_out: list, step
     def needs(args) -> tuple[list, list, Callable]:
         """What the shapes are with these args, and a function that returns the memory."""
         if args.lora not in made:
-            made[args.lora] = _shapes(config, args, found.adapter)
+            made[args.lora] = shapes_of(config, args, found.adapter)
         everything, adapters = made[args.lora]
         shapes = adapters if args.lora else everything
-        total = _size(everything) + _size(adapters)
+        total = entries(everything) + entries(adapters)
         return everything, shapes, lambda: sft_budget(args, config, total, shapes, lengths)
 
     left_open, (everything, shapes, budget) = args.left_open, needs(args)
     fitted = fit_card(args, budget, card.memory(args))
-    total, trained = _size(everything) + _size(shapes) * args.lora, _size(shapes)
+    total, trained = entries(everything) + entries(shapes) * args.lora, entries(shapes)
     supervised = data.supervised_tokens(examples)
     kind = config.model_type
-    _say("model", f"{args.model} ({kind}), {total:,} parameters, {trained:,} trained")
+    say("model", f"{args.model} ({kind}), {total:,} parameters, {trained:,} trained")
     if found.adapter:
         own = f"trained further, with its r {args.lora_r} and alpha {args.lora_alpha:g}"
-        _say("adapter", own if args.lora else "merged into its base, which is trained in full")
-    _say("data", f"{len(examples):,} examples, {sum(lengths):,} tokens, {supervised:,} supervised, "
-         f"longest {max(lengths)}; {_held_out(args, held_out)}")  # fmt: skip
+        say("adapter", own if args.lora else "merged into its base, which is trained in full")
+    say("data", f"{len(examples):,} examples, {sum(lengths):,} tokens, {supervised:,} supervised, "
+        f"longest {max(lengths)}; {_held_out(args, held_out)}")  # fmt: skip
     _say_patience(args, held_out)
-    _say("steps", f"{steps:,} of {args.micro_batch} x {args.accumulation} examples, "
-         f"{args.epochs} epoch{'s' * (args.epochs > 1)}; lr {args.lr:g} to {args.min_lr:g}, "
-         f"warm-up {args.warmup:g} ({args.recipe} recipe); {args.optim}")  # fmt: skip
+    say("steps", f"{steps:,} of {args.micro_batch} x {args.accumulation} examples, "
+        f"{args.epochs} epoch{'s' * (args.epochs > 1)}; lr {args.lr:g} to {args.min_lr:g}, "
+        f"warm-up {args.warmup:g} ({args.recipe} recipe); {args.optim}")  # fmt: skip
     if steps < FEW_STEPS:
-        _say("note", f"{len(examples)} examples make only {steps} step{'s' * (steps > 1)}: more "
-             "--epochs, or a smaller --micro-batch x --accumulation, make more")  # fmt: skip
-    _say("compute", f"{_devices(args)}, {args.precision}{fitted}")
+        say("note", f"{len(examples)} examples make only {steps} step{'s' * (steps > 1)}: more "
+            "--epochs, or a smaller --micro-batch x --accumulation, make more")  # fmt: skip
+    say("compute", f"{_devices(args)}, {args.precision}{fitted}")
     if args.dry_run:
         print_budget(budget())
     if args.gpu_memory:
         for name, text in card.judge(args, left_open, lambda args: needs(args)[-1]):
-            _say(name, text)
+            say(name, text)
         weights = card.weights_of(config, everything, shapes if args.lora else [])
         flops = card.update_flops(weights, sum(lengths), supervised, args.checkpointing)
-        _say("time", card.least_time(args, args.epochs * flops))
+        say("time", card.least_time(args, args.epochs * flops))
 
 
 def rows_at_once(args) -> int:
@@ -214,7 +214,7 @@ def rows_at_once(args) -> int:
 def sft_budget(args, config: Config, total: int, shapes: list, lengths: list) -> dict[str, float]:
     """Bytes by purpose. total: all parameters, adapters included; shapes: those of the trained
     ones; lengths: tokens of the examples."""
-    bf16, trained = args.precision == "bf16", _size(shapes)
+    bf16, trained = args.precision == "bf16", entries(shapes)
     tokens = sum(sorted(lengths)[-rows_at_once(args) :])  # the longest micro-batch
     activations = activation_bytes(config, tokens, args.lora, bf16, args.checkpointing)
     # With one micro-batch, activations go as gradients come. (The embedding's gradient, which is
@@ -231,11 +231,13 @@ def sft_budget(args, config: Config, total: int, shapes: list, lengths: list) ->
 
 
 def disk_bytes(args, config: Config) -> tuple[float, float]:
-    """(a checkpoint, the saved weights) of a run, in bytes."""
-    everything, adapters = _shapes(config, args)
-    trained = adapters if args.lora else everything + adapters
-    result = 4 * _size(adapters) if args.lora else config.dtype.itemsize * _size(everything)
-    return 4 * _size(trained) + moments_bytes(trained, args.optim), result
+    """(a checkpoint, the saved weights) of a run, in bytes. A value head is too small to count."""
+    everything, adapters = shapes_of(config, args)
+    policy = adapters if args.lora else everything
+    critic = adapters if getattr(args, "critic", None) == "separate" else []
+    trained = policy + critic
+    saved = (4 if args.lora else config.dtype.itemsize) * entries(policy) + 4 * entries(critic)
+    return 4 * entries(trained) + moments_bytes(trained, args.optim), saved
 
 
 def in_parts(n: int, c: Config, total: int, budget: dict[str, float]) -> dict[str, float]:
@@ -264,7 +266,7 @@ def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list)
         """What the shapes are with these args, and a function that returns the memory."""
         kind = args.lora, args.critic
         if kind not in made:
-            made[kind] = _shapes(config, args)
+            made[kind] = shapes_of(config, args)
         everything, adapters = made[kind]
         policy = adapters if args.lora else everything
         head = [(1, config.hidden_size), (1,)] * (args.group is None)
@@ -277,48 +279,48 @@ def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list)
     size = min(args.rollouts, args.micro_batch * args.accumulation)
     updates, rest = math.ceil(args.rollouts / size), args.rollouts % size
     last = f" (the last: {rest})" if rest else ""
-    total, earlier = _size(everything), past.held_out_by(args.init, args.data)
-    _say("start", f"{args.init} ({config.model_type}), {total:,} parameters; {prompt}")
+    total, earlier = entries(everything), past.held_out_by(args.init, args.data)
+    say("start", f"{args.init} ({config.model_type}), {total:,} parameters; {prompt}")
     instead = f"no critic: {args.advantage}, groups of {args.group} answers"
-    other = instead if args.group else f"{_size(critic):,} of the critic ({args.critic})"
-    _say("trained", f"{_size(policy):,} of the policy, {other}")
-    _say("data", f"{len(problems):,} problems, {_held_out(args, held_out)}; prompt and answer up "
-         f"to {longest} tokens")  # fmt: skip
+    other = instead if args.group else f"{entries(critic):,} of the critic ({args.critic})"
+    say("trained", f"{entries(policy):,} of the policy, {other}")
+    say("data", f"{len(problems):,} problems, {_held_out(args, held_out)}; prompt and answer up "
+        f"to {longest} tokens")  # fmt: skip
     _say_patience(args, held_out)
     if earlier not in (None, args.val_examples):
-        _say("note", f"{args.init} held out {earlier} problems, this run {args.val_examples}: some "
-             "are held out by one and trained on by the other")  # fmt: skip
+        say("note", f"{args.init} held out {earlier} problems, this run {args.val_examples}: some "
+            "are held out by one and trained on by the other")  # fmt: skip
     if found.adapter and args.lora:
-        _say("note", "base and adapter together are the start and the reference; the result is one "
-             "adapter with both changes")  # fmt: skip
-    _say("steps", f"{args.steps} of {args.rollouts} answers; {args.epochs} x {updates} updates of "
-         f"{size}{last}, in micro-batches of {args.micro_batch}; lr {args.lr:g}"
-         f"{'' if args.group else f', critic {args.value_lr:g}'} ({args.recipe} recipe); "
-         f"{args.optim}")  # fmt: skip
+        say("note", "base and adapter together are the start and the reference; the result is one "
+            "adapter with both changes")  # fmt: skip
+    say("steps", f"{args.steps} of {args.rollouts} answers; {args.epochs} x {updates} updates of "
+        f"{size}{last}, in micro-batches of {args.micro_batch}; lr {args.lr:g}"
+        f"{'' if args.group else f', critic {args.value_lr:g}'} ({args.recipe} recipe); "
+        f"{args.optim}")  # fmt: skip
     if args.advantage == "grpo" and args.kl_coef:
-        _say("note", "GRPO scales up the KL penalties of groups whose scores are equal: "
-             "--kl-coef 0 avoids that")  # fmt: skip
+        say("note", "GRPO scales up the KL penalties of groups whose scores are equal: "
+            "--kl-coef 0 avoids that")  # fmt: skip
     if args.critic_warmup:
         whole = ": the policy will not change" * (args.critic_warmup >= args.steps)
-        _say("warm-up", f"the first {args.critic_warmup} steps train the critic alone{whole}")
-    _say("compute", f"{_devices(args)}, {args.precision}{fitted}")
+        say("warm-up", f"the first {args.critic_warmup} steps train the critic alone{whole}")
+    say("compute", f"{_devices(args)}, {args.precision}{fitted}")
     if args.dry_run:
         print_budget(budget())
     if args.gpu_memory:
         for name, text in card.judge(args, left_open, lambda args: needs(args)[-1]):
-            _say(name, text)
+            say(name, text)
         answers = [known.encode(tokenizer, prompt, "", p.answer)[1] for p in problems]
         answer = min(sum(map(sum, answers)) / len(answers), args.max_new_tokens)
         asked = sum(map(len, prompts)) / len(prompts)
         weights = card.weights_of(config, everything, policy if args.lora else [])
         slot = cache_bytes(config, 1, 1, args.precision == "bf16")
         least = card.least_time(args, *card.ppo_work(args, weights, asked, answer, slot))
-        _say("time", f"{least}, if answers have {answer:.0f} tokens, as in the data")
+        say("time", f"{least}, if answers have {answer:.0f} tokens, as in the data")
 
 
 def ppo_budget(args, config: Config, everything, policy, critic, longest: int) -> dict[str, float]:
     bf16, frozen, separate = args.precision == "bf16", args.lora, args.critic == "separate"
-    total, policy_size, critic_size = map(_size, (everything, policy, critic))
+    total, policy_size, critic_size = map(entries, (everything, policy, critic))
     weights = model_bytes(config, total + policy_size * frozen, policy_size, bf16)
     if frozen and not bf16:
         weights = 4 * (total + policy_size)

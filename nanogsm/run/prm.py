@@ -119,9 +119,9 @@ def load_solutions(args) -> tuple[list[steps.Solution], list[steps.Solution]]:
 
 def settle(args, found: hub.ModelFiles, config, examples: list, held_out: list, n: int) -> None:
     """Print the plan; with --dry-run also its memory."""
-    everything, adapters = plan._shapes(config, args, found.adapter)
+    everything, adapters = plan.shapes_of(config, args, found.adapter)
     shapes = adapters if args.lora else everything
-    total, trained = plan._size(everything) + plan._size(adapters), plan._size(shapes)
+    total, trained = plan.entries(everything) + plan.entries(adapters), plan.entries(shapes)
     lengths = [len(example.ids) for example in examples]
     what = "the last step's label" if args.outcome else "every step's label"
     lines = {
@@ -136,7 +136,7 @@ def settle(args, found: hub.ModelFiles, config, examples: list, held_out: list, 
         "compute": f"{args.device}, {args.precision}",
     }  # fmt: skip
     for name, text in lines.items():
-        print(f"{name:<12} {text}")
+        plan.say(name, text)
     if args.dry_run:
         budget = plan.sft_budget(args, config, total, shapes, lengths)
         plan.print_budget(budget | {"vocabulary": 0})
