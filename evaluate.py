@@ -94,8 +94,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.batch_size = args.batch_size or (256 if args.tiny else 64)
     args.data, args.precision = flags.for_tiny(args)
     flags.check_unscored(args)
-    if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
-        raise UserError(f"--temperature is {args.temperature}: give 0 (greedy) or 0.01 to 100")
+    flags.check_temperature(args, greedy=True)
     if args.part and args.split == "test":
         raise UserError("--part is for --split validation")
     if isinstance(args.ask, str) and not ask.checked(args.ask):
@@ -162,7 +161,7 @@ def evaluate(args: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     files.remove(folder / f"{name}.json")  # a kill must not leave an old summary with new rows
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    files.replace_file(folder / f"{name}.jsonl", lines.encode())
+    files.replace_file(folder / f"{name}.jsonl", lines.encode(), shared=True)
     files.write_json(folder / f"{name}.json", summary)
     print_summary(summary)
     print(f"written to {folder / name}.json and .jsonl")
@@ -184,7 +183,7 @@ def resolve(args: argparse.Namespace, problems: list = ()) -> tuple[data.Prompt,
 def load_for_inference(args: argparse.Namespace):
     """(model, tokenizer). In float32 an adapter is merged into its base, which is faster. In
     bfloat16 it stays separate, because rounding the sum would change the trained model."""
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    dtype = machine.dtype_of(args.precision)
     found = hub.find_model(args.model, base=args.base)
     return load_model(found, dtype, args.device, merge=dtype == torch.float32)
 

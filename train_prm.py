@@ -112,19 +112,25 @@ def first_below(values: list[float], limit: float) -> int | None:
     return next((i for i, value in enumerate(values) if value < limit), None)
 
 
-def share_of(hits: list[bool]) -> float:
+def share_of(hits: list[float]) -> float:
     return sum(hits) / len(hits) if hits else math.nan
 
 
-def best_of(examples: list[Example], scores: list[float]) -> tuple[float, float]:
-    """(share of right answers, share of the problems whose answer of the highest score is right).
-    An answer is right if its last step is. One whose last step has no label is left out."""
+def best_of(examples: list[Example], scores: list[float]) -> tuple[float, float, float]:
+    """Three shares: of the right answers among all; of the problems whose answer of the highest
+    score is right; of the pairs of a right and a wrong answer to one problem in which the right one
+    has the higher score, a tie counting half. An answer is right if its last step is. One whose
+    last step has no label is left out."""
     answers: dict[int, list[tuple[float, bool]]] = {}
     for example, score in zip(examples, scores):
         if example.mask[-1]:  # the end token, which follows the last step
             answers.setdefault(example.index, []).append((score, example.labels[-1] >= RIGHT))
-    chosen = [max(group, key=lambda answer: answer[0])[1] for group in answers.values()]
-    return share_of([right for group in answers.values() for _, right in group]), share_of(chosen)
+    groups = answers.values()
+    chosen = [max(group, key=lambda answer: answer[0])[1] for group in groups]
+    ordered = [(a > b) + (a == b) / 2 for group in groups for a, right in group if right
+               for b, also in group if not also]  # fmt: skip
+    everything = [right for group in groups for _, right in group]
+    return share_of(everything), share_of(chosen), share_of(ordered)
 
 
 def validation_metrics(examples: list[Example], logits: list[list[float]], answers: bool) -> dict:
@@ -145,8 +151,8 @@ def validation_metrics(examples: list[Example], logits: list[list[float]], answe
     metrics["val_first_wrong"] = share_of([a == b for a, b in pairs if a is not None])
     metrics["val_all_right"] = share_of([b is None for a, b in pairs if a is None])
     if answers:
-        sampled, best = best_of(examples, [row[-1] for row in logits])
-        metrics |= {"val_sampled": sampled, "val_best_last": best}
+        sampled, best, pairs = best_of(examples, [row[-1] for row in logits])
+        metrics |= {"val_pairs": pairs, "val_sampled": sampled, "val_best_last": best}
         metrics["val_best_least"] = best_of(examples, [min(row) for row in logits])[1]
     return metrics
 

@@ -32,8 +32,8 @@ VOCAB, WIDTH, LENGTH, BATCH = 2048, 80, 32, 16  # blocks of 256 do not fit into 
 # ---- variants
 
 
-def to_nearest(n, step, device=None):
-    return torch.full((n,), 0.5, device=device)
+def to_nearest(entry, step):
+    return torch.full(entry.shape, 0.5, device=entry.device)
 
 
 def encode_log(x, dtype, offset):
@@ -296,7 +296,7 @@ def show_curves(steps, seeds):
                 curve.append(batch_loss.item())
             with torch.no_grad():
                 final.append(f"{loss(None).item():.4f}")
-        means = torch.tensor(curve[:steps]).view(6, -1).mean(1).tolist()
+        means = torch.tensor(curve[: steps // 6 * 6]).view(6, -1).mean(1).tolist()
         print(f"  {name:32}{' '.join(f'{x:.3f}' for x in means)} | {' '.join(final)}", flush=True)
 
 

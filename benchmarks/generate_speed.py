@@ -81,7 +81,7 @@ def by_peer(model, prompts, stop_ids, limit: int, batch_size: int) -> list[list[
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    dtype = machine.dtype_of(args.precision)
     found = hub.find_model(args.model)
     ours, tokenizer = load_model(found, dtype, args.device)
     problems = data.load_problems(args.data, "test", args.data_dir)[: args.n]

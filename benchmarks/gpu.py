@@ -127,9 +127,10 @@ def record_of(lines: list[str], code: int | None, limit: float) -> dict:
     """What a stage's lines and exit status (None: it was ended) say."""
     rows, said, skipped = [], [], None
     for line in lines:
-        if line.startswith('{"measure"'):
+        whole = line.startswith("{") and line.endswith("}")  # the last may have been cut
+        if whole and line.startswith('{"measure"'):
             rows.append(json.loads(line))
-        elif line.startswith('{"skipped"'):
+        elif whole and line.startswith('{"skipped"'):
             skipped = json.loads(line)["skipped"]
         elif line.strip():
             said.append(line[:300])

@@ -432,7 +432,8 @@ TRAIN, STEPS = 7473, 100  # GSM8K's examples; steps of PPO
 
 
 def study(work):
-    """How long the original study's four runs would take, without evaluation."""
+    """How long SFT and PPO with the settings of the original study would take, in full and with
+    LoRA, on main answers and without evaluation."""
     seconds = {}
     for method in ("full", "LoRA"):
         step = work.value("sft", f"{method}: fastest step")

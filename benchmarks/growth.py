@@ -135,7 +135,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.point:
         print(json.dumps(measure(args)))
         return 0
-    rows = []
+    rows, out = [], Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     for point in points(args.vary):
         command = [sys.executable, "-m", "benchmarks.growth", "--point", json.dumps(point),
                    "--device", args.device, "--precision", args.precision]  # fmt: skip
@@ -146,11 +147,10 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(row)
         said = ", ".join(f"{name} {row[name]}" for name in ("vary", "job", *MIDDLE))
         print(f"{said}: {row['seconds']:.2f} s, {row['memory'] / 2**30:.2f} GiB", flush=True)
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(out.with_suffix(".json"), {"environment": machine.environment(), "rows": rows})
-    files.replace_file(out.with_suffix(".md"), table(rows).encode())
-    files.replace_file(out.with_suffix(".svg"), picture(rows).encode())
+        found = {"environment": machine.environment(), "rows": rows}
+        files.write_json(Path(f"{out}.json"), found)  # after each: a later one may fail
+    files.replace_file(Path(f"{out}.md"), table(rows).encode())
+    files.replace_file(Path(f"{out}.svg"), picture(rows).encode())
     return 0
 
 

@@ -77,7 +77,7 @@ def ppo_args(args) -> argparse.Namespace:
     given = ["--recipe", "tuned", "--init", args.model, "--optim", "adamw", "--val-examples", "0"]
     names = ("rollouts", "rollout_batch", "micro_batch", "accumulation", "max_new_tokens")
     for name in (*names, "device", "precision", "checkpointing"):
-        given += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+        given += [flags.flag_of(name), str(getattr(args, name))]
     return train_ppo.parse_args(given + ["--lora"] * args.lora)
 
 
@@ -90,7 +90,7 @@ def ours(args, turns: Turns) -> None:
     if args.lora:  # the peer starts from the same adapters
         save_adapter(setup.models.actor, Path(args.scratch) / "adapter", args.model)
     problems = data.load_problems(args.data, "train", args.data_dir)
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    dtype = machine.dtype_of(args.precision)
     turns.ready(matrix_rate=matrix_rate(args.device, dtype))
     for step in range(args.rounds + 1):
         chosen = data.problems_of_step(problems, step, args.rollouts, ppo.seed)
@@ -172,7 +172,7 @@ class Peer:
             torch.optim.AdamW(weights, ppo.lr, weight_decay=0.0),
             torch.optim.AdamW(self.value_head.parameters(), ppo.value_lr, weight_decay=0.0),
         ]
-        self.autocast = lambda: torch.autocast(args.device, torch.bfloat16, enabled=bf16)
+        self.autocast = machine.autocast_of(args.device, args.precision)
 
     def answers(self, prompts: list[list[int]], stop_ids) -> int:
         """Sample an answer to each prompt. Returns their tokens, each counted to its stop token."""

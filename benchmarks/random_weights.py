@@ -18,11 +18,11 @@ from nanogsm.transformer import Transformer
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = flags.Parser("Make a model folder with random weights.")
-    p.add_argument("config", type=Path, help="Folder with config.json and tokenizer files.")
-    p.add_argument("out", type=Path, help="The new folder.")
-    p.add_argument("--seed", type=int, default=0, help="Seed of the weights. Default: 0.")
-    args = p.parse_args(argv)
+    parser = flags.Parser("Make a model folder with random weights.")
+    parser.add_argument("config", type=Path, help="Folder with config.json and tokenizer files.")
+    parser.add_argument("out", type=Path, help="The new folder.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the weights. Default: 0.")
+    args = parser.parse_args(argv)
     if args.out.exists():
         raise UserError(f"{args.out} exists: choose another folder")
     torch.manual_seed(args.seed)

@@ -6,6 +6,7 @@ does affects both alike. A benchmark calls `compete` in the parent process. The 
 with --worker NAME, is a side and answers through `Turns`.
 """
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -28,6 +29,8 @@ def now(device: str) -> float:
     """The time, after the device has finished what it was asked to do."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
+    elif device.startswith("mps"):
+        torch.mps.synchronize()
     return time.perf_counter()
 
 
@@ -121,8 +124,9 @@ class Side:
         return json.loads(line)
 
     def run_round(self) -> dict:
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # a worker that died: _listen says why
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
         self.rounds.append(self._listen())
         return self.rounds[-1]
 

@@ -19,8 +19,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from nanogsm import UserError, data, generate, steps
 from nanogsm.model import load_model
 from nanogsm.run import console, flags, machine, past
@@ -56,8 +54,7 @@ def parse_args(argv: list[str] | None = None):
     args.max_new_tokens = args.max_new_tokens or past.answer_limit_of(args.run, args.data)
     at_least = {"n": 1, "samples": 1, "k": 1, "max_new_tokens": 1, "batch_size": 1, "seed": 0}
     flags.check_numbers(args, at_least)
-    if not 0.01 <= args.temperature <= 100:
-        raise UserError(f"--temperature is {args.temperature}: give a number from 0.01 to 100")
+    flags.check_temperature(args)
     name = Path(args.run).name or "model"
     args.out = Path(args.out or f"runs/{'tiny/' * args.tiny}labels-{name}.jsonl")
     if args.out.suffix != ".jsonl":
@@ -222,7 +219,7 @@ def write_labels(args, found: hub.ModelFiles, problems: list[data.Problem]) -> N
     if have >= n * args.samples:
         print(f"{args.out} has {have:,} labelled answers already")
         return
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    dtype = machine.dtype_of(args.precision)
     model, tokenizer = load_model(found, dtype, args.device, merge=args.precision == "fp32")
     if have:
         print(f"continuing {args.out} from answer {have:,}")

@@ -28,6 +28,7 @@ import torch
 
 import train_ppo
 from nanogsm.run import console, flags
+from nanogsm.store import files
 
 KNOBS = {  # the name of a row's setting -> its flags
     "gamma": ["gamma"],
@@ -49,7 +50,7 @@ def flags_of(recipe: str, names: list[str]) -> list[str]:
     for name in names:
         value = values[name]
         full = value[0] if isinstance(value, tuple) else value  # a pair is (full, with --lora)
-        found += [f"--{name.replace('_', '-')}", str(full)]
+        found += [flags.flag_of(name), str(full)]
     return found
 
 
@@ -129,8 +130,7 @@ def run(row_flags: list[str], seed: int, args: argparse.Namespace, folder: str) 
     if status:
         print(printed.getvalue())
         raise SystemExit(status)
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    metrics = [json.loads(line) for line in lines]
+    metrics = files.json_lines(Path(folder) / "metrics.jsonl")
     steps = [row for row in metrics if "reward" in row]
     validations = [row for row in metrics if "val_exact_match" in row]
     return {
@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    results = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    results = files.json_lines(out) if out.exists() else []
     setting = {"init": args.init, "steps": args.steps, "rollouts": args.rollouts}
     results = [r for r in results if {k: r.get(k) for k in setting} == setting]
     done = {(r["row"], r["seed"]) for r in results}

@@ -16,7 +16,6 @@ curves) and results/tiny/ppo.svg (the curves).
 """
 
 import json
-import os
 from pathlib import Path
 
 from nanogsm import UserError
@@ -36,10 +35,10 @@ CURVES = {  # metric -> title of its panel
 def read(path: Path) -> list[dict]:
     """The rows of a .jsonl file."""
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+        return files.json_lines(path)
+    except UserError as error:
         commands = "the commands at the top of experiments/ppo_curves.py make it"
-        raise UserError(f"cannot read {path} ({error}); {commands}") from error
+        raise UserError(f"{error}; {commands}") from error
 
 
 def answers(run: Path) -> dict[int, dict]:
@@ -70,7 +69,8 @@ def collect(folder: Path, recipe: str) -> dict:
     run = folder / recipe
     record = past.run_of(str(run))
     settings = record[1]["args"] if record else {}
-    if settings.get("recipe") != recipe or not os.path.samefile(settings["init"], folder / "sft"):
+    started = files.same_place(settings.get("init"), str(folder / "sft"))
+    if settings.get("recipe") != recipe or not started:
         raise UserError(f"{run} is not a run of --recipe {recipe} --init {folder / 'sft'}")
     rows = read(run / "metrics.jsonl")
     steps = [row for row in rows if "reward" in row]

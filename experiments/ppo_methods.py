@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=20, help="Steps of every run.")
     add("--rollouts", type=int, default=512, help="Answers sampled per step.")
     add("--group", type=int, default=8, help="Answers to a problem, for RLOO and GRPO.")
-    add("--n", type=int, default=1319, help="Test problems.")
+    add("--n", type=int, default=study.TEST_PROBLEMS, help="Test problems.")
     add("--sft", default="", metavar="FLAGS", help='More flags for train_sft.py, as --sft="...".')
     add("--out", type=Path, help="Folder of the runs. Default: runs/tiny/methods or .../terms.")
     add("--results", type=Path, help="Path of the results, without the ending. Default: methods or "
@@ -62,6 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     flags.check_numbers(args, {"seeds": 1, "steps": 1, "rollouts": 1, "group": 2, "n": 1})
     check_settings(args)
+    args.n = min(args.n, study.TEST_PROBLEMS)  # as evaluate.py names its file
     args.out = args.out or Path("runs/tiny") / args.what
     args.results = args.results or args.out / args.what
     return args
@@ -215,6 +216,7 @@ def tables(searched: dict, results: list[dict], args) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    study.refuse_torchrun()
     searched = search(args)
     # A dry run cannot know the best settings: it shows the lowest.
     best = {

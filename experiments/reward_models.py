@@ -15,7 +15,6 @@ is found again. It writes --results with .json (all numbers) and .md (the tables
 """
 
 import functools
-import json
 import math
 import random
 import shlex
@@ -53,7 +52,7 @@ def parse_args(argv: list[str] | None = None):
     p = flags.Parser(__doc__.split("\n")[0])
     add = p.add_argument
     add("--seeds", type=int, default=3, help="Seeds: 1, 2, ...")
-    add("--n", type=int, default=1319, help="Test problems.")
+    add("--n", type=int, default=study.TEST_PROBLEMS, help="Test problems.")
     add("--labelled", type=int, default=2000, help="Training problems whose answers are labelled.")
     add("--label-samples", type=int, default=4, help="Answers to each of these problems.")
     add("--k", type=int, default=4, help="Continuations that make a label.")
@@ -70,7 +69,7 @@ def parse_args(argv: list[str] | None = None):
     at_least = {"seeds": 1, "n": 1, "labelled": 20, "label_samples": 1, "k": 1, "samples": 2,
                 "prefixes": 2, "many": 2}  # fmt: skip
     flags.check_numbers(args, at_least)
-    args.n = min(args.n, 1319)  # as evaluate.py names its file
+    args.n = min(args.n, study.TEST_PROBLEMS)  # as evaluate.py names its file
     args.results = args.results or args.out / "reward-models"
     return args
 
@@ -135,7 +134,7 @@ def cached(path: Path, args, names: tuple[str, ...], make: Callable[[], dict]) -
 def judge(seed: int, args) -> dict:
     """{what chooses: right or wrong for each test problem} of one seed."""
     path, k = answers_file(args.out / f"answers-{seed}", args), args.samples
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    rows = files.json_lines(path)
     groups = [rows[i : i + k] for i in range(0, len(rows), k)]
     right = {
         "first": [group[0]["correct"] for group in groups],
@@ -180,8 +179,7 @@ def validated(seed: int, args) -> dict:
 def noise(args) -> dict:
     """Labels of k continuations against labels of many, on prefixes of seed 1's answers."""
     run = str(args.out / "ppo-1")
-    lines = (args.out / "labels-1.jsonl").read_text("utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = files.json_lines(args.out / "labels-1.jsonl")
     prompt = past.prompt_of(run)
     model, tokenizer = load_model(run, torch.float32, merge=True)
     problems = {p.index: p for p in data.load_problems("tiny", "train")}
@@ -260,6 +258,7 @@ def tables(results: list[dict], found: dict, args) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    study.refuse_torchrun()
     results = []
     for seed in range(1, args.seeds + 1):
         for command in commands(seed, args):

@@ -22,7 +22,6 @@ problems held out of train.
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import signal
@@ -42,6 +41,7 @@ from nanogsm.run.start import MAY_DIFFER, NO_SETTINGS
 from nanogsm.store import files, hub
 
 ROOT = Path(__file__).parents[1]
+TEST_PROBLEMS = 1319  # of GSM8K, and of the embedded data
 
 
 class Row(NamedTuple):
@@ -84,7 +84,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flags.add_tiny_flag(p)
     add("--model", default="google/gemma-2b-it", help="Hub id or folder (not with --tiny).")
     flags.add_data_dir_flag(p)
-    add("--n", type=int, help="Test problems. Default: 256, as in the original study (tiny: 1319).")
+    add("--n", type=int, help="Test problems. Default: 256, as in the original study (tiny: "
+        f"{TEST_PROBLEMS}).")
     add("--seed", type=int, default=0, help="Seed of all training. Default: 0.")
     add("--rows", nargs="+", choices=BY_NAME, metavar="ROW",
         help=f"Run only these of {', '.join(BY_NAME)}.")
@@ -103,11 +104,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         try:
             setattr(args, name, shlex.split(getattr(args, name)))
         except ValueError as error:
-            flag = f"--{name.replace('_', '-')}"
+            flag = flags.flag_of(name)
             raise UserError(f"{flag}={getattr(args, name)!r}: {error}") from error
-    if any(flag.startswith("--sa") for flag in args.eval):
+    if any(flag.startswith("--samples") for flag in args.eval):
         raise UserError("--eval: a study compares single answers: leave out --samples")
-    args.n = args.n or (1319 if args.tiny else 256)
+    args.n = min(args.n or (TEST_PROBLEMS if args.tiny else 256), TEST_PROBLEMS)
     args.out = Path(args.out or f"runs/{'tiny/' * args.tiny}study-{args.seed}")
     args.folders = {row.name: args.out / row.name for row in ROWS}
     return args
@@ -198,22 +199,33 @@ def evaluation(row: Row, args: argparse.Namespace, kind: str = "test") -> Path |
     return max(found, key=lambda file: file.stat().st_mtime, default=None)
 
 
+def refuse_torchrun() -> None:
+    """UserError under torchrun, where every rank would start every script."""
+    if "WORLD_SIZE" in os.environ:
+        raise UserError("this command starts the training scripts itself: run it without torchrun, "
+                        "and without WORLD_SIZE in the environment")  # fmt: skip
+
+
 def run(command: list[str], keep: tuple[int, ...] = ()) -> tuple[int, str]:
     """Run one of our scripts and show its output as it comes. Returns its status and its last line
     on stderr. The script gets Ctrl-C directly, saves and stops; SIGTERM is passed on to it. keep:
     file descriptors that stay open in the script."""
     print(f"\n$ python {shlex.join(command)}", flush=True)
     script = [sys.executable, str(ROOT / command[0]), *command[1:]]
-    process = subprocess.Popen(script, stderr=subprocess.PIPE, text=True, pass_fds=keep)
+    process = subprocess.Popen(
+        script, stderr=subprocess.PIPE, text=True, errors="replace", pass_fds=keep
+    )
     handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: process.terminate()}
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     last = ""
-    for line in process.stderr:
-        print(line, end="", file=sys.stderr, flush=True)
-        last = line.strip() or last
-    status = process.wait()
-    for number, handler in previous.items():
-        signal.signal(number, handler)
+    try:
+        for line in process.stderr:
+            print(line, end="", file=sys.stderr, flush=True)
+            last = line.strip() or last
+    finally:
+        status = process.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     return status, last.removeprefix("error: ")
 
 
@@ -231,7 +243,7 @@ def run_or_raise(command: list[str]) -> None:
 
 def training_metrics(folder: Path) -> dict:
     """Minutes, memory, speed and losses from a run's metrics.jsonl."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    rows = files.json_lines(folder / "metrics.jsonl")
     steps = [row for row in rows if "seconds" in row]
     seconds = sum(row["seconds"] for row in steps)
     last_tenth = steps[-max(1, len(steps) // 10) :]
@@ -337,9 +349,7 @@ def table_of(entries: list[dict], args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if "WORLD_SIZE" in os.environ:  # every rank would start every row
-        raise UserError("experiments.study starts each row's script itself: run it without "
-                        "torchrun, and without WORLD_SIZE in the environment")  # fmt: skip
+    refuse_torchrun()
     chosen = [row for row in ROWS if args.rows is None or row.name in args.rows]
     if args.dry_run:
         for command in [command for row in chosen for command in commands(row, args)]:

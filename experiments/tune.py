@@ -30,7 +30,7 @@ from pathlib import Path
 import train_ppo
 import train_sft
 from experiments import tune_page
-from experiments.study import run
+from experiments.study import refuse_torchrun, run
 from experiments.tune_space import command_of, flags_of, prepare, schedule, space_of
 from experiments.tune_study import alone, open_study, optuna, take
 from nanogsm import UserError
@@ -158,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if optuna is None and not args.dry_run:
         raise UserError("a search needs a package: pip install -r requirements-optional.txt")
+    refuse_torchrun()
     prepare(args)
     if args.dry_run:
         return 0

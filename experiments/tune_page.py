@@ -1,7 +1,6 @@
 """What a search writes: tune.md with all trials, best first, and tune.svg. It also says which trial
 is the best, and deletes what the others leave."""
 
-import json
 import math
 import shlex
 import textwrap
@@ -27,8 +26,7 @@ def score_of(folder: Path, metric: str) -> float:
     if (folder / "summary.json").exists():
         rows = [files.read_json(folder / "summary.json")]
     else:
-        lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-        rows = [row for row in map(json.loads, lines) if metric in row]
+        rows = [row for row in files.json_lines(folder / "metrics.jsonl") if metric in row]
     value = rows[-1].get(metric) if rows else None
     return math.nan if value is None else value
 
@@ -60,8 +58,7 @@ def delete_losers(study, args) -> None:
         if trial.state.is_finished() and (best is None or trial.number != best.number):
             weights = ["adapter", "value_head.safetensors"] * (not ended(trial))
             for name in ["checkpoint", "model", *weights]:
-                if (folder_of(trial, args) / name).exists():
-                    files.remove(folder_of(trial, args) / name)
+                files.remove(folder_of(trial, args) / name)
 
 
 def last_score(best, args) -> dict | None:

@@ -17,7 +17,7 @@ def space_of(args) -> dict[str, list | tuple]:
     space, narrowed = {}, set()
     absent = flags.OF_CRITIC if getattr(args.run, "advantage", None) else ()
     for name, values in args.usual.items():
-        flag = "--accumulation" if name == "batch" else flag_of(name)
+        flag = "--accumulation" if name == "batch" else flags.flag_of(name)
         if flag not in args.named and name not in absent:
             times = getattr(args.run, name) if isinstance(values, tuple) else 1
             space[name] = type(values)(times * value for value in values)
@@ -50,10 +50,6 @@ def space_of(args) -> dict[str, list | tuple]:
     return space
 
 
-def flag_of(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def written(value: int | float) -> str:
     """A parameter's value as a trial's flag. Three digits of a rate are enough."""
     return str(value) if isinstance(value, int) else f"{value:.3g}"
@@ -67,7 +63,7 @@ def flags_of(args, params: dict) -> list[str]:
             micro = math.gcd(value, args.run.micro_batch)
             found += ["--micro-batch", str(micro), "--accumulation", str(value // micro)]
         else:
-            found += [flag_of(name), written(value)]
+            found += [flags.flag_of(name), written(value)]
     return found
 
 
@@ -78,7 +74,8 @@ def prepare(args) -> None:
         start.prompt_of_init(settings)  # says which start is missing
     found = start.find_start(settings, "init" if ppo else "model")
     if not ppo:
-        args.space.pop("lora_r" if found.adapter else None, None)  # an adapter keeps its rank
+        if found.adapter and args.space.pop("lora_r", None):
+            print("note         an adapter keeps its rank, so lora_r is not searched")
         start.set_rank(settings, found)
     problems = known.load_problems(settings, found)
     if settings.val_examples is None:  # else a flag says it, or the run that the trials start from

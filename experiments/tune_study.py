@@ -57,7 +57,8 @@ def open_study(args):
     journal = args.out / "journal.log"
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        if not journal.exists() and {path.name for path in args.out.iterdir()} - {".locks"}:
+        names = {path.name for path in args.out.iterdir()}  # one look: others may start, too
+        if journal.name not in names and names - {".locks"}:
             raise UserError(f"{args.out} is not empty and not a search: choose another --out")
     except OSError as error:
         raise UserError(f"{args.out} cannot be a search's folder: {error.strerror}") from error

@@ -40,6 +40,10 @@ ONE_SHOT_ANSWER = (  # to the question of data.ONE_SHOT, in MATH's form
     r"Natalia sold $48+24 = \boxed{72}$ clips altogether in April and May."
 )
 NO_ANSWER = "nothing stands in the last box of the answer"
+NO_LIMITS = (  # Windows has none
+    "answers in boxes can be graded in the main thread only, and on Unix: Python has time limits "
+    "nowhere else"
+)
 MOST_CHARACTERS = 300  # of an answer that is read as a formula
 MOST_SECONDS = 3.0  # of computing, for reading and comparing two formulas
 LARGEST = 10_000  # exponent or factorial that is computed
@@ -52,6 +56,8 @@ def check_data(data: str, split: str) -> None:
     if data == "math500" and split != "test":
         raise UserError("--data math500 is for evaluation only: train and validate on math")
     if data in NAMES:
+        if not hasattr(signal, "setitimer"):
+            raise UserError(NO_LIMITS)
         grader_name()
 
 
@@ -237,9 +243,8 @@ def _ask(answer: str, gold: str) -> Verdict:
     """The verdict of math-verify. UserError if it is missing, or outside the main thread."""
     grader_name()
     main_thread = threading.current_thread() is threading.main_thread()
-    if not main_thread or not hasattr(signal, "setitimer"):  # Windows has none
-        raise UserError("answers in boxes can be graded in the main thread only, and on Unix: "
-                        "Python has time limits nowhere else")  # fmt: skip
+    if not main_thread or not hasattr(signal, "setitimer"):
+        raise UserError(NO_LIMITS)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         logging.getLogger("math_verify").setLevel(logging.CRITICAL + 1)
         logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL + 1)

@@ -260,6 +260,15 @@ def test_what_cannot_be_read_is_wrong(package):
     assert grade("9", "7") == Verdict(False)
 
 
+def test_a_system_without_time_limits_is_told_before_the_work(package, monkeypatch):
+    package(lambda text, *_: [text])
+    boxed.check_data("math", "train")
+    monkeypatch.delattr(signal, "setitimer")  # as on Windows
+    boxed.check_data("main", "train")
+    with pytest.raises(UserError, match="graded in the main thread only, and on Unix"):
+        boxed.check_data("math", "train")
+
+
 def test_a_timeout_is_wrong_and_our_signal_handlers_are_put_back(package, capfd):
     def stubborn(text, *_):
         while "6" in text:

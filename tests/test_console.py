@@ -4,6 +4,7 @@ and the progress line and the record of the machine are true."""
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -233,7 +234,9 @@ def test_commit_is_that_of_our_checkout_or_absent(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "nanogsm/run/machine.py"))
     env = machine.environment()
     assert len(env["commit"]) == 40 and env["dirty"] is False
-    (tmp_path / "new").write_text("")
+    (tmp_path / "new").write_text("")  # results, for example
+    assert machine.environment()["dirty"] is False
+    git("add", "new")
     assert machine.environment()["dirty"] is True
     # Installed somewhere inside another project's checkout.
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "venv/nanogsm/run/machine.py"))
@@ -244,3 +247,30 @@ def test_commit_is_that_of_our_checkout_or_absent(tmp_path, monkeypatch):
 def test_shares_are_listed_as_percentages_and_steps_in_full():
     metrics = {"step": 15_000, "val_loss": 0.113449, "val_exact_match": 0.5938}
     assert console.listed(metrics) == "step 15000, val_loss 0.1134, val_exact_match 59.4%"
+
+
+def test_devices_by_name_and_number(monkeypatch):
+    for given in ("cpu", "cpu:0"):
+        assert machine.pick_compute(given, "fp32") == ("cpu", "fp32")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    has = re.escape("this machine has only cuda (cuda:0 to cuda:1), cpu")
+    for given in ("cuda:2", "cuda:", "cuda:x", "cpu:", "cpu:1", "gpu"):
+        with pytest.raises(UserError, match=f"--device {given}: {has}"):
+            machine.pick_compute(given, "fp32")
+
+
+def test_a_script_without_stdout_and_under_a_debugger(tmp_path):
+    """`>&-` closes it, and a debugger's __main__ has no __spec__."""
+    script = tmp_path / "s.py"
+    script.write_text(
+        "import sys\ndel sys.modules['__main__'].__spec__\nfrom nanogsm.run import console, flags\n"
+        "def main():\n    flags.Parser('x').parse_args([])\n    print('said')\n"
+        "console.entry(main)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(machine.Path(machine.__file__).parents[2])}
+    for close in ("", " >&-", " >&- 2>&-"):
+        command = f"{sys.executable} {script}{close}"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == ("" if close else "said\n")

@@ -284,7 +284,7 @@ def test_validation_of_a_run_is_exactly_what_it_held_out(tmp_path, monkeypatch, 
         (["--data", "mian"], "--data mian"),
         (["--data", "none.jsonl"], "cannot read none.jsonl"),
         (["--device", "abacus"], "--device abacus"),
-        (["--split", "validation"], "--n 4: validation is a part of these 4"),
+        (["--split", "validation"], "validation would be 4 of these 4 problems"),
     ],
 )
 def test_bad_flags_are_user_errors_and_nothing_is_written(mine, tmp_path, argv, message):
@@ -807,7 +807,7 @@ def test_compare_refuses_what_is_no_evaluation(tmp_path):
         main(["--compare", str(tmp_path / "none.jsonl"), good])
     for content in ("{", "[1]\n", '{"index": 1}\n', "3\n"):
         (tmp_path / "bad.jsonl").write_text(content)
-        with pytest.raises(UserError, match="cannot read an evaluation from .*bad.jsonl"):
+        with pytest.raises(UserError, match="cannot read .*bad.jsonl"):
             main(["--compare", good, str(tmp_path / "bad.jsonl")])
 
 
@@ -859,5 +859,8 @@ def test_temperatures_that_differ_have_results_of_their_own():
 
 def test_a_validation_slice_as_large_as_the_file_is_refused(mine):
     argv = ["--tiny", "--data", mine, "--split", "validation", "--n", "4"]
-    with pytest.raises(UserError, match="--n 4: validation is a part of these 4 problems"):
+    with pytest.raises(UserError, match="would be 4 of these 4 problems: give --n from 1 to 3"):
+        asked.choose_problems(parse_args(argv))
+    argv = ["--tiny", "--data", mine, "--split", "validation"]  # a tenth of 4 problems is none
+    with pytest.raises(UserError, match="would be 0 of these 4 problems: give --n from 1 to 3"):
         asked.choose_problems(parse_args(argv))

@@ -1,11 +1,13 @@
 """What files.py writes is whole or absent: whichever step fails, the old one is still there."""
 
+import errno
 import json
 import os
 from pathlib import Path
 
 import pytest
 
+from nanogsm import UserError
 from nanogsm.store import files
 
 
@@ -72,3 +74,31 @@ def test_a_folder_set_aside_by_a_killed_attempt_is_put_back(tmp_path):
     with files.replaced_folder(tmp_path / "model") as new:
         (new / "weights").write_text("new")
     assert weights.read_text() == "new" and os.listdir(tmp_path) == ["model"]
+
+
+def test_rows_with_odd_line_breaks_are_read_as_they_were_written(tmp_path):
+    rows = [{"text": "a\u2028b\x85c\u2029"}, {"text": "\ud800"}]
+    (tmp_path / "rows.jsonl").write_bytes(b"".join(map(files.to_json, rows)))
+    assert files.json_lines(tmp_path / "rows.jsonl") == rows
+    for content in (b'{"a": 1}\n{"a"', b"\xff\n"):
+        (tmp_path / "bad.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match="^cannot read .*bad.jsonl"):
+            files.json_lines(tmp_path / "bad.jsonl")
+    with pytest.raises(UserError, match="none.jsonl: .*No such file"):
+        files.json_lines(tmp_path / "none.jsonl")
+
+
+def test_a_drive_that_cannot_sync_a_folder_stays_usable(tmp_path, monkeypatch):
+    real, number = os.fsync, errno.EINVAL
+
+    def fsync(fd):
+        if os.path.isdir(f"/proc/self/fd/{fd}"):
+            raise OSError(number, "x")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    files.replace_file(tmp_path / "f", b"new")
+    assert (tmp_path / "f").read_bytes() == b"new"
+    number = errno.EIO  # a drive that fails is another matter
+    with pytest.raises(OSError):
+        files.replace_file(tmp_path / "f", b"newer")

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import slow
 import torch
+from conftest import slow
 
 from benchmarks import gpu, gpu_table
 from benchmarks.gpu_parts import at_least, at_most, exactly, row, worst

@@ -36,7 +36,7 @@ HEART = ["train_sft.py", "train_ppo.py"]
 HEART += [f"nanogsm/{name}.py" for name in "data transformer logprob lora generate optim".split()]
 MOST_LINES = {
     "train_sft.py": 220, "train_ppo.py": 560, "evaluate.py": 255, "nanogsm/transformer.py": 360,
-    "train_prm.py": 240,
+    "train_prm.py": 245,
 }  # fmt: skip
 
 
@@ -229,6 +229,7 @@ MOST_TOKENS = {
     "reward models on the page, settings of another type, results of another critic": 800,
     "one line for odd rewards, rows and ranks, and for ranks with different commands": 660,
     "what a plan chose to sample at once, known sizes by name, a page's numbers checked": 300,
+    "train_prm.py's val_pairs; refusals and odd drives that a review found": 420,
 }
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks import adam8bit
 from nanogsm import UserError, optim
 from nanogsm.optim import AdamW, block_size, cosine_with_min_lr, dequantise, dither, quantise
 
@@ -414,3 +415,12 @@ def test_bf16_weights_lose_small_updates_and_float32_weights_keep_them():
     # 5e-7 moves a bfloat16 weight only if it is more than half a spacing: |w| < 2.4e-4.
     assert 0 < moved[torch.bfloat16] < 0.02
     assert moved[torch.float32] > 0.99
+
+
+@pytest.mark.parametrize("name", adam8bit.VARIANTS)
+def test_every_variant_of_the_benchmark_takes_a_step(name):
+    """What they replace in optim.py has the signature of what it replaces."""
+    p = torch.nn.Parameter(torch.zeros(64, 256))
+    p.grad = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    adam8bit.Variant(name, {"p": p}).step(0.1)
+    assert (p.detach().sign() == -p.grad.sign()).float().mean() > 0.9

@@ -168,6 +168,7 @@ def test_validation_metrics_by_hand():
     # the least 0 and 2 (1.0).
     assert got["val_sampled"] == 0.75
     assert got["val_best_last"] == 1 and got["val_best_least"] == 1
+    assert got["val_pairs"] == 1  # the one pair: 3 of answer 0, which is right, and -2 of answer 1
     worse = [[-2.0, -3.0, -1.0], [0.0, 1.0], [1.0, 2.0], [1.0, -1.0, 1.0]]
     assert train_prm.validation_metrics(examples, worse, True)["val_best_least"] == 0.5
     y = [1, 0.25, 0.5, 1, 0, 0.5, 1, 0.75, 0.75, 1]
@@ -191,9 +192,23 @@ def test_an_answer_whose_last_step_has_no_label_is_neither_right_nor_wrong():
     examples = steps.examples_of(tokenizer, PROMPT, some, 999)
     assert [one.labels for one in examples] == [[1.0], [0.0, 1.0], [0.0], [1.0]]
     for scores in ([9.0, 0.5, 0.1, 0.0], [-9.0, 0.5, 0.1, 0.0]):
-        assert train_prm.best_of(examples, scores) == (0.5, 1.0)
-    assert train_prm.best_of(examples, [9.0, 0.0, 0.1, 0.0]) == (0.5, 0.0)
-    assert all(map(math.isnan, train_prm.best_of(examples[:1], [1.0])))
+        assert train_prm.best_of(examples, scores) == (0.5, 1.0, 1.0)
+    assert train_prm.best_of(examples, [9.0, 0.0, 0.1, 0.0]) == (0.5, 0.0, 0.0)
+
+
+def test_pairs_are_of_answers_to_the_same_problem():
+    """Problem 0 has 2 x 2 pairs, problem 1 none, problem 2 one."""
+    answers = [(0, 1, 3.0), (0, 0, 2.0), (0, 1, 1.0), (0, 0, 1.0), (1, 1, -9.0), (2, 0, 5.0),
+               (2, 1, 4.0)]  # fmt: skip
+    examples = [example([float(right)], index) for index, right, _ in answers]
+    scores = [score for *_, score in answers]
+    # 3 > 2, 3 > 1, not 1 > 2, 1 = 1, not 4 > 5
+    assert train_prm.best_of(examples, scores)[2] == pytest.approx((1 + 1 + 0 + 0.5 + 0) / 5)
+
+
+def test_without_labels_of_last_steps_there_is_no_share():
+    examples = [example([1.0])._replace(mask=[0] * 8 + [1, 0])]
+    assert all(map(math.isnan, train_prm.best_of(examples, [1.0])))
 
 
 # ----------------------------------------------------------------------------------------- the run

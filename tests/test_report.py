@@ -177,7 +177,8 @@ def prm(tmp_path):
     metrics = [
         *({"step": s, "loss": 1 / s, "grad_norm": 1.0, "head_grad_norm": 2.0} for s in (1, 2)),
         {"step": 2, "val_loss": 0.5, "val_auc": 0.875, "val_first_wrong": 0.25,
-         "val_all_right": 0.5, "val_sampled": 0.4, "val_best_last": 0.6, "val_best_least": 0.7},
+         "val_all_right": 0.5, "val_pairs": 0.6, "val_sampled": 0.4, "val_best_last": 0.6,
+         "val_best_least": 0.7},
     ]  # fmt: skip
     for name, outcome in (("prm", False), ("orm", True)):
         folder = tmp_path / name
@@ -208,7 +209,7 @@ def test_reward_models_have_words_and_curves_of_their_own(prm, two):
     for wrong in ("per token", "SFT", "uned", "evaluated"):
         assert wrong not in said, wrong
     assert "<h2>PRM, ORM: metrics by step" in page and page.count("<h2>") == 1
-    for key in ("loss", "val_loss", "val_auc", "val_best_last", "val_best_least",
+    for key in ("loss", "val_loss", "val_auc", "val_pairs", "val_best_last", "val_best_least",
                 "val_first_wrong", "val_all_right", "grad_norm", "head_grad_norm"):  # fmt: skip
         assert f'">{CURVES_OF_REWARD_MODELS[key].title}</text>' in page, key
     both = read(*two, prm[0])

@@ -84,7 +84,7 @@ def test_the_file_is_executed_for_the_command_line_only(tmp_path):
     [("def reward(:", "SyntaxError"), ("import no_such_module_at_all", "ModuleNotFoundError"),
      ("reward = 3", "has no function reward"), ("x = 1", "has no function reward"),
      ("raise SystemExit(0)", "SystemExit"), ("1 / 0", "ZeroDivisionError: division by zero"),
-     ("\0", "null bytes"), ("\\udcff".encode("utf-8").decode("unicode_escape"), "SyntaxError")],
+     ("\0", "null bytes"), (b"\\udcff".decode("unicode_escape"), "SyntaxError")],
 )  # fmt: skip
 def test_a_file_that_cannot_be_used_is_one_line(tmp_path, source, says):
     (tmp_path / "own.py").write_bytes(source.encode("utf-8", "surrogateescape"))

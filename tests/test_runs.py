@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from nanogsm import UserError
+from nanogsm.run import folder
 from nanogsm.run.console import graceful_stop
 from nanogsm.run.folder import RunFolder
 from nanogsm.store import files
@@ -359,6 +360,15 @@ def test_lock_refuses_a_second_process_and_dies_with_its_holder(tmp_path):
         os.waitpid(pid, 0)
     open_run(tmp_path / "r").close()
     assert (tmp_path / "r/run_args.json").exists()
+
+
+def test_a_drive_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.EINVAL, "Invalid argument")  # as some network drives say it
+
+    monkeypatch.setattr(folder, "lock_now", no_locks)
+    open_run(tmp_path / "r").close()
+    assert "cannot be locked: do not start a second run in it" in capsys.readouterr().out
 
 
 def test_refused_run_leaves_the_folder_unlocked(tmp_path):

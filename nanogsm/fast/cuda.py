@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import shutil
+import sysconfig
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -105,16 +106,19 @@ def compiles(pieces: list) -> bool:
 
 @functools.cache
 def has_compiler() -> bool:
-    """Whether PyTorch's compiler has what it needs: Triton and, for its launchers, a C compiler."""
+    """Whether PyTorch's compiler has what it needs: Triton and, for its launchers, a C compiler and
+    the headers of Python."""
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    headers = os.path.isfile(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
     import torch._dynamo  # takes seconds
     from torch.utils._triton import has_triton
 
-    if compiler and has_triton():
+    if compiler and headers and has_triton():
         # Every model has its own block sizes, and each makes a kernel. The usual limit is 8.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         return True
-    missing = "Triton" if compiler else "C compiler"
+    missing = "Triton" if headers else "Python.h (of python3-dev)"
+    missing = missing if compiler else "C compiler"
     print(f"note: there is no {missing} here, so AdamW is not compiled and takes longer")
     return False
 

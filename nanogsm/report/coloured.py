@@ -23,7 +23,8 @@ def add_values(run: str, stages: list) -> None:
     if critic.kind != "prm":
         raise UserError(f"--steps {run}: that is a critic, not a run of train_prm.py")
     for stage in stages:
-        rerank.check_unseen(critic, run, (stage.summary or {}).get("data", ""))
+        if stage.rows:
+            rerank.check_unseen(critic, run, (stage.summary or {}).get("data", ""))
     device, precision = machine.pick_compute("auto", "auto")
     args = SimpleNamespace(device=device, precision=precision, batch_size=BATCH, rerank_by="last")
     rows = [row for stage in stages for row in [*stage.rows.values(), *stage.probes]]

@@ -91,6 +91,10 @@ CURVES_OF_REWARD_MODELS = {
     "val_auc": Curve(
         "AUC of the steps of held-out problems",
         "Rises from 0.5, which is chance. Part of it is telling easy problems from hard ones."),
+    "val_pairs": Curve(
+        "right answers above wrong ones to the same problem",
+        "Rises from 50%, which is chance. A judge that is near it cannot choose the best answer.",
+        True),
     "val_best_last": Curve(
         "best answer by its last value is right",
         "Lies above the share of all answers that are right. Otherwise it does not help to choose.",

@@ -4,7 +4,6 @@ eval-test-256.json holds the summary and eval-test-256.jsonl one row per complet
 are not the run's own are added to the name, as in eval-test-256-chat-zero-shot-max64.json.
 """
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -109,7 +108,7 @@ def read_rows(where: str) -> tuple[str, list[dict]]:
     types = {"index": int, "correct": bool, "gold": int | float, "question": str, "completion": str}
     of_math = types | {"gold": str, "timed_out": bool}
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        rows = files.json_lines(path)
         if any(row["gold"] is None and row["correct"] is None for row in rows):
             raise UserError(f"{path}: its problems are unscored, so no answer is right or wrong")
         for row in rows:

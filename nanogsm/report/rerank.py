@@ -17,6 +17,7 @@ import torch
 
 from nanogsm import UserError, data, distributed, steps
 from nanogsm.report.scores import majority, paired_tests
+from nanogsm.run import machine
 from nanogsm.run.critic import Critic, find_critic, load_critic
 
 
@@ -65,7 +66,7 @@ def stepwise(tokenizer, prompt: data.Prompt, row: dict) -> data.Example:
 def values_of(critic: Critic, rows: list[dict], args) -> list[list[float]]:
     """The values of each row at the positions that are asked: all steps of an answer for a process
     reward model, and for a critic the end, or with --rerank-by least every line's end."""
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    dtype = machine.dtype_of(args.precision)
     trunk, head, tokenizer = load_critic(critic, dtype, args.device)
     is_prm = critic.kind == "prm"
     examples = [

@@ -10,7 +10,6 @@ from statistics import NormalDist, fmean
 
 from nanogsm import UserError, boxed, data
 from nanogsm.arithmetic import false_annotations
-from nanogsm.report.eval_files import read_rows  # noqa: F401
 
 Z95 = NormalDist().inv_cdf(0.975)
 

@@ -30,7 +30,7 @@ def worked_examples(args: argparse.Namespace, n: int) -> tuple[data.Problem, ...
     problems = data.load_problems(source, "train", args.data_dir, args.unscored)
     shown = data.split_validation(problems, count_held_out(args, len(problems)))[0][:n]
     if len(shown) < n:
-        raise UserError(f"--shots {n}: there are only {len(shown)} training problems")
+        raise UserError(f"--shots {n}: there are only {len(shown)} training problems to show")
     return tuple(shown)
 
 
@@ -46,14 +46,15 @@ def choose_problems(args: argparse.Namespace) -> list[data.Problem]:
     held_out = held_out_by(args.model, args.data)
     if args.split == "validation":
         if held_out == 0:
-            raise UserError(f"{args.model} held out no problems to ask")
+            raise UserError(f"{args.model} held out no problems to ask: give --split test")
         if args.n and held_out not in (None, args.n):  # it was trained on some of these
             fault = f"held out {held_out} problems, not {args.n}"
             raise UserError(f"{args.model} {fault}: give --n {held_out}")
         problems = data.load_problems(args.data, "train", args.data_dir, args.unscored)
         n = count_held_out(args, len(problems))
-        if n >= len(problems):
-            raise UserError(f"--n {n}: validation is a part of these {len(problems)} problems")
+        if not 0 < n < len(problems):
+            raise UserError(f"validation would be {n} of these {len(problems)} problems: give --n "
+                            f"from 1 to {len(problems) - 1}")  # fmt: skip
         return part_of(data.split_validation(problems, n)[1], args.part)
     problems = data.load_problems(args.data, "test", args.data_dir, args.unscored)
     if len(problems) < (args.given_n or 0) < flags.ALL:

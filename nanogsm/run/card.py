@@ -91,8 +91,8 @@ def fit_card(args, budget: Callable[[], dict[str, float]], free: int | None) -> 
     splits = [(n, kind) for kind in kinds for n in micro_batches]
     fewest = micro_batches[-1] if is_open else 1
     splits += [(n, kinds[-1]) for n in (2, 1) if n < fewest and size % n == 0]
-    for args.micro_batch, args.checkpointing in splits:
-        args.accumulation = size // args.micro_batch
+    for micro_batch, args.checkpointing in splits:  # if none fits, the last stays
+        args.micro_batch, args.accumulation = micro_batch, size // micro_batch
         if fits(budget(), free, SAMPLING):
             break
     if "rollout_batch" in choices:

@@ -3,8 +3,8 @@
     if __name__ == "__main__":
         console.entry(main)
 
-A user's mistake ends in one line and status 2. Ctrl-C and SIGTERM end at a step's boundary with
-status 130 and 143. A bug of ours keeps its traceback.
+A user's mistake ends in one line and status 2. Ctrl-C, SIGTERM and a closed terminal end at a
+step's boundary with status 130, 143 and 129. A bug of ours keeps its traceback.
 """
 
 import contextlib
@@ -226,6 +226,8 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
     A UserError, a full disk and too little memory are one line on stderr and status 2. Ctrl-C is
     130, a closed pipe on stdout 141. Everything else keeps its traceback.
     """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it is closed, as by >&-
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):  # a character that the console lacks must not end a run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -103,7 +103,8 @@ class Parser(argparse.ArgumentParser):
     """A bad flag is one line, like all bad input, and not a page of usage."""
 
     def __init__(self, description: str):
-        spec = sys.modules["__main__"].__spec__  # of `python -m MODULE`; None for a script
+        # Of `python -m MODULE`. A script has none, and a debugger's __main__ not even the name.
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
         prog = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
         super().__init__(prog, description=description, formatter_class=Help, allow_abbrev=False)
 
@@ -121,13 +122,40 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
+def flag_of(name: str) -> str:
+    """The flag whose value is args.name."""
+    return f"--{name.replace('_', '-')}"
+
+
+def fill_unset(args: argparse.Namespace, values: dict) -> None:
+    """Give a value to each flag that is None. A pair is (in full, with LoRA)."""
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value[args.lora] if isinstance(value, tuple) else value)
+
+
+def check_step(args: argparse.Namespace) -> None:
+    """UserError if a step has too few rows to give every device one."""
+    if 0 < args.micro_batch * args.accumulation < distributed.COUNT:
+        raise UserError(f"a step of {args.micro_batch} x {args.accumulation} is too small for "
+                        f"{distributed.COUNT} devices: raise --accumulation")  # fmt: skip
+
+
+def check_temperature(args: argparse.Namespace, greedy: bool = False) -> None:
+    """UserError for a temperature that cannot be sampled at. greedy: 0 is allowed, too."""
+    if not 0.01 <= args.temperature <= 100 and not (greedy and args.temperature == 0):
+        zero = "0 (greedy) or " * greedy
+        raise UserError(f"--temperature is {args.temperature}: give {zero}a number from 0.01 to "
+                        "100")  # fmt: skip
+
+
 def check_numbers(
     args: argparse.Namespace, at_least: dict[str, float], positive: tuple = ()
 ) -> None:
     """UserError for the first flag that is below its limit, above ten million (a seed: 2**31 - 1),
     or not positive where it must be. None means unset."""
     for name in (*at_least, *positive):
-        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        value, flag = getattr(args, name), flag_of(name)
         most = 2**31 - 1 if name == "seed" else 10**7
         if value is None:
             continue
@@ -206,7 +234,7 @@ def training_parser(description: str, settings: tuple, changes: dict, argv: list
         other = f"; original: {_shown(theirs)}" if theirs != ours else ""
         text = f"{setting.help} Default: {_shown(ours)}{other}."
         choices = CHOICES.get(setting.name)
-        add(f"--{setting.name.replace('_', '-')}", type=kind, choices=choices, help=text)
+        add(flag_of(setting.name), type=kind, choices=choices, help=text)
     add("--max-grad-norm", type=float, default=1.0,
         help="Limit of the gradient norm. Larger gradients are scaled down.")  # fmt: skip
     add("--optim", choices=("adamw8bit", "adamw"), default="adamw8bit",
@@ -248,9 +276,7 @@ def fill_in(args: argparse.Namespace, script: str, settings: tuple, changes: dic
     """Give a value to what the command line left open, from the recipe and the machine.
     args.left_open names what the plan may still choose on a GPU (card.fit_card)."""
     args.left_open = [name for name in SPLIT if getattr(args, name, 1) is None]
-    for name, value in recipe(settings, args.recipe, changes if args.tiny else None).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value[args.lora] if isinstance(value, tuple) else value)
+    fill_unset(args, recipe(settings, args.recipe, changes if args.tiny else None))
     args.checkpointing = args.checkpointing or ("none" if args.tiny else "light")
     folder, method = "runs/tiny" if args.tiny else "runs", "lora" if args.lora else "full"
     # A run that starts from another gets a name of its own, so that neither is in the other's way.
@@ -261,10 +287,7 @@ def fill_in(args: argparse.Namespace, script: str, settings: tuple, changes: dic
     check_unscored(args)
     boxed.check_data(args.data, "train")
     args.device, args.precision = card.pick_compute(args)
-    size = args.micro_batch * args.accumulation
-    if 0 < size < distributed.COUNT:
-        raise UserError(f"a step of {args.micro_batch} x {args.accumulation} is too small for "
-                        f"{distributed.COUNT} devices: raise --accumulation")  # fmt: skip
+    check_step(args)
     check_numbers(args, {"shard": 1})
     if args.shard > 1 and (args.lora or getattr(args, "critic", "shared") == "separate"):
         raise UserError("--shard is for full fine-tuning with a shared critic: adapters are small")
@@ -280,7 +303,7 @@ def set_rank(args: argparse.Namespace, continued: tuple[int, float] | None = Non
     for name, value in zip(("lora_r", "lora_alpha"), usual):
         given = getattr(args, name)
         if continued and given is not None and not math.isclose(given, value):
-            flag = f"--{name.replace('_', '-')}"
+            flag = flag_of(name)
             raise UserError(f"{flag} {given:g}: the adapter in {args.model} has {value:g}, and "
                             "keeps it")  # fmt: skip
         setattr(args, name, value if continued or given is None else given)
@@ -345,7 +368,7 @@ def sft_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     for name in ("lora_r", "lora_alpha"):
         if getattr(args, name) is not None and not args.lora:
-            raise UserError(f"--{name.replace('_', '-')} needs --lora")
+            raise UserError(f"{flag_of(name)} needs --lora")
     args.tiny = args.tiny or bool(args.model and past.is_tiny(args.model))
     if args.model is None:
         args.model = "tiny" if args.tiny else "google/gemma-2b-it"
@@ -369,7 +392,7 @@ def sft_args(argv: list[str] | None = None) -> argparse.Namespace:
     check_numbers(args, at_least, positive=("lr", "max_grad_norm", "lora_alpha"))
     for name, most in (("min_lr", args.lr), ("warmup", 1), ("weight_decay", 10)):
         if not 0 <= getattr(args, name) <= most:
-            flag = f"--{name.replace('_', '-')}"
+            flag = flag_of(name)
             raise UserError(f"{flag} is {getattr(args, name):g}: give a number from 0 to {most:g}")
     if args.merge and not args.lora:
         raise UserError("--merge needs --lora: full fine-tuning has nothing to merge")
@@ -414,7 +437,7 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.tiny = args.tiny or bool(args.init and past.is_tiny(args.init))
     for name in ("lora_r", "lora_alpha"):
         if getattr(args, name) is not None and not (args.lora or args.critic == "separate"):
-            raise UserError(f"--{name.replace('_', '-')} needs --lora or --critic separate")
+            raise UserError(f"{flag_of(name)} needs --lora or --critic separate")
     check_numbers(args, {"group": 2})
     if args.advantage == "gae":
         args.advantage = None  # unset, as in the records of runs that are older than the flag
@@ -457,8 +480,7 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
     check_choosing(args)
     # Runs from before PPO had the flag recorded nothing, and can still be made longer.
     args.keep = None if args.keep == "last" else args.keep
-    if not 0.01 <= args.temperature <= 100:
-        raise UserError(f"--temperature is {args.temperature}: give a number from 0.01 to 100")
+    check_temperature(args)
     for name in ("gamma", "lam"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} is {getattr(args, name):g}: give a number from 0 to 1")
@@ -469,7 +491,7 @@ def without_critic(args: argparse.Namespace) -> None:
     """Refuse the flags of the critic on a command line with --advantage rloo or grpo."""
     for name in OF_CRITIC:
         if getattr(args, name) is not None:
-            flag = f"--{name.replace('_', '-')}"
+            flag = flag_of(name)
             raise UserError(f"{flag} has no meaning with --advantage {args.advantage}, which has "
                             "no critic and no discount: leave it out")  # fmt: skip
     args.group = 8 if args.group is None else args.group

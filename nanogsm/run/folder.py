@@ -20,7 +20,6 @@ file or the new one and never half of one. There is no pickle, so a checkpoint c
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -221,7 +220,8 @@ class RunFolder:
                 changed.append(f"the content of {flag} changed" if both else f"{flag} {what}")
             else:
                 changed.append(f"{name} was {was}, now {now}".replace("null", "unset"))
-        if self.finished and not self.grows and [x.split()[0] for x in changed] == ["epochs"]:
+        only_epochs = [x.split()[0] for x in changed] == ["epochs"] and "outcome" not in args
+        if self.finished and not self.grows and only_epochs and old["epochs"] < args["epochs"]:
             raise UserError(
                 f"{self.path} is finished, and {changed[0]}: more epochs would have needed another "
                 "learning rate from the first step on, so they cannot be added; to train its "
@@ -490,7 +490,7 @@ def _claim(folder: Path) -> int | None:
     try:
         lock_now(lock)
     except OSError as error:
-        if error.errno in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):
+        if not isinstance(error, (BlockingIOError, PermissionError)):
             os.close(lock)  # some network drives have no locks, and must stay usable
             print(f"warning: {folder} cannot be locked: do not start a second run in it")
             return None

@@ -15,12 +15,13 @@ from nanogsm import distributed
 class Moved:
     """The share of a matrix's entries that a step changes: too small an update rounds to 0.
 
-    It looks at one matrix only, the largest with at most 4 million entries.
+    It looks at one matrix only, the largest with at most 4 million entries, or the smallest of all.
     """
 
     def __init__(self, weights: Iterable[Tensor]):
-        size = lambda p: (p.numel() <= 2**22, p.numel())  # noqa: E731
-        self.matrix = max(weights, key=size)
+        weights = list(weights)
+        small = [p for p in weights if p.numel() <= 2**22] or [min(weights, key=Tensor.numel)]
+        self.matrix = max(small, key=Tensor.numel)
         self.before = distributed.whole(self.matrix.detach()).clone()
 
     def share(self) -> float:

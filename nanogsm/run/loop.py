@@ -12,10 +12,11 @@
             run.record_validation(validate())
         run.finish({})
 
-Ctrl-C and SIGTERM raise Stopped at the end of a step, or in `run.watch` during sampling. The `with`
-catches it, saves the last whole step, and leaves `run.status` at 130 or 143. So an update must
-never raise Stopped: half of it would be in the checkpoint. --pause-at raises it in `run.ends_early`
-and leaves `run.status` at 0. The status of a run that has come to its end is None.
+Ctrl-C, SIGTERM and a closed terminal raise Stopped at the end of a step, or in `run.watch` during
+sampling. The `with` catches it, saves the last whole step, and leaves `run.status` at 130, 143 or
+129. So an update must never raise Stopped: half of it would be in the checkpoint. --pause-at raises
+it in `run.ends_early` and leaves `run.status` at 0. The status of a run that has come to its end is
+None.
 """
 
 import contextlib

@@ -25,11 +25,15 @@ def pick_compute(device: str, precision: str) -> tuple[str, str]:
     }
     if device == "auto":
         device = next(name for name, present in here.items() if present)
-    kind, _, number = device.partition(":")
-    cards = torch.cuda.device_count() if kind == "cuda" else 1
-    if not here.get(kind) or (number and not (number.isdigit() and int(number) < cards)):
-        have = ", ".join(name for name, present in here.items() if present)
+    kind, colon, number = device.partition(":")
+    cards = torch.cuda.device_count()
+    most = cards if kind == "cuda" else 1
+    if not here.get(kind) or (colon and not (number.isdigit() and int(number) < most)):
+        numbers = f" (cuda:0 to cuda:{cards - 1})" if cards > 1 else ""
+        have = ", ".join(name + numbers * (name == "cuda") for name in here if here[name])
         raise UserError(f"--device {device}: this machine has only {have}")
+    if kind != "cuda":
+        device = kind  # of "cpu:0", too
     device = distributed.local_device(device)
     cuda.prepare(device)
     if precision == "auto":
@@ -44,6 +48,11 @@ def _has_bf16(device: str) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and later
     asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not public, so may be absent
     return device == "cpu" and any(getattr(torch.cpu, ask, lambda: False)() for ask in asks)
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """The dtype of a frozen model's weights for --precision bf16 or fp32."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def autocast_of(device: str, precision: str) -> Callable:
@@ -91,7 +100,7 @@ def environment() -> dict:
     # Only our own checkout: inside an enclosing project's, the commit would not be ours.
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         if (root / ".git").exists():
-            dirty = bool(_git(root, "status", "--porcelain"))
+            dirty = bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
             env |= {"commit": _git(root, "rev-parse", "HEAD"), "dirty": dirty}
     return env
 

@@ -1,11 +1,10 @@
 """Questions about earlier runs, answered from their folders: what they were trained on and how."""
 
-import json
 import os
 from pathlib import Path
 
 from nanogsm import UserError, boxed, data, distributed
-from nanogsm.store import files
+from nanogsm.store import files, hub
 
 # Settings of a run that others read, and their types. Any may be null.
 NUMBERS = """lr min_lr value_lr head_lr warmup seed epochs micro_batch accumulation rollouts group
@@ -18,13 +17,12 @@ def run_of(model: str) -> tuple[Path, dict] | None:
     model/ or adapter/. None if it is no run. UserError if a setting is of another type."""
     path = Path(os.path.abspath(os.path.expanduser(model)))
     for folder in (path, *[path.parent] * (path.name in ("model", "adapter"))):
-        try:
-            record = json.loads((folder / "run_args.json").read_text(encoding="utf-8"))
-            data.Prompt(**record["info"]["prompt"]), record["args"]["val_examples"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue
-        _check_args(model, record["args"])
-        return folder, record
+        record = hub.run_record(folder)
+        prompt, args = record.get("info", {}).get("prompt"), record.get("args", {})
+        has_prompt = isinstance(prompt, dict) and prompt.keys() <= {*data.Prompt._fields}
+        if has_prompt and "val_examples" in args:
+            _check_args(model, args)
+            return folder, record
     return None
 
 
@@ -95,7 +93,7 @@ def part_of(held_out: list, part: tuple[int, int] | None) -> list:
         return held_out
     (k, n), size = part, len(held_out)
     if n > size:
-        raise UserError(f"--part {k}/{n}: only {size} problems are held out")
+        raise UserError(f"--part {k}/{n}: only {size} problems are held out: give a smaller N")
     return drawn(held_out, size * (k - 1) // n, size * k // n)
 
 

@@ -5,7 +5,7 @@ import math
 import sys
 from pathlib import Path
 
-from nanogsm import UserError, data, distributed, steps
+from nanogsm import UserError, data, steps
 from nanogsm.run import flags, machine, past, plan
 from nanogsm.run.critic import save_head
 from nanogsm.run.folder import RunFolder
@@ -47,7 +47,7 @@ def prm_args(argv: list[str] | None = None) -> argparse.Namespace:
         value = USUAL[name][tiny]
         shown = "{1:g}, with --full {0:g}".format(*value) if type(value) is tuple else f"{value:g}"
         kind = float if name.endswith("lr") else int
-        add(f"--{name.replace('_', '-')}", type=kind, help=f"{text} Default: {shown}.")
+        add(flags.flag_of(name), type=kind, help=f"{text} Default: {shown}.")
     add("--max-seq-length", type=int, default=768, help="Longer answers are left out.")
     add("--max-examples", type=int, help="Read a fixed sample of this many answers.")
     add("--max-grad-norm", type=float, default=1.0, help="Limit of the gradient norm.")
@@ -77,10 +77,7 @@ def prm_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.model = args.model or ("tiny" if args.tiny else "google/gemma-2b-it")
     if args.full and (args.lora_r or args.lora_alpha):
         raise UserError("--lora-r and --lora-alpha have no meaning with --full")
-    for name, values in USUAL.items():
-        value = values[args.tiny]
-        if getattr(args, name) is None:
-            setattr(args, name, value[args.lora] if isinstance(value, tuple) else value)
+    flags.fill_unset(args, {name: values[args.tiny] for name, values in USUAL.items()})
     args.checkpointing = args.checkpointing or ("none" if args.tiny else "light")
     args.style = args.style or (past.prompt_of(args.model) or data.Prompt()).style
     folder, kind = "runs/tiny" if args.tiny else "runs", "orm" if args.outcome else "prm"
@@ -88,13 +85,11 @@ def prm_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.out = args.out or f"{folder}/{kind}-{method}-{Path(args.data).stem}"
     args.precision = "fp32" if args.tiny and args.precision == "auto" else args.precision
     args.device, args.precision = machine.pick_compute(args.device, args.precision)
-    positive = "lora_r epochs micro_batch accumulation max_examples save_every".split()
-    at_least = dict.fromkeys(positive, 1) | dict.fromkeys(("val_examples", "val_every", "seed"), 0)
+    counts = "lora_r epochs micro_batch accumulation max_examples save_every".split()
+    at_least = dict.fromkeys(counts, 1) | dict.fromkeys(("val_examples", "val_every", "seed"), 0)
     at_least["max_seq_length"] = 2
     flags.check_numbers(args, at_least, ("lr", "head_lr", "max_grad_norm", "lora_alpha"))
-    if args.micro_batch * args.accumulation < distributed.COUNT:
-        raise UserError(f"a step of {args.micro_batch} x {args.accumulation} is too small for "
-                        f"{distributed.COUNT} devices: raise --accumulation")  # fmt: skip
+    flags.check_step(args)
     return args
 
 

@@ -5,6 +5,7 @@ renames: a kill between them leaves the old folder as <name>.old, and the next a
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -30,8 +31,13 @@ def sync_folder(folder: Path) -> None:
     """Force a folder's entries to disk. A rename is durable only after this. Windows cannot."""
     if os.name != "nt":
         fd = os.open(folder, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network drives cannot
+                raise
+        finally:
+            os.close(fd)
 
 
 def remove(path: Path) -> None:
@@ -136,6 +142,15 @@ def read_json(path: Path) -> dict:
 PAIRS = (("question", "answer"), ("prompt", "completion"), ("problem", "solution"))
 
 
+def json_lines(path: Path) -> list[dict]:
+    """The rows of a JSONL file that this project has written. UserError if it cannot be read."""
+    try:
+        lines = path.read_text("utf-8").split("\n")  # splitlines would split at U+2028
+        return [json.loads(line) for line in lines if line]
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+
+
 def read_pairs(path: Path) -> list[tuple[int, str, str]]:
     """(line number, question, answer) of a JSONL file, one JSON object per line. It has the two
     texts of one of PAIRS, or "messages": one user turn and one assistant turn, each with "role" and
@@ -224,8 +239,8 @@ def write(path: Path, chunks: Iterable) -> dict:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict:
-    """Write a safetensors file for transformers and peft, in dtype if given. Returns its size and
-    SHA-256."""
+    """Write a safetensors file, in dtype if given, else each tensor in its own. Returns its size
+    and SHA-256."""
     return write(path, safetensors_bytes(tensors, dtype))
 
 

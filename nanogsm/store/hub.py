@@ -93,7 +93,7 @@ def _adapter_in(folder: Path) -> Path | None:
 
 def _local_model(folder: Path, weights: bool, base: str | None, base_of: str | None) -> ModelFiles:
     for run in (folder, folder.absolute().parent):  # the folder may be a run's model/ or adapter/
-        if "outcome" in _run_record(run).get("args", {}):
+        if "outcome" in run_record(run).get("args", {}):
             raise UserError(f"{folder} is a process reward model of train_prm.py, not a language "
                             "model: give it as --rerank to evaluate.py")  # fmt: skip
     return find_trunk(folder, weights, base, base_of)
@@ -164,7 +164,7 @@ def _adapted_model(
 def _check_recorded_base(adapter: Path, name: str) -> None:
     """Raise UserError if a folder here has come to hide the Hub's model that a run was trained
     on."""
-    base = _run_record(adapter.parent).get("info", {}).get("base")
+    base = run_record(adapter.parent).get("info", {}).get("base")
     if not isinstance(base, str):
         return  # not a run's adapter
     if HUB_ID.fullmatch(name) and os.path.isdir(name) and not files.same_place(base, name):
@@ -174,7 +174,7 @@ def _check_recorded_base(adapter: Path, name: str) -> None:
         )
 
 
-def _run_record(folder: Path) -> dict:
+def run_record(folder: Path) -> dict:
     """run_args.json, which says what a run was trained on and how. {} if it is no run."""
     try:
         record = json.loads((folder / "run_args.json").read_bytes())
@@ -290,7 +290,8 @@ def _stays_inside(path: Path) -> bool:
 
 def _offline() -> bool:
     """Read at every call. huggingface_hub reads the variable only once, at import."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # huggingface_hub obeys either
+    return any(os.environ.get(n, "").upper() in ("1", "ON", "YES", "TRUE") for n in names)
 
 
 def _hub_model(
@@ -507,7 +508,8 @@ def data_file(name: str, data_dir: str | Path | None = None) -> Path:
         files.replace_file(path, data, shared=True)
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror}; set NANOGSM_CACHE to a folder with free space"
+            f"cannot write {path}: {error.strerror}; set NANOGSM_CACHE to a folder with space that "
+            "you can write to"
         ) from error
     return path
 
