@@ -17,18 +17,16 @@ number of equal answers is printed.
 
 import argparse
 import importlib.util
-import json
 import math
 from itertools import zip_longest
-from pathlib import Path
 
 import torch
 
-from benchmarks.sides import matrix_rate, now, products, read_rate
+from benchmarks.sides import check, matrix_rate, now, products, read_rate
 from nanogsm import UserError, data, generate
 from nanogsm.model import load_model
 from nanogsm.run import console, flags, machine
-from nanogsm.store import hub
+from nanogsm.store import files, hub
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -81,6 +79,7 @@ def by_peer(model, prompts, stop_ids, limit: int, batch_size: int) -> list[list[
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    check(args)
     dtype = machine.dtype_of(args.precision)
     found = hub.find_model(args.model)
     ours, tokenizer = load_model(found, dtype, args.device)
@@ -149,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         facts = {"args": vars(args), "environment": machine.environment(), "rows": rows,
                  "matrix_rate": rate, "read_rate": bound * weights}  # fmt: skip
-        Path(args.json).write_text(json.dumps(facts, indent=1) + "\n")
+        files.write_json(args.json, facts)
     return 0
 
 

@@ -33,8 +33,8 @@ import torch
 from torch import nn
 
 import train_ppo
-from benchmarks.sides import Side, Turns, compete, matrix_rate, now, products
-from nanogsm import UserError, data
+from benchmarks.sides import Side, Turns, check, compete, matrix_rate, now, products
+from nanogsm import data
 from nanogsm.fast.checkpointing import CHECKPOINTING
 from nanogsm.model import save_adapter
 from nanogsm.run import console, flags, machine
@@ -312,8 +312,7 @@ def micro_batches_of(rows: list, updates: list, micro_batch: int) -> list[tuple[
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    if hub.find_model(args.model).adapter:
-        raise UserError(f"{args.model} is an adapter: give a run or folder of a whole model")
+    check(args)
     if args.worker:
         return {"ours": ours, "peer": peer}[args.worker](args, Turns(args.device))
     packages = PACKAGES if args.lora else PACKAGES[:-1]

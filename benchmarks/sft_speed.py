@@ -38,7 +38,7 @@ from pathlib import Path
 import torch
 
 import train_sft
-from benchmarks.sides import Side, Turns, compete, matrix_rate, products
+from benchmarks.sides import Side, Turns, check, compete, matrix_rate, products
 from nanogsm import UserError, data, lora
 from nanogsm.fast.checkpointing import CHECKPOINTING
 from nanogsm.fast.head import KEPT_EXPONENTIALS
@@ -252,6 +252,7 @@ def peer(args, turns: Turns) -> None:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
+    check(args)
     if args.worker:
         return {"ours": ours, "peer": peer}[args.worker](args, Turns(args.device))
 

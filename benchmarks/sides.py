@@ -22,6 +22,7 @@ import torch
 
 from nanogsm import UserError
 from nanogsm.run import machine
+from nanogsm.store import hub
 from nanogsm.transformer import Linear, Transformer
 
 
@@ -32,6 +33,18 @@ def now(device: str) -> float:
     elif device.startswith("mps"):
         torch.mps.synchronize()
     return time.perf_counter()
+
+
+def check(args) -> None:
+    """UserError if --model is an adapter, which the two sides would read differently, or if there
+    is no place for --json. Called before the work."""
+    if hub.find_model(args.model).adapter:
+        raise UserError(f"{args.model} is an adapter: give a run or folder of a whole model")
+    if args.json:
+        try:
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {args.json}: {error.strerror}") from error
 
 
 def matrix_rate(device: str, dtype: torch.dtype) -> float:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from nanogsm import UserError
-from nanogsm.run import folder
+from nanogsm.run import folder as run_folder
 from nanogsm.run.console import graceful_stop
 from nanogsm.run.folder import RunFolder
 from nanogsm.store import files
@@ -366,7 +366,7 @@ def test_a_drive_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, cap
     def no_locks(*_):
         raise OSError(errno.EINVAL, "Invalid argument")  # as some network drives say it
 
-    monkeypatch.setattr(folder, "lock_now", no_locks)
+    monkeypatch.setattr(run_folder, "lock_now", no_locks)
     open_run(tmp_path / "r").close()
     assert "cannot be locked: do not start a second run in it" in capsys.readouterr().out
 

@@ -214,7 +214,7 @@ def fingerprint(stages: list[Stage]) -> str:
     return hashlib.sha256("\n".join(str(s.folder) for s in stages).encode()).hexdigest()[:16]
 
 
-def is_about(path: Path) -> str | None:
+def fingerprint_in(path: Path) -> str | None:
     """The fingerprint in a page that is there; None if it has none."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -230,7 +230,7 @@ def place(stages: list[Stage]) -> Path:
     folder, names = stages[-1].folder.parent, "-".join(stage.folder.name for stage in stages)
     usual, named = folder / "report.html", folder / f"report-{names[:150]}.html"
     for path in (usual, named):
-        if not path.exists() or is_about(path) == fingerprint(stages):
+        if not path.exists() or fingerprint_in(path) == fingerprint(stages):
             if path == named:
                 print(f"{usual} is about other runs and stays as it is")
             return path
