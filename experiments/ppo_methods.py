@@ -45,7 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = flags.Parser(__doc__.split("\n")[0])
     add = p.add_argument
     add("what", nargs="?", choices=("methods", "terms"), default="methods", help="What to compare.")
-    add("--rates", type=float, nargs=3, default=[5e-5, 1.5e-4, 4.5e-4], metavar="LR",
+    add("--rates", type=float, nargs="+", default=[5e-5, 1.5e-4, 4.5e-4], metavar="LR",
         help="Learning rates that every method tries.")  # fmt: skip
     add("--weights", type=float, nargs="+", default=[0.1, 0.3, 0.9], metavar="W",
         help="Weights that every term tries.")  # fmt: skip

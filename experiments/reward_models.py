@@ -5,7 +5,9 @@
 For each of three seeds: full SFT, PPO from it, labels for the PPO model's own answers to training
 problems (experiments/label.py), a process reward model and an outcome model from these labels
 (train_prm.py), and 8 answers to each test problem. The three judges read the same answers. The
-table has pass@1, maj@8 and best@8 of each judge, with exact paired tests.
+table has pass@1, maj@8 and, for each judge, best@8 and a vote in which an answer counts by its
+value, with exact paired tests. It also has what a judge by chance would choose: one that gives
+every different text a random value. That is less than pass@1 where the commonest text is right.
 
 Then --prefixes beginnings of answers are labelled again, with --k continuations as before and with
 --many, from other random numbers: how far is a label from what it estimates?
@@ -42,7 +44,9 @@ JUDGES = {
     "PRM, least": ("prm", "least"),
 }
 # What is compared with what. "first" is the first of the answers: its share right is pass@1.
+VOTES = {f"vote, {judge}": judge for judge in JUDGES}
 PAIRS = [(judge, other) for judge in JUDGES for other in ("first", "maj")] + [
+    *((vote, "maj") for vote in VOTES),
     ("PRM, last", "outcome model"), ("PRM, least", "outcome model"), ("PRM, last", "critic"),
     ("outcome model", "critic"),
 ]  # fmt: skip
@@ -53,7 +57,8 @@ def parse_args(argv: list[str] | None = None):
     add = p.add_argument
     add("--seeds", type=int, default=3, help="Seeds: 1, 2, ...")
     add("--n", type=int, default=study.TEST_PROBLEMS, help="Test problems.")
-    add("--labelled", type=int, default=2000, help="Training problems whose answers are labelled.")
+    add("--labelled", type=int, default=7217, help="Training problems whose answers are labelled. "
+        "Default: all that are not held out, 7217.")  # fmt: skip
     add("--label-samples", type=int, default=4, help="Answers to each of these problems.")
     add("--k", type=int, default=4, help="Continuations that make a label.")
     add("--samples", type=int, default=8, help="Answers to each test problem.")
@@ -131,11 +136,16 @@ def cached(path: Path, args, names: tuple[str, ...], make: Callable[[], dict]) -
 # ------------------------------------------------------------------------------------- the judges
 
 
+def groups_of(seed: int, args) -> list[list[dict]]:
+    """The answers to each test problem."""
+    rows = files.json_lines(answers_file(args.out / f"answers-{seed}", args))
+    return [rows[i : i + args.samples] for i in range(0, len(rows), args.samples)]
+
+
 def judge(seed: int, args) -> dict:
     """{what chooses: right or wrong for each test problem} of one seed."""
-    path, k = answers_file(args.out / f"answers-{seed}", args), args.samples
-    rows = files.json_lines(path)
-    groups = [rows[i : i + k] for i in range(0, len(rows), k)]
+    groups = groups_of(seed, args)
+    rows = [row for group in groups for row in group]
     right = {
         "first": [group[0]["correct"] for group in groups],
         "maj": [majority(group) for group in groups],
@@ -151,7 +161,15 @@ def judge(seed: int, args) -> dict:
             row["value"] = rerank.one_value(found, by)
         best = [max(group, key=lambda row: row["value"]) for group in groups]
         right[name] = [row["correct"] for row in best]
+        weights = [[max(0.0, row["value"]) for row in group] for group in groups]
+        right[f"vote, {name}"] = [majority(*pair) for pair in zip(groups, weights)]
     return right
+
+
+def by_chance(groups: list[list[dict]]) -> float:
+    """What a judge is expected to get right that gives every different text a random value."""
+    texts = [{row["completion"]: row["correct"] for row in group} for group in groups]
+    return fmean(fmean(group.values()) for group in texts)
 
 
 def result(seed: int, args) -> dict:
@@ -160,6 +178,7 @@ def result(seed: int, args) -> dict:
     shares = {name: fmean(hits) for name, hits in right.items()}
     path = answers_file(args.out / f"answers-{seed}", args).with_suffix(".json")
     shares["sampled"] = files.read_json(path)["accuracy"]
+    shares["chance"] = by_chance(groups_of(seed, args))
     return {"seed": seed, "shares": shares, "tests": paired_tests(right, PAIRS),
             "validated": validated(seed, args)}  # fmt: skip
 
@@ -225,9 +244,10 @@ def spread(few: list[float], many: list[float], k: int, m: int) -> dict:
 def tables(results: list[dict], found: dict, args) -> str:
     """The tables, in Markdown."""
     k, percent = args.samples, lambda x: f"{100 * x:.1f}%"  # noqa: E731
-    head = ["seed", "pass@1", f"pass@{k}", f"maj@{k}", *(f"best@{k}, {name}" for name in JUDGES)]
+    head = ["seed", "pass@1", f"pass@{k}", f"maj@{k}",
+            *(f"best@{k}, {name}" for name in ("chance", *JUDGES))]  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    columns = ("sampled", "pass", "maj", *JUDGES)
+    columns = ("sampled", "pass", "maj", "chance", *JUDGES)
     for r in results:
         cells = [percent(r["shares"][name]) for name in columns]
         lines.append(f"| {r['seed']} | {' | '.join(cells)} |")

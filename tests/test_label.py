@@ -227,17 +227,18 @@ def test_every_command_of_the_experiment_parses(tmp_path, monkeypatch, capsys):
     assert reward_models.main(["--dry-run", "--seeds", "1"]) == 0
     out = capsys.readouterr().out
     assert out.count("python ") == 6
-    assert "python -m experiments.label runs/tiny/reward-models/ppo-1 --n 2000" in out
+    assert "python -m experiments.label runs/tiny/reward-models/ppo-1 --n 7217" in out
 
 
 def test_paired_tests_and_noise_by_hand():
-    right = dict.fromkeys(["first", "maj", *reward_models.JUDGES], [True, False, False, False])
+    names = ["first", "maj", *reward_models.JUDGES, *reward_models.VOTES]
+    right = dict.fromkeys(names, [True, False, False, False])
     right["PRM, last"] = [False, True, True, True]
     tests = {(t["of"], t["against"]): t for t in paired_tests(right, reward_models.PAIRS)}
     one = tests["PRM, last", "maj"]
     assert (one["points"], one["fixed"], one["broken"]) == (50, 3, 1)
     assert one["p"] == pytest.approx(2 * (1 + 4) / 16)
-    assert tests["outcome model", "critic"]["p"] == 1
+    assert tests["outcome model", "critic"]["p"] == tests["vote, critic", "maj"]["p"] == 1
     got = reward_models.spread([0.5, 1.0, 0.0], [0.25, 0.75, 0.5], 4, 8)
     assert got["root_mean_square"] == pytest.approx(math.sqrt((1 + 1 + 4) / 16 / 3))
     assert got["bias"] == 0 and got["other_side"] == pytest.approx(2 / 3)
@@ -247,14 +248,16 @@ def test_paired_tests_and_noise_by_hand():
 
 def test_the_tables_say_what_was_found():
     args = reward_models.parse_args(["--seeds", "1"])
-    columns = ("sampled", "pass", "maj", *reward_models.JUDGES)
+    columns = ("sampled", "pass", "maj", "chance", *reward_models.JUDGES)
     shares = {name: 0.1 * i for i, name in enumerate(columns, start=1)}
-    right = dict.fromkeys(["first", "maj", *reward_models.JUDGES], [True, False])
+    right = dict.fromkeys(
+        ["first", "maj", *reward_models.JUDGES, *reward_models.VOTES], [True, False]
+    )
     result = {"seed": 1, "shares": shares, "tests": paired_tests(right, reward_models.PAIRS),
               "validated": {"prm": {"val_auc": 0.75}, "orm": {"val_auc": None}}}  # fmt: skip
     found = reward_models.spread([0.5], [0.5], 8, 256)
     text = reward_models.tables([result], found, args)
-    assert "| 1 | 10.0% | 20.0% | 30.0% | 40.0% | 50.0% | 60.0% | 70.0% |" in text
+    assert "| 1 | 10.0% | 20.0% | 30.0% | 40.0% | 50.0% | 60.0% | 70.0% | 80.0% |" in text
     assert "| PRM, last | maj@8 | +0.0 (0, 0; p 1) | +0.0 |" in text
     assert "| PRM, seed 1 | 0.750 |" in text and "| outcome model, seed 1 |  |" in text
     assert "Labels of 8 continuations against labels of 256, on 1 prefixes" in text
@@ -294,13 +297,14 @@ def test_eight_answers_are_not_taken_for_eighteen(tmp_path):
 
 def test_each_judge_reads_the_answers_once(tmp_path, monkeypatch):
     """By the last value the process reward model chooses the first answer, by the least the
-    second."""
-    rows = [{"correct": i == 1, "answer": float(i), "gold": 1.0} for i in range(2)]
+    second. A negative value gives no vote."""
+    rows = [{"correct": i == 1, "answer": float(i), "gold": 1.0, "completion": str(i)}
+            for i in range(2)]  # fmt: skip
     (tmp_path / "answers-1").mkdir()
     path = tmp_path / "answers-1/eval-test-1-2x-t1-seed0.json"
     path.write_text("{}")
     path.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    values, asked = {"ppo": [[0.1], [0.2]], "orm": [[0.2], [0.1]]}, []
+    values, asked = {"ppo": [[-0.1], [0.2]], "orm": [[0.2], [0.1]]}, []
     values["prm"] = [[0.1, 0.9], [0.5, 0.6]]
 
     def values_of(critic, rows, how):
@@ -313,5 +317,12 @@ def test_each_judge_reads_the_answers_once(tmp_path, monkeypatch):
     right = reward_models.judge(1, args)
     assert asked == ["ppo", "orm", "prm"]
     assert right == {"first": [False], "maj": [False], "pass": [True], "critic": [True],
-                     "outcome model": [False], "PRM, last": [False],
-                     "PRM, least": [True]}  # fmt: skip
+                     "outcome model": [False], "PRM, last": [False], "PRM, least": [True],
+                     "vote, critic": [True], "vote, outcome model": [False],
+                     "vote, PRM, last": [False], "vote, PRM, least": [True]}  # fmt: skip
+
+
+def test_a_judge_by_chance_chooses_among_different_texts():
+    group = [{"completion": text, "correct": text == "a"} for text in "aaabc"]
+    other = [{"completion": "d", "correct": True}] * 5
+    assert reward_models.by_chance([group, other]) == pytest.approx((1 / 3 + 1) / 2)
