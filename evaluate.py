@@ -44,7 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="The validation split is the part of train that --val-examples held out. Default: "
         "test, or validation of a run on a file of your own.")
     add("--part", type=flags.part, metavar="K/N", help="Ask only this part of the validation "
-        "split. 2/2 is the half that training with half of it as --val-use has not asked.")
+        "split. After training with half of it as --val-use, 1/2 is that half.")
     add("--data", help="main, socratic, math, math500 or your own .jsonl file. Default: main, or "
         "math or your file if the run was trained on it.")
     flags.add_data_dir_flag(p)

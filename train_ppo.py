@@ -55,13 +55,13 @@ from nanogsm.transformer import Transformer
 def reward(completion: str, problem: data.Problem, truncated: bool) -> float:
     """1 for the right answer, 0 otherwise. `--reward FILE.py` puts another function in its place
     (nanogsm/run/reward.py); flags add terms to it (nanogsm/rewards.py)."""
-    # A truncated answer never ended, so it earns nothing: the policy has to learn to end.
+    # A truncated answer never ended, so it earns nothing: the policy has to learn to end. Trap: one
+    # that was stopped at "Question:" has ended, and these tokens, too, become more likely.
     right = not truncated and data.is_correct(completion, problem)
-    return float(right and not boxed.restates(completion, problem.answer))  # only MATH's can
+    return float(right and not boxed.restates(completion, problem.answer))  # no copy of the sum
 
 
 # --------------------------------------------------------------------------------------- the math
-#
 # All tensors are (B, T - 1) float32 as drawn above, `mask` is bool. Trap: a mean that also counts
 # prompts or padding looks fine and is wrong, so every mean is over a mask.
 
@@ -123,8 +123,8 @@ def group_advantages(rewards: Tensor, mask: Tensor, group: int, method: str) -> 
         RLOO      R - mean of the others' R = k / (k - 1) (R - m)           arXiv 2402.14740
         GRPO      (R - m) / s: groups of little spread weigh more           arXiv 2402.03300
         Dr. GRPO  R - m: RLOO up to a constant factor, which Adam undoes    arXiv 2503.20783
-        In all of them R has the KL penalty; GRPO's paper has it in the loss, Dr. GRPO has none.
-        In all of them a token weighs the same; in GRPO's paper an answer does, however long.
+        Here R always contains the KL penalty (GRPO's paper: the loss does; Dr. GRPO's: no penalty),
+        and every token weighs the same (GRPO's: every answer does, however long).
 
     They are not whitened: the fewer groups have spread, the smaller is the gradient of this step.
     Trap: where all scores of a group are equal, GRPO scales its KL penalties up to full size.
@@ -183,8 +183,8 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     # Trap: give it the returns of lambda 1. Any other lambda mixes the critic's own values into
     # them, and the critic then agrees with itself.
     variance = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask).item()  # noqa: E731
-    share = 1 - variance(returns - values) / max(variance(returns), 1e-12)
-    return share if variance(returns) > 1e-12 else math.nan
+    spread = variance(returns)
+    return 1 - variance(returns - values) / spread if spread > 1e-12 else math.nan
 
 
 # ------------------------------------------------------------------------------------- the models
@@ -229,7 +229,7 @@ def build(base: Transformer, args) -> Models:
     if args.critic == "separate":
         critic = twin(reference)
         lora.add_lora(critic, args.lora_r, args.lora_alpha, args.seed + 1)
-    if not args.advantage:
+    if not args.advantage:  # that is gae, which needs a critic
         value_head = nn.Linear(base.config.hidden_size, 1, device=base.device)
         nn.init.zeros_(value_head.weight)  # predicting 0 misleads less than a random start
         nn.init.zeros_(value_head.bias)
@@ -274,9 +274,9 @@ def sample(setup: Setup, problems: list[data.Problem], step: int, watch) -> list
     (`example`), its `score` and its text. Raises what `watch` raises."""
     args, seed = setup.args, setup.args.seed * 1_000_003 + step
     questions = [problem.question for problem in problems]
-    whole = sampler_of(setup.models.actor, args.precision == "bf16")
+    sampling = sampler_of(setup.models.actor, args.precision == "bf16")
     # One context: autocast then casts the weights once, and not at every token.
-    with setup.autocast(), whole as sampler:
+    with setup.autocast(), sampling as sampler:
         completions = generate.answer(
             sampler, setup.tokenizer, questions, setup.prompt, args.max_new_tokens,
             args.rollout_batch, args.temperature, seed, watch,
@@ -306,7 +306,7 @@ class Rollout(NamedTuple):
     """The answers of a step, and what the models said of each action before the first update."""
 
     batch: data.Batch  # ids (N, T), mask (N, T), lengths (N,)
-    mask: Tensor  # (N, T - 1), the actions as drawn above; so are the four tensors that follow
+    mask: Tensor  # (N, T - 1), batch.mask[:, 1:] on the device; of this shape are the next four
     logp: Tensor  # by the policy that sampled them
     ref_logp: Tensor  # by the reference
     entropy: Tensor
@@ -386,7 +386,7 @@ def rollout_metrics(answers: list[dict], rollout: Rollout, rewards, returns, arg
 # ------------------------------------------------------------------------------------- the update
 
 
-SHARES = ("policy_loss", "clipped", "approx_kl", "value_loss", "value_clipped")  # 2 of the critic
+SHARES = ("policy_loss", "clipped", "approx_kl", "value_loss", "value_clipped")  # 3, 2 of a critic
 
 
 def backward_micro(
@@ -424,13 +424,13 @@ def backward_micro(
 
 
 def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, step: int) -> dict:
-    """All gradient steps on one rollout. Returns the means of their metrics."""
+    """All gradient steps on one rollout. Returns their metrics: means, and what `health` reads."""
     args, models = setup.args, setup.models
     optimizers = [o for o in (setup.policy_optimizer, setup.value_optimizer) if o]
-    warming = step < args.critic_warmup
+    warming = step < args.critic_warmup  # as an index: True skips the policy's optimizer, the first
     updates = micro_batches_of(len(rollout.indices), args.micro_batch, args.accumulation)
     moved = Moved(setup.policy_optimizer.params.values())
-    sums = torch.zeros(len(SHARES) if models.value_head else 3, device=rollout.mask.device)
+    sums = torch.zeros(3 + 2 * (models.value_head is not None), device=rollout.mask.device)
     norms, first_ratio_error = [], None
     for epoch in range(args.epochs):
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 1009 + epoch)

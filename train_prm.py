@@ -8,7 +8,8 @@
 The network of a language model gets one more output, the head: one number at every token. At the
 end of a step its sigmoid is the probability that everything so far is right. The loss is binary
 cross-entropy with the step's label, which may be a share (Lightman et al. 2023, arXiv 2305.20050;
-Wang et al. 2023, arXiv 2312.08935). An answer of three steps, drawn as in train_ppo.py:
+Wang et al. 2023, arXiv 2312.08935). An answer of three steps. Here column t stands under token t;
+train_ppo.py draws it under token t + 1, which it is about:
 
     column      0    1    2    3    4    5    6    7
     ids         p0   p1   s1   nl   s2   nl   s3   eos      prompt, steps, nl: a line break
@@ -16,9 +17,9 @@ Wang et al. 2023, arXiv 2312.08935). An answer of three steps, drawn as in train
     label                      1        .5    0             of steps 1, 2 and 3
     logit[t]                   the head's output, from the tokens 0 .. t
 
-With labels from sampling a label is an estimate of a value: how often this model gets right from
-here. So the head learns what PPO's critic learns, from more samples. A step that is wrong and can
-be repaired has a label above 0.
+A label made by sampling estimates a value: how often this model gets right from here. So the head
+learns what PPO's critic learns, from more samples. A step that is wrong and can be repaired has a
+label above 0.
 """
 
 import math
@@ -151,8 +152,8 @@ def validation_metrics(examples: list[Example], logits: list[list[float]], answe
     metrics["val_first_wrong"] = share_of([a == b for a, b in pairs if a is not None])
     metrics["val_all_right"] = share_of([b is None for a, b in pairs if a is None])
     if answers:
-        sampled, best, pairs = best_of(examples, [row[-1] for row in logits])
-        metrics |= {"val_pairs": pairs, "val_sampled": sampled, "val_best_last": best}
+        sampled, best, ordered = best_of(examples, [row[-1] for row in logits])
+        metrics |= {"val_pairs": ordered, "val_sampled": sampled, "val_best_last": best}
         metrics["val_best_least"] = best_of(examples, [min(row) for row in logits])[1]
     return metrics
 
@@ -160,8 +161,8 @@ def validation_metrics(examples: list[Example], logits: list[list[float]], answe
 # ---------------------------------------------------------------------------------------- the run
 
 
-def train(args, folder, found, examples: list[Example], held_out: list[Example], steps: int) -> int:
-    """Train from the start or from the last checkpoint to the end. Returns the exit status."""
+def train(args, folder, found, examples: list, held_out: list, steps: int) -> int | None:
+    """Train from the start or the last checkpoint. Returns the exit status if it stops early."""
     model, tokenizer = load_trainable(args, found)
     head = nn.Linear(model.config.hidden_size, 1, device=model.device)
     nn.init.zeros_(head.weight)  # as PPO's: at first every probability is one half
@@ -176,10 +177,11 @@ def train(args, folder, found, examples: list[Example], held_out: list[Example],
     run = Run(folder, steps, optimizers, args, len(held_out), {"loss": "loss"})
 
     def validate() -> None:
-        size = 4 * args.micro_batch
+        size = 4 * args.micro_batch  # without gradients more fit
         logits = predict(model, head, held_out, size, tokenizer.pad_id, autocast)
         run.record_validation(validation_metrics(held_out, logits, args.source == "labels"))
 
+    # The schedule is that of SFT's tuned recipe, and has no flags.
     size, warmup = args.micro_batch * args.accumulation, round(0.03 * steps)
     with run:  # continues from the last checkpoint; Ctrl-C saves the last whole step
         for step in range(run.first, steps):

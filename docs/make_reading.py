@@ -372,8 +372,8 @@ and `#### 4`. The steps are those of the loop in `train`.
 - **Rewards** (`token_rewards`). The score of an answer, here 1 and 0, is the reward of its last
   action, which is `<eos>` here. From the reward of every action the KL penalty is subtracted:
   `kl_coef (log p - log p_ref)`. It is 0 here, because policy and reference are still the same.
-- **A truncated answer earns 0.** `sample` gives it this score without calling `reward`, because an
-  answer that never ended earns nothing: the policy has to learn to end. `gae` treats its last
+- **A truncated answer earns 0.** `reward` gives it this score, because an answer that never ended
+  earns nothing: the policy has to learn to end. `gae` treats its last
   action like the last action of any answer.
 - **Advantages and returns** (`gae`). **At the last action GAE returns `A = r - V` and `R = r`**,
   because the value after it is 0. At earlier actions both also contain what came later. The value

@@ -33,8 +33,8 @@ def value_of(expression: str) -> float | None:
 
 
 def is_false(annotation: re.Match) -> bool:
-    """Whether a match of ANNOTATION has a wrong result. A result is compared to as many decimals as
-    it has, so 1/3=.33 is right. An annotation that cannot be read is not called wrong."""
+    """Whether a match of ANNOTATION has a wrong result. A result may be off by one unit of its last
+    decimal: 1/3=.33 is right, and .34 passes, too. What cannot be read is not called wrong."""
     want, got = value_of(annotation[1]), value_of(annotation[2])
     decimals = len(annotation[2].partition(".")[2].strip())
     tolerance = 10**-decimals if decimals else 1e-6

@@ -219,7 +219,7 @@ def grade(answer: str | None, gold: str) -> Verdict:
 
 
 @functools.lru_cache(2**14)
-def _grade_on_all(answer: str | None, gold: str) -> Verdict:
+def _grade_on_all(answer: str | None, gold: str | None) -> Verdict:
     return _grade(answer, gold, distributed.on_rank_0)
 
 
@@ -229,8 +229,8 @@ def _grade_on_all(answer: str | None, gold: str) -> Verdict:
 _grade_alone = functools.lru_cache(2**14)(_grade_on_all.__wrapped__)
 
 
-def _grade(answer: str | None, gold: str, asked: Callable) -> Verdict:
-    if answer is None:
+def _grade(answer: str | None, gold: str | None, asked: Callable) -> Verdict:
+    if answer is None or gold is None:  # unscored data may have an empty box
         return Verdict(False)
     if plain(answer) == plain(gold):
         return Verdict(True, by_text=True)

@@ -163,7 +163,7 @@ def supervised_tokens(examples: list[Example]) -> int:
 
 
 def micro_batches(rows: Sequence, size: int) -> list[Sequence]:
-    """A step's rows in the order drawn, `size` at a time, or fewer so that each device has some."""
+    """A step's rows in the order drawn, `size` at a time, or fewer to give more devices some."""
     # The size changes only rounding: the loss is divided by the whole step's supervised tokens.
     size = min(size, distributed.largest_share(len(rows))) or 1
     return [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -176,7 +176,7 @@ def permutation(n: int, seed: int, epoch: int) -> list[int]:
 
 
 def problems_of_step(problems: list, step: int, n: int, seed: int, group: int = 1) -> list:
-    """A PPO step's n problems, each `group` times, from endless permutations of all problems."""
+    """A PPO step's n // group problems, each `group` times, from endless permutations of all."""
     found, n = [], n // group
     for place in range(step * n, (step + 1) * n):
         epoch, i = divmod(place, len(problems))
@@ -193,8 +193,9 @@ def problems_of_step(problems: list, step: int, n: int, seed: int, group: int = 
 _DIGITS = r"([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 _AFTER_MARKER = re.compile(r"([-\u2212$\s]*)" + _DIGITS)  # "#### 72", "####$72", "#### -$72"
 _ANYWHERE = re.compile(r"((?:(?<![0-9])-)?\$?)" + _DIGITS)
-# What makes of the digits another number, on the same line: "18 000", "18/1", "5 - 10", "1'234",
-# "1_234", "1,5", "18e2", "1 1/2", "1½", "2 x 10", "5 or 6", "1 million". "18 apples" stays 18.
+# What may follow the digits on their line and make another number of them: "18 000", "18/1",
+# "5 - 10", "1'234", "1_234", "1,5", "18e2", "1 1/2", "1½", "2 x 10", "5 or 6", "1 million".
+# "18 apples" stays 18.
 _OPERATOR = r"[-\u2010-\u2015\u2212+*/\u2044^:.,'\u2019_x\u00d7\u00b7=]"
 _WORD = r"(?:or|and|to)"
 _AMOUNT = r"(?:k|dozen|hundred|thousand|million|billion|trillion)"
@@ -244,7 +245,7 @@ def cut(completion: str) -> str:
 
 def starts_new_question(tokenizer: "Tokenizer", ids: list[int]) -> bool:
     """Whether the newest ids complete STOP_TEXT, where sampling stops. A token may be a letter."""
-    # Only a token with the last letter can complete it, and decoding takes time.
+    # Only a token with its last character, ":", can complete it, and decoding takes time.
     return ids[-1] in tokenizer.colons and STOP_TEXT in tokenizer.decode(ids[-len(STOP_TEXT) :])
 
 
@@ -255,7 +256,8 @@ def answer_limit(data: str) -> int:
 
 
 def is_correct(completion: str, problem: Problem) -> bool:
-    """Strict exact match: the original study's measure and PPO's default reward."""
+    """Strict exact match: PPO's default reward, and the measure of the study that this project
+    implements (README.md)."""
     if problem.boxed:
         return boxed.grade(boxed.last_box(cut(completion)), boxed.last_box(problem.answer)).right
     # The first "####" decides. Working is not checked, and later text does not count.
@@ -372,7 +374,7 @@ class Tokenizer:
 
     @functools.cached_property
     def colons(self) -> frozenset[int]:
-        """All tokens whose text has the last letter of STOP_TEXT, the byte of it included."""
+        """All tokens whose text has ":", the last character of STOP_TEXT. One is its byte."""
         names = self._tokenizer.get_vocab()  # piece -> id
         return frozenset(i for piece, i in names.items() if ":" in piece or piece == "<0x3A>")
 

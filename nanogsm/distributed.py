@@ -116,10 +116,10 @@ def local_device(device: str) -> str:
     if device != "cuda":
         raise UserError(f"--device {device}: under torchrun give cuda or cpu; each process then "
                         "takes a GPU of its own")  # fmt: skip
-    own, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if own >= cards:
-        raise UserError(f"process {own} has no GPU: this machine has {cards}, so give torchrun "
-                        f"--nproc-per-node {cards}")  # fmt: skip
+    own, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if own >= gpus:
+        raise UserError(f"process {own} has no GPU: this machine has {gpus}, so give torchrun "
+                        f"--nproc-per-node {gpus}")  # fmt: skip
     # (Not made torch's current device before machine.pick_compute has prepared the process for it.)
     return f"cuda:{own}"
 

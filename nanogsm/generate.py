@@ -29,7 +29,7 @@ from torch import Tensor
 
 from nanogsm import boxed, data, distributed
 from nanogsm.data import Problem, Prompt, Tokenizer
-from nanogsm.fast import cpu, cuda
+from nanogsm.fast import cpu, cuda  # on other devices their functions do the plain thing
 from nanogsm.transformer import Config, Transformer, attend_causally, causal_mask, softmax_attention
 
 # Tokens of prompts, padding included, that go through the model at once.
@@ -39,7 +39,7 @@ STEPS_PER_LOOK = {"cpu": 1, "cuda": 8, "mps": 8}
 # How many rows attend together, over the slots that the longest of them has filled. On a CPU
 # smaller groups read fewer slots. A GPU wants one large kernel.
 ROWS_PER_GROUP = {"cpu": 32, "cuda": 2**20, "mps": 2**20}
-# The share of idle rows at which the batch shrinks. On a GPU every size is recorded anew.
+# The share of idle rows at which the batch shrinks. A GPU records each size anew (fast/cuda.py).
 SHRINK_AT = {"cpu": 1 / 8, "cuda": 1 / 2, "mps": 1 / 8}
 
 
@@ -226,7 +226,7 @@ def generate(
             decoded = []
             groups = math.ceil(len(request) / ROWS_PER_GROUP[device.type])
             size = math.ceil(len(request) / groups)
-            filled = [len(prompts[r]) + len(new[r]) if r >= 0 else 1 for r in request]
+            filled = [len(prompts[r]) + len(new[r]) if r >= 0 else 1 for r in request]  # 1: idle
             used = [max(filled[i : i + size]) for i in range(0, len(filled), size)]
             numbers = uniform_numbers(list(range(len(request))), STEPS_PER_LOOK[device.type])
             for ahead, u in enumerate(numbers):

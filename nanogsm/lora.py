@@ -5,7 +5,7 @@
                  +-- A (r, in) -- B (out, r) -- times alpha / r --+
 
 Only A and B are trained: r (in + out) numbers instead of in * out. A starts random and B at zero,
-so training starts exactly at the base model, and in the first step only B gets a gradient.
+so training starts exactly at the base model, and A's gradient is 0 until B has moved.
 Some libraries merge the adapter inside eval(). Here only `merge` does.
 """
 

@@ -175,7 +175,7 @@ def _check(config: Config) -> None:
 
 
 def _positive(value) -> bool:
-    return type(value) in (int, float) and 0 < value < 2**62  # what an integer tensor can take
+    return type(value) in (int, float) and 0 < value < 2**62  # a larger one is damage
 
 
 def _rope_from(raw: dict) -> dict[str, tuple]:
@@ -209,8 +209,8 @@ def _rope_from(raw: dict) -> dict[str, tuple]:
     if new.keys() & defaults.keys():  # transformers 5: a table for each kind of layer
         if kind == "llama":
             raise ValueError("rope_parameters for each kind of layer are not supported in a Llama")
-        tables = {kind: new.get(kind) or {} for kind in defaults}
-        return {kind: theta_and_factor(tables[kind], defaults[kind]) for kind in defaults}
+        tables = {layer: new.get(layer) or {} for layer in defaults}
+        return {layer: theta_and_factor(tables[layer], defaults[layer]) for layer in defaults}
     base = raw.get("rope_theta") or defaults["full_attention"]
     everywhere = theta_and_factor(new or raw.get("rope_scaling") or {}, base)
     if kind != "gemma3_text":
@@ -363,7 +363,8 @@ def _no_place(key: str) -> str:
 def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path | str) -> None:
     """Write a folder in the Hub's layout, which transformers reads, too. The weights get the dtype
     of the base's checkpoint. The folder is whole or absent. Raises ValueError for a model with
-    adapters: merge them first."""
+    adapters: merge them first. Trap: bfloat16 rounds away a part of a small fine-tuning. So a score
+    of the saved weights can differ from the run's last validation."""
     if lora.adapters(model):
         raise ValueError("merge the adapters, or save them alone with save_adapter")
     if model.config.multimodal:
@@ -387,7 +388,7 @@ def _say_what_the_licence_asks(config: Config) -> None:
                   '"Llama", and for the words "Built with Llama"')  # fmt: skip
 
 
-_say_once = functools.cache(print)
+_say_once = functools.cache(print)  # the second time, the cache has the text and prints nothing
 
 
 def save_trained(model: Transformer, tokenizer: Tokenizer, folder: Path, base_model: str) -> None:

@@ -24,7 +24,7 @@ from nanogsm.fast import cpu, cuda
 MAX_BLOCK = 256  # most entries that share one scale
 MIN_BLOCK = 16  # a row of LoRA's B at rank 16; shorter rows keep float32 moments
 CHUNK = 2**20  # entries that a CPU updates at a time: temporary tensors stay below 50 MB
-MIN_8BIT_SIZE = 4096  # entries; smaller tensors (norms, a value head) keep float32 moments
+MIN_8BIT_SIZE = 4096  # entries; smaller tensors (norms, small value heads) keep float32 moments
 
 
 class AdamW:
@@ -181,8 +181,8 @@ def block_size(shape: tuple[int, ...]) -> int | None:
 
 
 def dither(entry: Tensor, step: int) -> Tensor:
-    """Rounding offsets in [0, 1) of entries, which are given by number. They are spread evenly over
-    the entries and, per entry, over steps.
+    """A rounding offset in [0, 1) for each entry. `entry` has the entries' numbers. Offsets are
+    spread evenly over the entries and, for each entry, over steps.
 
     Integer arithmetic gives the same offsets on every device and in a continued run, without a
     random state to save. Evenly spread offsets also leave less noise in v than random ones.
@@ -190,7 +190,7 @@ def dither(entry: Tensor, step: int) -> Tensor:
     # A quiet step changes v by at most about 0.1%, but neighbouring codes are 3% or more apart.
     # Rounded to nearest, v would stick: too large in noise, frozen where gradients vanish. With
     # an offset that differs from step to step, rounding is right on average.
-    # Roberts' R2 sequence: 2**24 / p and 2**24 / p**2, where p is the plastic number 1.3247.
+    # Roberts' R2 sequence: 2**24 / p and 2**24 / p**2, rounded down, p the plastic number 1.3247.
     return ((entry * 12664745 + step * 9560333) % 2**24).float() / 2**24
 
 

@@ -10,8 +10,9 @@ problem, which all answers to it share. It is in every row of a file or in none;
 question tells the problem.
 
 The other form is PRM800K's (Lightman et al. 2023, arXiv 2305.20050), in which people rated GPT-4's
-steps on MATH: -1 is wrong, 0 and 1 are right. At each step there are several completions, of which
-one was chosen to go on from, or a person wrote another. `rated_answers` makes answers of them.
+steps on MATH: -1 is wrong, 1 is right, and 0, neutral, counts as right here. At each step there are
+several completions, of which one was chosen to go on from, or a person wrote another.
+`rated_answers` makes answers of them.
 """
 
 import functools
@@ -140,7 +141,7 @@ def read(path: Path, most: int | None = None) -> tuple[list[Solution], str]:
     """`load` of a path. UserError names the line at fault."""
     kept: list[tuple[int, Solution]] = []
     chance, seen, sources = random.Random(data.SUBSET_SEED), 0, set()
-    known, indexed = {}, set()  # question -> number, or number -> question; whether rows have one
+    numbers, questions, indexed = {}, {}, set()  # of a question; of a number; do rows have one?
     try:
         lines = open(path, "rb")
     except OSError as error:
@@ -156,8 +157,8 @@ def read(path: Path, most: int | None = None) -> tuple[list[Solution], str]:
                     if len(indexed) > 1:
                         raise UserError("some rows have an index and others none")
                     if index is None:
-                        index = known.setdefault(question, len(known))
-                    elif known.setdefault(index, question) != question:
+                        index = numbers.setdefault(question, len(numbers))
+                    elif questions.setdefault(index, question) != question:
                         raise UserError(f"index {index} has two questions")
                     if all(label is None for label in labels):
                         continue
@@ -178,7 +179,8 @@ def read(path: Path, most: int | None = None) -> tuple[list[Solution], str]:
         raise UserError(f"{path} has no labelled steps in it")
     if "labels" in sources and len(sources) > 1:
         raise UserError(f"{path} has rows of two forms: give a file of each")
-    return [solution for _, solution in sorted(kept, key=lambda pair: pair[0])], max(sources)
+    in_order = [solution for _, solution in sorted(kept, key=lambda pair: pair[0])]
+    return in_order, max(sources)  # with rows of phase 2 it is phase 2: see rerank.check_unseen
 
 
 def _rows(path: Path, lines) -> Iterator[tuple[int, dict]]:
@@ -247,11 +249,11 @@ def _labelled(row: dict) -> tuple[str, list[str], list[float | None], int | None
 
 
 def rated_answers(row: dict) -> Found:
-    """The answers in a row of PRM800K: the path that was gone on from, and for every other
-    completion the path up to it, where only the completion itself has a label. (The steps before it
-    have theirs on the path.) What a person wrote instead has no rating, and so no label. A step
-    whose completions are null has none. Rows that check the labeller, and problems that were given
-    up, have no answers."""
+    """The answers in a row of PRM800K. One is the path of the chosen completions. Every other
+    completion makes one more: the path up to it and the completion, which alone has a label.
+    (The steps before it have theirs on the path.) What a person wrote instead has no rating, and
+    so no label. A step whose completions are null has none. Rows that check the labeller, and
+    problems that were given up, have no answers."""
     if any(_take(row, f"is_{kind}_question", bool)
            for kind in ("quality_control", "initial_screening")):  # fmt: skip
         return
@@ -276,7 +278,7 @@ def rated_answers(row: dict) -> Found:
         if chosen is not None and not 0 <= chosen < len(choices):
             raise UserError(f"{where}completion {chosen} was chosen of {len(choices)}")
         text, rating = (_one_line(human or ""), None) if chosen is None else choices[chosen]
-        others = [choice for j, choice in enumerate(choices) if j != chosen and choice[1] in (0, 1)]
+        others = [c for j, c in enumerate(choices) if j != chosen and c[1] is not None]
         before = list(path)
         if not text and others:  # nobody went on: the path ends with the first of these
             (text, rating), *others = others

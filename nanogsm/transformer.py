@@ -8,8 +8,8 @@ If one point is missed, everything still runs, and the logits are those of anoth
            RMSNorm multiplies by (1 + weight), in float32, and rounds last.
            The MLP is gated by GELU in its tanh form, whatever older configs call it.
            head_dim is free: heads * head_dim need not equal hidden_size.
-  Gemma 2  Attention scores are soft-capped before the mask, which PyTorch's fused attention cannot.
-           The final logits are soft-capped, too.
+  Gemma 2  Attention scores are soft-capped before the mask: s becomes cap * tanh(s / cap).
+           PyTorch's fused attention cannot do that. The final logits are soft-capped, too.
            Local (sliding-window) and global layers alternate, starting with a local one.
   2 and 3  A norm follows attention and MLP as well, before the residual addition. The name
            `post_attention_layernorm` means something else in Gemma 1: its norm before the MLP.
@@ -72,7 +72,7 @@ class Config:
     def norms_qk(self) -> bool:
         return self.model_type == "gemma3_text"
 
-    def window(self, layer: int) -> int | None:  # None: it sees everything before it
+    def window(self, layer: int) -> int | None:  # None: itself and all before it
         return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
 
 
@@ -125,7 +125,7 @@ class Vocabulary(NamedTuple):
 
 def rotary(positions: Tensor, head_dim: int, dtype, base: float, factor=1.0, bands=None) -> tuple:
     """cos and sin of the rotations, computed in float32: positions (B, T) -> (B, 1, T, N) each.
-    The factor divides positions. bands: (low, high, length), where it does not for all channels."""
+    The factor divides positions. With bands = (low, high, length) it does so in slow channels."""
     channels = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     frequency = 1.0 / base ** (channels / head_dim)  # (N/2,)
     if bands:
@@ -147,7 +147,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x (B, H, T, N)
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap):
     """softmax(q k' * scale) v: q (B, H, T, N); k, v (B, K, S, N) -> (B, H, T, N). mask (B or 1, 1,
-    T, S) is True where a query may look. None means causal, with S = T and without a cap."""
+    T, S): True, or without a cap 0 and not -inf, where a query may look. None: causal, no cap."""
     (B, H, T, N), K = q.shape, k.shape[1]
     if cap is None and T == 1 and mask is not None:
         # One new token per row. The H/K query heads that share a key head take the place of the
@@ -209,7 +209,7 @@ def end_to_end(ids: Tensor, lengths: list[int], model: "Transformer") -> tuple:
 
     def put_back(hidden: Tensor) -> Tensor:
         padded = hidden.new_zeros(B, T, hidden.shape[-1])
-        return padded.index_put((row, position), hidden[0])  # FSDP wants no view
+        return padded.index_put((row, position), hidden[0])  # --shard (FSDP) allows no view
 
     return ids[row, position][None], position[None], attend_each, put_back
 

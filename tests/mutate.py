@@ -119,7 +119,7 @@ MUTATIONS = [
     ("groups: padding has an advantage", PPO, 'torch.where(mask, (better * scale).view(-1, 1), 0.0)', '(better * scale).view(-1, 1).expand(mask.shape)'),
     ("groups: as many problems as answers", DATA, 'found, n = [], n // group', 'found = []'),
     ("groups: a problem's answers apart", DATA, 'found += [problems[order[i]]] * group', 'found += [problems[order[i]]]'),
-    ("groups: a critic is built", PPO, '    if not args.advantage:\n        value_head', '    if True:\n        value_head'),
+    ("groups: a critic is built", PPO, '    if not args.advantage:  # that is gae, which needs a critic\n        value_head', '    if True:\n        value_head'),
     ("groups: rloo is grpo", PPO, 'if method == "grpo" else', 'if method else'),
     ("groups: group 1 is allowed", FLAGS, 'check_numbers(args, {"group": 2})', 'pass'),
     ("groups: any number of answers", FLAGS, 'if args.group and args.rollouts % args.group:', 'if False:'),
