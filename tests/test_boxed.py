@@ -753,3 +753,10 @@ def test_the_500_right_answers_of_math500_are_right(monkeypatch):
     assert not any(too_large(row["answer"]) for row in rows)
     if HAVE_PACKAGE:  # and by value, without the texts
         assert sum(boxed._ask(row["answer"], row["answer"]).right for row in rows) == 500
+
+
+def test_an_empty_box_in_unscored_data_is_no_answer_to_compare_with(package):
+    package(lambda text, *_: [text])
+    problem = Problem("1 + 1?", r"It is \boxed{}.", 0)
+    assert problem.boxed and last_box(problem.answer) is None
+    assert not is_correct(r"\boxed{2}", problem) and not is_correct("2", problem)
