@@ -217,9 +217,10 @@ def training_parser(description: str, settings: tuple, changes: dict, argv: list
     add_tiny_flag(p)
     add("--lora", action="store_true", help="Train LoRA adapters on a frozen base.")
     add_base_flag(p)
-    own = "Default: 16 and 32, or in SFT those of an adapter that is trained further."
-    add("--lora-r", type=int, help=f"Rank of new adapters. {own}")
-    add("--lora-alpha", type=float, help=f"The change is scaled by alpha / r. {own}")
+    own = "An adapter that SFT trains further keeps its own."
+    add("--lora-r", type=int, help=f"Rank of new adapters. Default: 16. {own}")
+    add("--lora-alpha", type=float,
+        help=f"The change is scaled by alpha / r. Default: 32. {own}")  # fmt: skip
     add("--data", default="main",
         help="main, socratic, math, worked (--tiny only) or your own .jsonl file.")  # fmt: skip
     add_data_dir_flag(p)
@@ -243,7 +244,8 @@ def training_parser(description: str, settings: tuple, changes: dict, argv: list
         help="What backward recomputes: nothing, the cheap part, or every block. Recomputing more "
         "takes less memory. Default: light (tiny: none).")  # fmt: skip
     add("--val-examples", type=int, help="Training problems held out for validation. Default: 64 "
-        "(tiny: 256), at most a tenth of the data.")  # fmt: skip
+        "(tiny: 256), at most a tenth of the data, or what the run held out that this one starts "
+        "from.")  # fmt: skip
     add("--val-use", type=int, metavar="N", help="Validate on N of the problems held out. "
         "evaluate.py --split validation --part 2/2 asks the other half.")  # fmt: skip
     add("--keep", choices=("last", "best"), default="last",
@@ -408,7 +410,7 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = training_parser(description, PPO, PPO_TINY, argv)
     add = p.add_argument
     add("--init", help="Run or model to start from. Default: runs/sft-full-main, with --lora "
-        "runs/sft-lora-main (tiny: runs/tiny/...).")  # fmt: skip
+        "runs/sft-lora-main, with --data math ...-math (tiny: runs/tiny/...).")  # fmt: skip
     add("--reward", metavar="FILE.py", help="Score answers by the function reward(completion, "
         "problem, truncated) in this file, in place of exact match.")  # fmt: skip
     for name, what in (("false", "four false calculator annotations or more, a quarter each"),
