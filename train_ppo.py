@@ -257,7 +257,7 @@ def set_up(args, found, prompt: data.Prompt, scored_by: Callable) -> Setup:
     # start from stays below the new one: merged into a bfloat16 base, it would be rounded.
     bf16 = args.precision == "bf16"
     dtype = torch.bfloat16 if args.lora and bf16 else torch.float32
-    base, tokenizer = load_model(found, dtype, args.device, not args.lora, args.shard)
+    base, tokenizer = load_model(found, dtype, args.device, merge=not args.lora, shard=args.shard)
     models = build(base, args)
     bits = 8 if args.optim == "adamw8bit" else 32
     policy = AdamW(models.policy_weights().items(), args.lr, bits=bits)
@@ -340,7 +340,7 @@ def score(setup: Setup, answers: list[dict]) -> Rollout:
         with setup.autocast():
             hidden = models.actor(ids, lengths)  # (b, T, D)
             logp[rows], entropy[rows] = next_token_logprobs(
-                models.actor.vocabulary, hidden, ids, token_mask, args.temperature, True
+                models.actor.vocabulary, hidden, ids, token_mask, args.temperature, entropy=True
             )
             ref_hidden = models.reference(ids, lengths)
             ref_logp[rows], _ = next_token_logprobs(

@@ -58,7 +58,7 @@ def answer_logprobs(model: Transformer, examples: list, pad_id: int, autocast) -
 def backward_step(
     model: Transformer, examples: list, micro_batch: int, pad_id: int, autocast
 ) -> Tensor:
-    """Add the gradient of one step's loss to .grad. Returns the loss (), in nats per token."""
+    """Add the gradient of one step's loss to .grad. Returns the loss, in nats per token."""
     # What the loss is divided by: the supervised tokens of the whole step. So the loss does not
     # depend on how the step is cut into micro-batches. Trap: the mean of the micro-batches' means
     # does, and gives the tokens of short answers a larger weight.
@@ -95,7 +95,7 @@ def load_trainable(args, found) -> tuple[Transformer, data.Tokenizer]:
     frozen = torch.bfloat16 if bf16 else None  # None: as the checkpoint has it
     dtype = frozen if args.lora else torch.float32
     # Full fine-tuning merges an adapter into its base. LoRA trains it further.
-    model, tokenizer = load_model(found, dtype, args.device, not args.lora, args.shard)
+    model, tokenizer = load_model(found, dtype, args.device, merge=not args.lora, shard=args.shard)
     set_checkpointing(model, args.checkpointing)
     if not bf16:
         compute_in_float32(model)
@@ -176,8 +176,9 @@ def main(argv: list[str] | None = None) -> int:
     prompt = past.prompt_about(data.Prompt(args.style, 0, args.instruction), problems)
     if args.max_examples:
         problems = data.subset(problems, args.max_examples)
-    examples = start.encode_all(tokenizer, problems, prompt, args.max_seq_length)
-    held_out_examples = start.encode_all(tokenizer, held_out, prompt, args.max_seq_length, True)
+    limit = args.max_seq_length
+    examples = start.encode_all(tokenizer, problems, prompt, limit)
+    held_out_examples = start.encode_all(tokenizer, held_out, prompt, limit, held_out=True)
     # A step does not reach into the next epoch, so an epoch's last step may be smaller.
     steps = math.ceil(len(examples) / (args.micro_batch * args.accumulation)) * args.epochs
     plan.settle_sft(args, found, config, examples, held_out, steps)
