@@ -104,7 +104,7 @@ MUTATIONS = [
     ("PPO: mean of each cut", PPO, 'mean = lambda x: masked_share(x, mask, count)', 'mean = lambda x: masked_mean(x, mask)'),
     ("PPO: warm-up trains the actor", PPO, '[*zip(optimizers, both)][warming:]', '[*zip(optimizers, both)]'),
     ("PPO: warm-up trains the head alone", PPO, '            hidden = models.critic(ids, lengths)\n\n', '            hidden = models.critic(ids, lengths).detach()\n\n'),
-    ("PPO: temperature forgotten", PPO, 'models.actor.vocabulary, hidden, ids, token_mask, args.temperature, True', 'models.actor.vocabulary, hidden, ids, token_mask, 1.0, True'),
+    ("PPO: temperature forgotten", PPO, 'models.actor.vocabulary, hidden, ids, token_mask, args.temperature, entropy=True', 'models.actor.vocabulary, hidden, ids, token_mask, 1.0, entropy=True'),
     ("PPO: a cut answer is rewarded", PPO, 'right = not truncated and ', 'right = '),
     ("PPO: reference shares the actor", PPO, 'actor, reference = base, frozen_copy(base, args.precision == "bf16")', 'actor, reference = base, base'),
     ("PPO: actor's adapters on the critic", PPO, 'critic = twin(reference)', 'critic = twin(actor)'),
