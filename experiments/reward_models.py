@@ -20,6 +20,7 @@ import functools
 import math
 import random
 import shlex
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -268,11 +269,12 @@ def tables(results: list[dict], found: dict, args) -> str:
             cells = [r["validated"][run][key] for key in keys]
             shown = " | ".join("" if x is None else f"{x:.3f}" for x in cells)
             lines.append(f"| {name}, seed {r['seed']} | {shown} |")
-    lines += ["", f"Labels of {found['k']} continuations against labels of {found['many']}, on "
-              f"{found['prefixes']} prefixes: root mean square difference "
-              f"{found['root_mean_square']:.3f} ({found['expected']:.3f} expected from chance "
-              f"alone), mean difference {found['bias']:+.3f}, on the other side of 0.5: "
-              f"{percent(found['other_side'])}."]  # fmt: skip
+    noise = (f"Labels of {found['k']} continuations against labels of {found['many']}, on "
+             f"{found['prefixes']} prefixes: root mean square difference "
+             f"{found['root_mean_square']:.3f} ({found['expected']:.3f} expected from chance "
+             f"alone), mean difference {found['bias']:+.3f}, on the other side of 0.5: "
+             f"{percent(found['other_side'])}.")  # fmt: skip
+    lines += ["", *textwrap.wrap(noise, 100)]
     return "\n".join(lines) + "\n"
 
 

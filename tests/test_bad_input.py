@@ -119,7 +119,7 @@ def test_a_misspelt_flag_is_one_line(script, place):
         (train_ppo, ["--critic", "none"], "--critic"),
         (train_ppo, ["--gamma", "1.1"], "--gamma"),
         (evaluate, ["--samples", "4"], "--samples above 1 needs --temperature"),
-        (evaluate, ["--split", "validation", "--n", "9"], "--n 9: validation is a part of these 8"),
+        (evaluate, ["--split", "validation", "--n", "9"], "would be 9 of these 8 problems"),
         (evaluate, ["--shots", "2"], "--shots"),
         (evaluate, ["--ask", " "], "--ask needs a question"),
         (evaluate, ["--compare", "a", "b"], "there is no a"),
