@@ -162,7 +162,7 @@ def evaluate(args: argparse.Namespace) -> int:
     files.remove(folder / f"{name}.json")  # a kill must not leave an old summary with new rows
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     files.replace_file(folder / f"{name}.jsonl", lines.encode(), shared=True)
-    files.write_json(folder / f"{name}.json", summary)
+    files.replace_file(folder / f"{name}.json", files.to_json(summary, indent=1), shared=True)
     print_summary(summary)
     print(f"written to {folder / name}.json and .jsonl")
     return 0

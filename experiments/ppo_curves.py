@@ -69,7 +69,7 @@ def collect(folder: Path, recipe: str) -> dict:
     run = folder / recipe
     record = past.run_of(str(run))
     settings = record[1]["args"] if record else {}
-    started = files.same_place(settings.get("init"), str(folder / "sft"))
+    started = Path(str(settings.get("init"))).resolve() == (folder / "sft").resolve()
     if settings.get("recipe") != recipe or not started:
         raise UserError(f"{run} is not a run of --recipe {recipe} --init {folder / 'sft'}")
     rows = read(run / "metrics.jsonl")

@@ -223,6 +223,7 @@ def run(command: list[str], keep: tuple[int, ...] = ()) -> tuple[int, str]:
             print(line, end="", file=sys.stderr, flush=True)
             last = line.strip() or last
     finally:
+        process.stderr.close()  # or a script that still writes there would wait for ever
         status = process.wait()
         for number, handler in previous.items():
             signal.signal(number, handler)

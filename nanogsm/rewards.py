@@ -12,7 +12,7 @@ There are penalties only, so there is nothing to farm: <<1+1=2>>, written a hund
 nothing. The weights must add up to at most MOST. A right answer that has ended keeps 1 - MOST or
 more, whatever else is in it. A wrong answer has 0 or less. So no weights that are allowed make any
 wrong answer worth more than a right one. (A reward of your own has a scale of its own: there the
-bound does not hold. Nor need it with --gamma below 1, because the bound is on the plain sum.)
+bound does not hold. Nor need it hold with --gamma below 1, because the bound is on the plain sum.)
 
 Trap: an answer without annotations has no false ones. Keep an eye on the metric `worked`.
 """

@@ -147,7 +147,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x (B, H, T, N)
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap):
     """softmax(q k' * scale) v: q (B, H, T, N); k, v (B, K, S, N) -> (B, H, T, N). mask (B or 1, 1,
-    T, S): True, or without a cap 0 and not -inf, where a query may look. None: causal, no cap."""
+    T, S): True (without cap 0, else -inf) where a query may look. None: causal, S = T, no cap."""
     (B, H, T, N), K = q.shape, k.shape[1]
     if cap is None and T == 1 and mask is not None:
         # One new token per row. The H/K query heads that share a key head take the place of the

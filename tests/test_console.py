@@ -254,6 +254,7 @@ def test_devices_by_name_and_number(monkeypatch):
         assert machine.pick_compute(given, "fp32") == ("cpu", "fp32")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     has = re.escape("this machine has only cuda (cuda:0 to cuda:1), cpu")
     for given in ("cuda:2", "cuda:", "cuda:x", "cpu:", "cpu:1", "gpu"):
         with pytest.raises(UserError, match=f"--device {given}: {has}"):

@@ -297,7 +297,7 @@ def test_eight_answers_are_not_taken_for_eighteen(tmp_path):
 
 def test_each_judge_reads_the_answers_once(tmp_path, monkeypatch):
     """By the last value the process reward model chooses the first answer, by the least the
-    second. A negative value gives no vote."""
+    second."""
     rows = [{"correct": i == 1, "answer": float(i), "gold": 1.0, "completion": str(i)}
             for i in range(2)]  # fmt: skip
     (tmp_path / "answers-1").mkdir()
@@ -320,6 +320,21 @@ def test_each_judge_reads_the_answers_once(tmp_path, monkeypatch):
                      "outcome model": [False], "PRM, last": [False], "PRM, least": [True],
                      "vote, critic": [True], "vote, outcome model": [False],
                      "vote, PRM, last": [False], "vote, PRM, least": [True]}  # fmt: skip
+
+
+def test_a_negative_value_gives_no_vote(tmp_path, monkeypatch):
+    """Two answers have the right number, with 0.4 and -0.2. The wrong one has 0.3."""
+    rows = [{"correct": i > 0, "answer": float(i > 0), "gold": 1.0, "completion": str(i)}
+            for i in range(3)]  # fmt: skip
+    (tmp_path / "answers-1").mkdir()
+    path = tmp_path / "answers-1/eval-test-1-3x-t1-seed0.json"
+    path.write_text("{}")
+    path.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(reward_models, "find_critic", lambda run: run)
+    values = [[0.3], [0.4], [-0.2]]
+    monkeypatch.setattr(reward_models.rerank, "values_of", lambda *_: values)
+    args = reward_models.parse_args(["--out", str(tmp_path), "--n", "1", "--samples", "3"])
+    assert reward_models.judge(1, args)["vote, critic"] == [True]
 
 
 def test_a_judge_by_chance_chooses_among_different_texts():

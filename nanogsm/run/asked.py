@@ -52,6 +52,8 @@ def choose_problems(args: argparse.Namespace) -> list[data.Problem]:
             raise UserError(f"{args.model} {fault}: give --n {held_out}")
         problems = data.load_problems(args.data, "train", args.data_dir, args.unscored)
         n = count_held_out(args, len(problems))
+        if len(problems) < 2:
+            raise UserError("one problem has no part for validation: give --split test")
         if not 0 < n < len(problems):
             raise UserError(f"validation would be {n} of these {len(problems)} problems: give --n "
                             f"from 1 to {len(problems) - 1}")  # fmt: skip

@@ -410,7 +410,7 @@ def ppo_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = training_parser(description, PPO, PPO_TINY, argv)
     add = p.add_argument
     add("--init", help="Run or model to start from. Default: runs/sft-full-main, with --lora "
-        "runs/sft-lora-main, with --data math ...-math (tiny: runs/tiny/...).")  # fmt: skip
+        "runs/sft-lora-main; -math with --data math (tiny: runs/tiny/...).")  # fmt: skip
     add("--reward", metavar="FILE.py", help="Score answers by the function reward(completion, "
         "problem, truncated) in this file, in place of exact match.")  # fmt: skip
     for name, what in (("false", "four false calculator annotations or more, a quarter each"),

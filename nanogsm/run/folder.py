@@ -221,6 +221,7 @@ class RunFolder:
             else:
                 changed.append(f"{name} was {was}, now {now}".replace("null", "unset"))
         only_epochs = [x.split()[0] for x in changed] == ["epochs"] and "outcome" not in args
+        only_epochs &= isinstance(old.get("epochs"), int) and isinstance(args.get("epochs"), int)
         if self.finished and not self.grows and only_epochs and old["epochs"] < args["epochs"]:
             raise UserError(
                 f"{self.path} is finished, and {changed[0]}: more epochs would have needed another "
