@@ -270,8 +270,6 @@ def test_a_script_without_stdout_and_under_a_debugger(tmp_path):
         "console.entry(main)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(machine.Path(machine.__file__).parents[2])}
-    for close in ("", " >&- 2>&-"):
-        command = f"{sys.executable} {script}{close}"
-        done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout == ("" if close else "said\n")
+    command = f"{sys.executable} {script} >&- 2>&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

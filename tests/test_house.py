@@ -229,7 +229,7 @@ MOST_TOKENS = {
     "reward models on the page, settings of another type, results of another critic": 800,
     "one line for odd rewards, rows and ranks, and for ranks with different commands": 660,
     "what a plan chose to sample at once, known sizes by name, a page's numbers checked": 300,
-    "train_prm.py's val_pairs; refusals and odd drives that a review found": 420,
+    "train_prm.py's val_pairs; refusals and odd drives that a review found": 480,
 }
 
 
