@@ -58,7 +58,7 @@ def reward(completion: str, problem: data.Problem, truncated: bool) -> float:
     # A truncated answer never ended, so it earns nothing: the policy has to learn to end. Trap: one
     # that was stopped at "Question:" has ended, and these tokens, too, become more likely.
     right = not truncated and data.is_correct(completion, problem)
-    return float(right and not boxed.restates(completion, problem.answer))  # of MATH alone
+    return float(right and not boxed.restates(completion, problem.answer))  # only in MATH's boxes
 
 
 # --------------------------------------------------------------------------------------- the math

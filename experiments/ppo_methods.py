@@ -3,17 +3,17 @@
     python -m experiments.ppo_methods --results results/tiny/ppo-methods
     python -m experiments.ppo_methods terms --results results/tiny/ppo-terms
 
-Every variant has a few settings to choose from: the methods the same three learning rates, the
-terms the same weights. First every variant is trained with every setting, with seed 0. The setting
-with the best exact match on the held-out training problems is its own, the lower one if two are
-equal. Then every variant is trained with its setting and three new seeds, each from a new
-fine-tuned start, and evaluated on the test problems. No test problem is asked before. All runs
-sample the same number of answers.
+Every variant has a few settings to choose from: the methods the same learning rates, the terms the
+same weights. First every variant is trained with every setting, with seed 0. The setting with the
+best exact match on the held-out training problems is its own, the lower one if two are equal. Then
+every variant is trained with its setting and three new seeds, each from a new fine-tuned start, and
+evaluated on the test problems. No test problem is asked before. All runs sample the same number of
+answers.
 
 All use PPO's recipe tuned, whose other settings were chosen for PPO, and a start trained by
-`original`. The methods have no KL penalty:
-GRPO would scale its noise up (train_ppo.group_advantages). Runs are in --out. The same command
-continues a comparison that was stopped: what is finished is not done again.
+`original`. The methods have no KL penalty: GRPO would scale its noise up
+(train_ppo.group_advantages). Runs are in --out. The same command continues a comparison that was
+stopped: what is finished is not done again.
 
 It writes three files: --results with .json (all numbers), .md (the tables) and .svg (exact match by
 answers sampled).
@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = p.add_argument
     add("what", nargs="?", choices=("methods", "terms"), default="methods", help="What to compare.")
     add("--rates", type=float, nargs="+", default=[5e-5, 1.5e-4, 4.5e-4], metavar="LR",
-        help="Learning rates that every method tries.")  # fmt: skip
+        help="Learning rates that every method tries. Give it after `terms`.")  # fmt: skip
     add("--weights", type=float, nargs="+", default=[0.1, 0.3, 0.9], metavar="W",
         help="Weights that every term tries.")  # fmt: skip
     add("--seeds", type=int, default=3, help="New seeds: 1, 2, ...")

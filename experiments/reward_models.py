@@ -44,8 +44,8 @@ JUDGES = {
     "PRM, last": ("prm", "last"),
     "PRM, least": ("prm", "least"),
 }
+VOTES = [f"vote, {judge}" for judge in JUDGES]  # maj@k in which an answer counts by its value
 # What is compared with what. "first" is the first of the answers: its share right is pass@1.
-VOTES = {f"vote, {judge}": judge for judge in JUDGES}
 PAIRS = [(judge, other) for judge in JUDGES for other in ("first", "maj")] + [
     *((vote, "maj") for vote in VOTES),
     ("PRM, last", "outcome model"), ("PRM, least", "outcome model"), ("PRM, last", "critic"),

@@ -371,6 +371,13 @@ def test_a_drive_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, cap
     assert "cannot be locked: do not start a second run in it" in capsys.readouterr().out
 
 
+def test_a_finished_run_that_does_not_say_its_epochs_is_refused_in_words(tmp_path):
+    open_run(tmp_path / "r").close()
+    (tmp_path / "r/summary.json").write_text("{}")
+    with pytest.raises(UserError, match="other arguments .epochs was absent, now 3"):
+        open_run(tmp_path / "r", {"epochs": 3})
+
+
 def test_refused_run_leaves_the_folder_unlocked(tmp_path):
     open_run(tmp_path / "r").close()
     with pytest.raises(UserError):

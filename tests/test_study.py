@@ -4,6 +4,7 @@ what it could not run."""
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -305,3 +306,27 @@ def test_a_real_row_end_to_end(capfd):
 def test_a_row_that_cannot_run_shows_its_scripts_error(capfd):
     status, last = study.run(["train_sft.py", "--tiny", "--lr", "-1"])
     assert status == 2 and last == "--lr is -1.0: give a positive number"
+
+
+def test_a_closed_stderr_does_not_leave_a_script_waiting(tmp_path, monkeypatch):
+    """The script goes on writing to a pipe that nobody reads any more."""
+
+    def show(*_, file=None, **__):
+        if file:
+            raise BrokenPipeError
+
+    (tmp_path / "talks.py").write_text("import sys\nsys.stderr.write('y\\n' * 10**6)\n")
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(study, "print", show, raising=False)
+
+    def late(*_):
+        raise TimeoutError
+
+    old = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    try:
+        with pytest.raises(BrokenPipeError):
+            study.run(["talks.py"])
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)

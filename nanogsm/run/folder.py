@@ -220,9 +220,11 @@ class RunFolder:
                 changed.append(f"the content of {flag} changed" if both else f"{flag} {what}")
             else:
                 changed.append(f"{name} was {was}, now {now}".replace("null", "unset"))
-        only_epochs = [x.split()[0] for x in changed] == ["epochs"] and "outcome" not in args
-        only_epochs &= isinstance(old.get("epochs"), int) and isinstance(args.get("epochs"), int)
-        if self.finished and not self.grows and only_epochs and old["epochs"] < args["epochs"]:
+        epochs = old.get("epochs"), args.get("epochs")
+        longer = all(isinstance(n, int) for n in epochs) and epochs[0] < epochs[1]
+        longer = longer and [text.split()[0] for text in changed] == ["epochs"]
+        # A reward model is no start for another run.
+        if self.finished and not self.grows and longer and "outcome" not in args:
             raise UserError(
                 f"{self.path} is finished, and {changed[0]}: more epochs would have needed another "
                 "learning rate from the first step on, so they cannot be added; to train its "
