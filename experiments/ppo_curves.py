@@ -1,18 +1,13 @@
-"""What PPO does to the embedded model: a table of test scores before and after, and the curves.
+"""What PPO changed, run by run: a table of test scores before and after, and the curves.
 
-    for s in 0 1 2; do
-        d=runs/tiny/curves-$s
-        python train_sft.py --tiny --seed $s --recipe original --out $d/sft
-        python evaluate.py --model $d/sft
-        for r in original tuned; do
-            python train_ppo.py --tiny --seed $s --recipe $r --init $d/sft --val-every 2 --out $d/$r
-            python evaluate.py --model $d/$r
-        done
-    done
-    python -m experiments.ppo_curves runs/tiny/curves-{0,1,2} --out results/tiny/ppo
+    python -m experiments.ppo_curves runs/tiny/study-{1,2,3}/ppo{,-tuned} --out results/tiny/ppo
 
-The last command writes results/tiny/ppo.json (scores before and after, their exact paired test, the
-curves) and results/tiny/ppo.svg (the curves).
+Give it run folders of train_ppo.py. The test problems must have been answered once by each run and
+by the run it started from: evaluate.py does that, and experiments/study.py calls it. All runs with
+the same recipe, or with --by method the same method, share a colour.
+
+It writes --out with .json (scores before and after, their exact paired test, the curves) and .svg
+(the curves), and prints the table.
 """
 
 import json
@@ -23,13 +18,17 @@ from nanogsm.report import charts, eval_files, scores
 from nanogsm.run import console, flags, past
 from nanogsm.store import files
 
-RECIPES = ("original", "tuned")
 CURVES = {  # metric -> title of its panel
     "val_exact_match": "right, greedy, held-out problems",
     "reward": "right, sampled, training problems",
     "worked": "answers that show a calculation",
     "response_tokens": "length of an answer, tokens",
+    "kl_sequence": "KL from the start, nats an answer",
+    "entropy": "entropy of a token, nats",
+    "explained_variance": "explained variance of the critic",
 }
+SHARES = ("val_exact_match", "reward", "worked")  # shown in percent
+USUAL = ("val_exact_match", "reward", "worked", "response_tokens")
 
 
 def read(path: Path) -> list[dict]:
@@ -37,8 +36,7 @@ def read(path: Path) -> list[dict]:
     try:
         return files.json_lines(path)
     except UserError as error:
-        commands = "the commands at the top of experiments/ppo_curves.py make it"
-        raise UserError(f"{error}; {commands}") from error
+        raise UserError(f"{error}; give a run folder of train_ppo.py") from error
 
 
 def answers(run: Path) -> dict[int, dict]:
@@ -64,53 +62,64 @@ def before_and_after(before: dict[int, dict], after: dict[int, dict]) -> dict:
     }  # fmt: skip
 
 
-def collect(folder: Path, recipe: str) -> dict:
-    """Scores and curves of the run of a recipe in `folder`."""
-    run = folder / recipe
+def collect(run: Path, curves: tuple[str, ...], by: str = "recipe") -> dict:
+    """Scores, cost and curves of a run. Its name is its recipe or its method."""
     record = past.run_of(str(run))
     settings = record[1]["args"] if record else {}
-    started = Path(str(settings.get("init"))).resolve() == (folder / "sft").resolve()
-    if settings.get("recipe") != recipe or not started:
-        raise UserError(f"{run} is not a run of --recipe {recipe} --init {folder / 'sft'}")
+    if "init" not in settings:
+        raise UserError(f"{run} is no run of train_ppo.py")
+    method = (settings.get("advantage") or "PPO").upper()
     rows = read(run / "metrics.jsonl")
     steps = [row for row in rows if "reward" in row]
+    seconds = sum(row["seconds"] for row in steps)
     return {
-        "recipe": recipe,
+        "name": method if by == "method" else settings["recipe"],
         "seed": settings["seed"],
         "commit": record[1]["info"].get("commit"),
-        **before_and_after(answers(folder / "sft"), answers(run)),
-        "seconds": sum(row["seconds"] for row in steps),
+        **before_and_after(answers(Path(settings["init"])), answers(run)),
+        "steps": len(steps),
+        "seconds": seconds,
+        "tokens_per_s": sum(row.get("tokens", 0) for row in steps) / seconds,
         "peak_memory": max(row["peak_memory"] for row in steps),
-        "curves": {k: [(row["step"], row[k]) for row in rows if k in row] for k in CURVES},
+        "curves": {key: [(row["step"], row[key]) for row in rows if key in row] for key in curves},
     }
+
+
+def table(results: list[dict], by: str) -> str:
+    lines = [f"| {by} | seed | before | after | points | fixed, broken | McNemar p | s a step "
+             "| peak |", "|" + "---|" * 9]  # fmt: skip
+    for r in results:
+        lines.append(
+            f"| {r['name']} | {r['seed']} | {100 * r['before']:.1f}% | {100 * r['after']:.1f}% "
+            f"[{100 * r['ci_low']:.1f}, {100 * r['ci_high']:.1f}] "
+            f"| {100 * (r['after'] - r['before']):+.1f} | {r['fixed']}, {r['broken']} "
+            f"| {r['mcnemar_p']:.2g} | {r['seconds'] / r['steps']:.1f} "
+            f"| {r['peak_memory'] / 2**30:.2f} GiB |"
+        )
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     p = flags.Parser(__doc__.split("\n")[0])
     add = p.add_argument
-    add("folders", nargs="+", type=Path, help="Folders with the runs sft, original and tuned.")
+    add("runs", nargs="+", type=Path, help="Run folders of train_ppo.py, evaluated.")
+    add("--by", choices=("recipe", "method"), default="recipe", help="What names a run.")
+    text = f"Panels of the picture, of {', '.join(CURVES)}. Default: {' '.join(USUAL)}."
+    add("--curves", nargs="+", choices=CURVES, default=USUAL, metavar="METRIC", help=text)
     add("--out", default="runs/ppo", help="Path of the .json and the .svg, without the ending.")
     args = p.parse_args(argv)
-    results = [collect(folder, recipe) for recipe in RECIPES for folder in args.folders]
-    print("| recipe | seed | before | after | points | fixed, broken | McNemar p | time | peak |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for r in results:
-        print(
-            f"| {r['recipe']} | {r['seed']} | {100 * r['before']:.1f}% | {100 * r['after']:.1f}% "
-            f"[{100 * r['ci_low']:.1f}, {100 * r['ci_high']:.1f}] "
-            f"| {100 * (r['after'] - r['before']):+.1f} | {r['fixed']}, {r['broken']} "
-            f"| {r['mcnemar_p']:.2g} | {r['seconds'] / 60:.1f} min "
-            f"| {r['peak_memory'] / 2**30:.2f} GiB |"
-        )
+    results = [collect(run, args.curves, args.by) for run in args.runs]
+    print(table(results, args.by))
     panels = []
-    for key, title in CURVES.items():
-        lines = [(r["recipe"], r["curves"][key]) for r in results]
-        panels.append(charts.Panel(title, lines, percent=key != "response_tokens", x="step"))
+    for key in args.curves:
+        lines = [(r["name"], r["curves"][key]) for r in results if r["curves"][key]]
+        panels.append(charts.Panel(CURVES[key], lines, percent=key in SHARES, x="step"))
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     text = "[\n" + ",\n".join(json.dumps(r) for r in results) + "\n]\n"
     files.replace_file(Path(f"{out}.json"), text.encode())
-    files.replace_file(Path(f"{out}.svg"), charts.page(panels, ["tuned", "original"]).encode())
+    names = [*dict.fromkeys(r["name"] for r in results)]
+    files.replace_file(Path(f"{out}.svg"), charts.page(panels, names).encode())
     return 0
 
 

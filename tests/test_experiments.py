@@ -49,7 +49,7 @@ def made_run(folder, args, correct, steps=()):
     (folder / "eval-test-10.json").write_text("{}")
 
 
-def test_curves_collects_a_run_of_each_recipe(tmp_path, capsys):
+def test_curves_shows_runs_by_recipe_and_by_method(tmp_path, capsys):
     steps = [
         {"step": 0, "val_exact_match": 0.25},
         {"step": 1, "reward": 0.5, "worked": 0.5, "response_tokens": 40.0, "seconds": 2.0,
@@ -57,27 +57,40 @@ def test_curves_collects_a_run_of_each_recipe(tmp_path, capsys):
         {"step": 2, "reward": 0.75, "worked": 0.75, "response_tokens": 50.0, "seconds": 3.0,
          "peak_memory": 2**31},
     ]  # fmt: skip
-    start = tmp_path / "curves-0/sft"
+    start = tmp_path / "sft"
     made_run(start, {"recipe": "original"}, 3)
-    for recipe, correct in (("original", 4), ("tuned", 7)):
-        args = {"recipe": recipe, "init": str(start)}
-        made_run(tmp_path / "curves-0" / recipe, args, correct, steps)
-    argv = [str(tmp_path / "curves-0"), "--out", str(tmp_path / "out/ppo")]
+    runs = {"original": (4, None), "tuned": (7, None), "rloo": (8, "rloo")}
+    for name, (correct, advantage) in runs.items():
+        recipe = "tuned" if advantage else name
+        args = {"recipe": recipe, "init": str(start), "advantage": advantage}
+        made_run(tmp_path / name, args, correct, steps)
+    out = ["--out", str(tmp_path / "out/ppo")]
+    argv = [*(str(tmp_path / name) for name in ("original", "tuned")), *out]
     assert ppo_curves.main(argv) == 0
     found = json.loads((tmp_path / "out/ppo.json").read_text())
-    assert [(r["recipe"], r["before"], r["after"]) for r in found] == [
+    assert [(r["name"], r["before"], r["after"]) for r in found] == [
         ("original", 0.3, 0.4),
         ("tuned", 0.3, 0.7),
     ]
-    assert found[1]["seconds"] == 5.0 and found[1]["peak_memory"] == 2**31
+    assert (found[1]["steps"], found[1]["seconds"]) == (2, 5.0)
+    assert found[1]["peak_memory"] == 2**31
     assert found[1]["curves"]["reward"] == [[1, 0.5], [2, 0.75]]
     assert found[1]["curves"]["val_exact_match"] == [[0, 0.25]]
-    assert "| tuned | 0 | 30.0% | 70.0% [" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| tuned | 0 | 30.0% | 70.0% [" in printed and "| 2.5 | 2.00 GiB |" in printed
     svg = (tmp_path / "out/ppo.svg").read_text()
-    assert all(title in svg for title in ppo_curves.CURVES.values())
-    (tmp_path / "curves-0/tuned").rename(tmp_path / "curves-0/elsewhere")
-    with pytest.raises(UserError, match="tuned is not a run of --recipe tuned"):
-        ppo_curves.main(argv)
+    titles = ppo_curves.CURVES
+    assert [titles[key] in svg for key in titles] == [key in ppo_curves.USUAL for key in titles]
+
+    argv = [str(tmp_path / "tuned"), str(tmp_path / "rloo"), "--by", "method", *out]
+    assert ppo_curves.main([*argv, "--curves", "reward", "explained_variance"]) == 0
+    assert "| RLOO | 0 | 30.0% | 80.0% [" in capsys.readouterr().out
+    svg = (tmp_path / "out/ppo.svg").read_text()
+    assert ">PPO<" in svg and titles["explained_variance"] in svg and titles["worked"] not in svg
+
+    for path, why in ((start, "is no run of train_ppo.py"), (tmp_path, "is no run of")):
+        with pytest.raises(UserError, match=why):
+            ppo_curves.main([str(path), *out])
 
 
 # ---- ppo_ablation
