@@ -1,6 +1,6 @@
 """How time and memory grow with batch, length, vocabulary and model size: a table and a picture.
 
-    python -m benchmarks.growth --out results/growth
+    python -m benchmarks.growth --out results/growth/growth
 
 Weights and tokens are random, which does not change the times. One quantity at a time is varied
 around a middle point. There are three jobs: a LoRA step, a full step, and decoding. A step is

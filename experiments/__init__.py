@@ -1,1 +1,2 @@
-"""Studies made with the three scripts: the original study, PPO settings one at a time, curves."""
+"""Studies made with the scripts, a search for settings, labels for reward models, and how the
+embedded model was made."""

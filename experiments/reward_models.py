@@ -7,7 +7,7 @@ problems (experiments/label.py), a process reward model and an outcome model fro
 (train_prm.py), and 8 answers to each test problem. The three judges read the same answers. The
 table has pass@1, maj@8 and, for each judge, best@8 and a vote in which an answer counts by its
 value, with exact paired tests. It also has what a judge by chance would choose: one that gives
-every different text a random value. That is less than pass@1 where the commonest text is right.
+every different text a random value. That is less than pass@1 where the most frequent text is right.
 
 Then --prefixes beginnings of answers are labelled again, with --k continuations as before and with
 --many, from other random numbers: how far is a label from what it estimates?

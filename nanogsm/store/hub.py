@@ -4,8 +4,8 @@ and MATH.
 Two functions do the work, and both return paths: `find_model("google/gemma-2b-it")` and
 `data_file("train.jsonl")`. Whatever goes wrong (licence not accepted, no network, full disk,
 incomplete download) becomes a UserError of one line. Nothing is ever unpickled, no downloaded
-index may point out of its folder, and a data file is used only if its SHA-256 is the one below.
-huggingface_hub is slow to import, so it is imported only where it is needed.
+index may point out of its folder, and a data file is used only if its SHA-256, or that of its rows,
+is the one below. huggingface_hub is slow to import, so it is imported only where it is needed.
 """
 
 import errno
