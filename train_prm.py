@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
             print(folder.already_finished())
         elif status := train(args, folder, found, examples, held_out_examples, steps):
             return status
-    print(f"the result is in {args.out}; next: python evaluate.py MODEL --samples 8 "
+    print(f"the result is in {args.out}; next: python evaluate.py {args.model} --samples 8 "
           f"--temperature 1 --rerank {args.out}")  # fmt: skip
     return 0
 

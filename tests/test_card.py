@@ -184,9 +184,13 @@ def test_own_data_without_a_tokenizer_are_estimated(gated, gemma_2b, capsys):
 
 
 def test_other_models_and_other_commands_need_the_files(gated):
-    for argv in ([*SFT[:-1], "google/gemma-5", "--gpu-memory", "24"], SFT,
-                 [*SFT, "--gpu-memory", "24", "--base", "x"]):  # fmt: skip
-        with pytest.raises(UserError, match="gated"):
+    for argv, says in (
+        ([*SFT[:-1], "google/gemma-5", "--gpu-memory", "24"], "gated .known without it: Llama-3.1-8B, "),
+        ([*SFT[:-1], "google/gemma-5"], "gemma-5: gated$"),
+        (SFT, "gated; --gpu-memory GIB plans without it$"),
+        ([*SFT, "--gpu-memory", "24", "--base", "x"], "gated .known without it"),
+    ):
+        with pytest.raises(UserError, match=says):
             train_sft.main(argv)
 
 

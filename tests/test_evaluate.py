@@ -803,6 +803,11 @@ def test_compare_refuses_what_is_no_evaluation(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="has no evaluation yet: python evaluate.py --model"):
         main(["--compare", good, str(tmp_path / "empty")])
+    write_rows(tmp_path / "empty/eval-test-1-8x-t1-seed0.jsonl", [result(1, True)] * 8)
+    with pytest.raises(UserError, match="has no evaluation with one answer to each problem yet"):
+        main(["--compare", good, str(tmp_path / "empty")])
+    write_rows(tmp_path / "empty/eval-test-1-1x-t1-seed0.jsonl", [result(1, True)])
+    main(["--compare", good, str(tmp_path / "empty")])
     with pytest.raises(UserError, match="^there is no .*none.jsonl: give a run's folder"):
         main(["--compare", str(tmp_path / "none.jsonl"), good])
     for content in ("{", "[1]\n", '{"index": 1}\n', "3\n"):

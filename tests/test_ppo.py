@@ -1156,9 +1156,10 @@ def test_bad_flags_are_named(flags, given, says, tmp_path):
 
 def test_the_plan_says_what_the_updates_really_are(flags, capsys):
     for rollouts, updates in (
-        ("6", "2 x 2 updates of 4 (the last: 2), in"),
-        ("8", "2 x 2 updates of 4, in"),
-        ("3", "2 x 1 updates of 3, in"),
+        ("6", "2 passes with 2 updates of 4 (the last: 2), in micro-batches of 2;"),
+        ("8", "2 passes with 2 updates of 4, in"),
+        ("3", "2 passes with 1 update of 3, in"),
+        ("1", "2 passes with 1 update of 1, in micro-batches of 1;"),
     ):
         train_ppo.main([*flags, "--rollouts", rollouts, "--dry-run"])
         out = capsys.readouterr().out

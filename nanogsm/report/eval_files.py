@@ -5,6 +5,7 @@ are not the run's own are added to the name, as in eval-test-256-chat-zero-shot-
 """
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -92,16 +93,24 @@ def rank(path: Path) -> tuple:
     return path.name.startswith("eval-test"), -len(parts), n, path.stat().st_mtime
 
 
+def one_answer_each(folder: Path) -> list[Path]:
+    """The evaluations in a folder that have one answer to each problem, by `rank`."""
+    several = re.compile(r"-(?!1x)\d+x-t")  # as in eval-test-256-8x-t1-seed0
+    return sorted((p for p in folder.glob("eval-*.jsonl") if not several.search(p.name)), key=rank)
+
+
 def read_rows(where: str) -> tuple[str, list[dict]]:
-    """(path, rows) of an evaluation. `where` is its .jsonl file, its .json file, or a run's folder,
-    where `rank` chooses. Raises UserError if there is no evaluation or a row is not valid."""
+    """(path, rows) of an evaluation. `where` is its .jsonl file, its .json file, or a run's folder:
+    then the last of `one_answer_each`. UserError if there is none or a row is not valid."""
     path = Path(where)
     if path.suffix == ".json" and not os.path.isdir(path):
         path = path.with_suffix(".jsonl")
     if os.path.isdir(path):
-        found = sorted(path.glob("eval-*.jsonl"), key=rank)
+        found = one_answer_each(path)
         if not found:
-            raise UserError(f"{where} has no evaluation yet: python evaluate.py --model {where}")
+            sampled = any(path.glob("eval-*.jsonl"))
+            what = "evaluation with one answer to each problem" if sampled else "evaluation"
+            raise UserError(f"{where} has no {what} yet: python evaluate.py --model {where}")
         path = found[-1]
     elif not os.path.exists(path):
         raise UserError(f"there is no {path}: give a run's folder or an eval-....jsonl file")

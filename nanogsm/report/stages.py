@@ -32,7 +32,8 @@ def read_stage(where: str) -> Stage:
     folder = run[0] if run else Path(where)
     path, rows, summary, probes = "", {}, {}, []
     # The answers of an unscored run are not right or wrong.
-    if not run or (any(folder.glob("eval-*.jsonl")) and not run[1]["args"].get("unscored")):
+    evaluated = run and eval_files.one_answer_each(folder)
+    if not run or (evaluated and not run[1]["args"].get("unscored")):
         if folder.is_dir() and not any(folder.glob("eval-*.jsonl")):
             raise UserError(f"{where} is not a run and has no evaluation: give a run's folder")
         path, listed = eval_files.read_rows(str(folder))

@@ -104,7 +104,7 @@ def how_it_went(stage: Stage) -> str:
         return ""
     steps = stage.metrics[-1]["step"]
     if stage.finished:
-        said = [f"It finished after {steps:,} steps."]
+        said = [f"It finished after {steps:,} step{'s' * (steps > 1)}."]
     else:
         last = (stage.folder / "metrics.jsonl").stat().st_mtime
         when = datetime.datetime.fromtimestamp(last).strftime("%Y-%m-%d at %H:%M")
@@ -200,7 +200,8 @@ def settings(args: dict) -> str:
     batch = math.prod(args.get(name) or 1 for name in ("micro_batch", "accumulation"))
     if has("rollouts", "epochs", "micro_batch"):
         said.append(f"{args['rollouts']:,} answers per step")
-        said.append(f"{_times(args['epochs'])} over them in updates of {batch:,} answers")
+        size = min(batch, args["rollouts"])
+        said.append(f"{_times(args['epochs'])} over them in updates of {size:,} answers")
     elif has("epochs", "micro_batch"):
         said.append(f"{_times(args['epochs'])} over the data in steps of {batch:,} examples")
     if has("kl_coef", "gamma", "lam"):

@@ -135,12 +135,11 @@ class Run:
         step, wall, cpu = self._clock
         if self.device != "cpu" or self.step != step + 5 or now - wall < WORTH_SAYING:
             return
-        cores = (time.process_time() - cpu) / (now - wall)
-        if cores < 0.6 * min(2, torch.get_num_threads()):
-            self.progress.note(
-                f"the last five steps got {cores:.1f} cores: other processes use this CPU; a run "
-                "with OMP_NUM_THREADS=1 in front of the command is then often faster"
-            )
+        cores, threads = (time.process_time() - cpu) / (now - wall), torch.get_num_threads()
+        if cores < 0.6 * min(2, threads):
+            advice = "; a run with OMP_NUM_THREADS=1 in front of the command is then often faster"
+            self.progress.note(f"the last five steps got {cores:.0%} of a core: other processes "
+                               f"use this CPU{advice * (threads > 1)}")  # fmt: skip
 
     def watch(self, finished: int, tokens: int) -> None:
         """The `progress` of generate: show how many answers are finished, stop if asked. On many

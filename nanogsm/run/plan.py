@@ -293,10 +293,14 @@ def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list)
     if found.adapter and args.lora:
         say("note", "base and adapter together are the start and the reference; the result is one "
             "adapter with both changes")  # fmt: skip
-    say("steps", f"{args.steps} of {args.rollouts} answers; {args.epochs} x {updates} updates of "
-        f"{size}{last}, in micro-batches of {args.micro_batch}; lr {args.lr:g}"
+    passes = f"{args.epochs} passes with " * (args.epochs > 1)
+    say("steps", f"{args.steps} of {args.rollouts} answers; {passes}{updates} "
+        f"update{'s' * (updates > 1)} of {size}{last}, in micro-batches of "
+        f"{min(args.micro_batch, size)}; lr {args.lr:g}"
         f"{'' if args.group else f', critic {args.value_lr:g}'} ({args.recipe} recipe); "
         f"{args.optim}")  # fmt: skip
+    if args.reward:
+        say("reward", f"{args.reward}; exact match is logged beside it")
     if args.advantage == "grpo" and args.kl_coef:
         say("note", "GRPO scales up the KL penalties of groups whose scores are equal: "
             "--kl-coef 0 avoids that")  # fmt: skip

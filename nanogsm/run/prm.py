@@ -124,7 +124,8 @@ def settle(args, found: hub.ModelFiles, config, examples: list, held_out: list, 
                  f"a head of {config.hidden_size + 1:,}",
         "data": f"{len(examples):,} answers ({args.source}), {sum(lengths):,} tokens, "
                 f"{data.supervised_tokens(examples):,} labels: {what}; "
-                f"{len(held_out):,} answers held out, to {args.val_examples} problems",
+                f"{len(held_out):,} answers held out, to {args.val_examples} "
+                f"problem{'s' * (args.val_examples > 1)}",
         "steps": f"{n:,} of {args.micro_batch} x {args.accumulation} answers, {args.epochs} "
                  f"epoch{'s' * (args.epochs > 1)}; lr {args.lr:g}, head {args.head_lr:g}; "
                  f"{args.optim}",

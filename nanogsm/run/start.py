@@ -30,6 +30,8 @@ def find_start(args, flag: str) -> hub.ModelFiles:
         found = known.model(getattr(args, flag)) if args.gpu_memory and not args.base else None
         if found is None and args.gpu_memory:
             raise UserError(f"{error} (known without it: {', '.join(known.names())})") from error
+        if found is None and args.dry_run and known.model(getattr(args, flag)):
+            raise UserError(f"{error}; --gpu-memory GIB plans without it") from error
         if found is None:
             raise
         print(f"note: planned from the known sizes of {found.base.name}, because: {error}")
