@@ -31,11 +31,11 @@ from benchmarks.gpu_parts import (
     trainable,
     trained,
 )
-from benchmarks.sides import matrix_rate, now, products, read_rate
+from benchmarks.sides import matrix_rate, now, read_rate, weights_of
 from nanogsm import data, generate, lora
 from nanogsm.model import set_checkpointing
 from nanogsm.optim import AdamW
-from nanogsm.run import plan
+from nanogsm.run import card, plan
 from nanogsm.run.machine import autocast_of
 
 PEAK = 989e12  # NVIDIA's dense bfloat16 FLOP/s of H100 and H200 (SXM)
@@ -101,13 +101,8 @@ def optimize(optimizer) -> None:
 
 
 def needed(model, found: dict) -> float:
-    """Operations of a step's products with weights, each done once: 6 for each weight and token,
-    4 for a frozen one, whose gradient nobody needs. The vocabulary counts for supervised tokens
-    only. Attention is left out."""
-    adapters = sum(p.numel() for p in trained(model).values()) * bool(lora.adapters(model))
-    passes = 2 if adapters else 3
-    tokens = found["tokens"]
-    return products(model, passes * tokens, passes * found["supervised"]) + 6 * tokens * adapters
+    """Operations of a step's products with weights, each done once."""
+    return card.update_flops(weights_of(model), found["tokens"], found["supervised"], "none")
 
 
 def speed_row(name: str, model, found: dict, rate: float) -> dict:

@@ -33,11 +33,11 @@ import torch
 from torch import nn
 
 import train_ppo
-from benchmarks.sides import Side, Turns, check, compete, matrix_rate, now, products
+from benchmarks.sides import Side, Turns, check, compete, matrix_rate, now, weights_of
 from nanogsm import data
 from nanogsm.fast.checkpointing import CHECKPOINTING
 from nanogsm.model import save_adapter
-from nanogsm.run import console, flags, machine
+from nanogsm.run import card, console, flags, machine
 from nanogsm.store import files, hub
 
 PACKAGES = ("torch", "transformers", "peft")
@@ -118,26 +118,27 @@ def ours(args, turns: Turns) -> None:
             phases=dict(zip(PHASES, seconds)),
             sampled=int(mask.sum()),
             scored=int(mask.sum()),
-            products=products_of(setup.models.reference, rollout, ppo),
+            products=products_of(setup.models, rollout, ppo),
             agree=[rollout.logp[mask].mean().item(), metrics["kl"], metrics["value_loss"]],
         )
     turns.rest()
 
 
-def products_of(model, rollout: train_ppo.Rollout, ppo) -> dict[str, int]:
-    """Operations of the products with weights in each phase, without those of the adapters.
+def products_of(models: train_ppo.Models, rollout: train_ppo.Rollout, ppo) -> dict[str, int]:
+    """Operations of the products with weights in each phase, each done once (run/card.py).
 
     The last token of an answer is left out, because nothing is predicted from it. Sampling is one
-    pass over the tokens. Scoring is one pass of the actor and one of the reference. An update is
-    the forward pass, the gradient of its inputs and, with full fine-tuning, that of the weights.
+    pass over the tokens. Scoring is one pass of the actor and one of the reference.
     """
     lengths = rollout.batch.lengths
     tokens, actions = sum(lengths) - len(lengths), int(rollout.mask.sum())
-    passes = ppo.epochs * (2 if ppo.lora else 3)
+    actor = weights_of(models.actor)
+    one_pass = card.forward_flops(actor, tokens, actions)
+    reference = card.forward_flops(weights_of(models.reference), tokens, actions)
     return {
-        "rollout": products(model, tokens, actions),
-        "scoring": products(model, 2 * tokens, 2 * actions),
-        "update": products(model, passes * tokens, passes * actions),
+        "rollout": one_pass,
+        "scoring": one_pass + reference,
+        "update": ppo.epochs * card.update_flops(actor, tokens, actions, "none"),
     }
 
 

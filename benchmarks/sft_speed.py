@@ -38,13 +38,13 @@ from pathlib import Path
 import torch
 
 import train_sft
-from benchmarks.sides import Side, Turns, check, compete, matrix_rate, products
+from benchmarks.sides import Side, Turns, check, compete, matrix_rate, weights_of
 from nanogsm import UserError, data, lora
 from nanogsm.fast.checkpointing import CHECKPOINTING
 from nanogsm.fast.head import KEPT_EXPONENTIALS
 from nanogsm.model import compute_in_float32, load_model, save_adapter, set_checkpointing
 from nanogsm.optim import AdamW
-from nanogsm.run import console, flags, machine
+from nanogsm.run import card, console, flags, machine
 from nanogsm.run.start import encode_all
 from nanogsm.store import files, hub
 
@@ -123,8 +123,8 @@ def ours(args, turns: Turns) -> None:
 
     turns.ready(
         arithmetic="bfloat16 (autocast)" if bf16 else "float32",
-        flops=[flops_of(args, model, trained, examples) for examples in steps],
-        needed=[flops_of(args, model, trained, examples, needed=True) for examples in steps],
+        flops=[flops_of(args, model, examples) for examples in steps],
+        needed=[flops_of(args, model, examples, needed=True) for examples in steps],
         tokens=[sum(len(e.ids) for e in examples) for examples in steps],
         matrix_rate=matrix_rate(args.device, torch.bfloat16 if bf16 else torch.float32),
         trained=sum(p.numel() for p in trained.values()),
@@ -143,27 +143,19 @@ def ours(args, turns: Turns) -> None:
     turns.rest()
 
 
-def flops_of(args, model, trained: dict, examples: list, needed: bool = False) -> float:
-    """Floating-point operations in the matrix products of one of our steps: two per weight and
-    token for each pass.
-
-    The passes are: forward; the gradient of the input; the gradient of the weight, if it is
-    trained; and forward once more with full checkpointing. What light checkpointing computes again
-    is left out, and so are attention's scores. Logits of a trained vocabulary count twice where
-    their exponentials are not kept. needed: without recomputation, as model FLOPs utilisation
-    counts.
-    """
-    adapters = 0 if args.full else sum(p.numel() for p in trained.values())
-    tokens = sum(len(e.ids) for e in examples)
-    again = args.checkpointing == "full" and not needed
+def flops_of(args, model, examples: list, needed: bool = False) -> float:
+    """Floating-point operations in the matrix products of one of our steps (card.update_flops).
+    Logits of a trained vocabulary are computed twice where their exponentials are not kept. needed:
+    without recomputation, as model FLOPs utilisation counts."""
+    weights, tokens = weights_of(model), sum(len(e.ids) for e in examples)
     micro_batches = data.micro_batches(examples, args.micro_batch)
     supervised = [sum(sum(e.mask) for e in rows) for rows in micro_batches]
+    if needed:
+        return card.update_flops(weights, tokens, sum(supervised), "none")
     kept = KEPT_EXPONENTIALS[torch.device(args.device).type] // model.config.vocab_size
-    passes = (3 if args.full else 2) * sum(supervised)
-    if args.full and not needed:
-        passes += sum(max(0, n - kept) for n in supervised)
-    of_adapters = 2 * tokens * (3 + again) * adapters
-    return products(model, (2 + args.full + again) * tokens, passes) + of_adapters
+    again = args.full * sum(max(0, n - kept) for n in supervised)
+    return (card.update_flops(weights, tokens, sum(supervised), args.checkpointing)
+            + card.forward_flops(weights, 0, again))  # fmt: skip
 
 
 def peer(args, turns: Turns) -> None:

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from nanogsm import UserError
-from nanogsm.run import machine
+from nanogsm import UserError, lora
+from nanogsm.run import card, machine
 from nanogsm.store import hub
 from nanogsm.transformer import Linear, Transformer
 
@@ -58,12 +58,13 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * n**3 / best
 
 
-def products(model: Transformer, tokens: int, logits: int) -> int:
-    """Floating-point operations of the matrix products with weights, when `tokens` tokens go
-    through the layers once and `logits` rows of logits are made. No side can do with fewer.
-    Attention's are left out."""
+def weights_of(model: Transformer) -> card.Weights:
+    """How many entries its matrices have: what card.forward_flops and update_flops count with.
+    Trap: adapters below the topmost are counted as if they were trained."""
     layers = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
-    return 2 * (tokens * layers + logits * model.model.embed_tokens.weight.numel())
+    adapted = [m for m in model.modules() if isinstance(m, lora.LoRALinear)]
+    adapters = sum(m.lora_A.weight.numel() + m.lora_B.weight.numel() for m in adapted)
+    return card.Weights(layers, model.model.embed_tokens.weight.numel(), adapters)
 
 
 def read_rate(device: str) -> float:
