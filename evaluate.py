@@ -80,6 +80,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.run and args.model:
         raise UserError(f"two models, {args.run} and --model {args.model}: give one")
+    if args.compare and (args.model or args.run):
+        raise UserError(f"--compare A B compares two runs: leave out {args.model or args.run}")
     args.model = args.model or args.run or ("tiny" if args.tiny else "google/gemma-2b-it")
     args.model = os.path.expanduser(args.model)
     args.tiny = args.tiny or past.is_tiny(args.model)

@@ -24,6 +24,7 @@ label above 0.
 
 import math
 from collections.abc import Callable
+from shlex import join
 
 import torch
 import torch.nn.functional as F
@@ -238,8 +239,8 @@ def main(argv: list[str] | None = None) -> int:
             print(folder.already_finished())
         elif status := train(args, folder, found, examples, held_out_examples, steps):
             return status
-    print(f"the result is in {args.out}; next: python evaluate.py {args.model} --samples 8 "
-          f"--temperature 1 --rerank {args.out}")  # fmt: skip
+    sampled = ["evaluate.py", args.model, "--samples", "8", "--temperature", "1"]
+    print(f"the result is in {args.out}; next: python {join([*sampled, '--rerank', args.out])}")
     return 0
 
 

@@ -319,7 +319,7 @@ def show_speed(device):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = flags.Parser(__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__)
     parts = ["bytes", "rare", "updates", "curves", "speed"]
     add = parser.add_argument
     add("--only", nargs="+", choices=parts, default=parts, help="Parts to run.")

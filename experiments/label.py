@@ -16,6 +16,7 @@ from there, also after a kill. A larger --n adds problems. The settings are besi
 
 import contextlib
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ FIXED = "model_sha256 data data_sha256 prompt samples k temperature seed max_new
 
 
 def parse_args(argv: list[str] | None = None):
-    p = flags.Parser(__doc__.split("\n")[0])
+    p = flags.Parser(__doc__)
     add = p.add_argument
     add("run", metavar="MODEL", help="A run, a folder or a Hub id whose answers are labelled.")
     flags.add_base_flag(p)
@@ -192,7 +193,8 @@ def choose_problems(args) -> list[data.Problem]:
     that the run held out."""
     problems = data.load_problems(args.data, "train", args.data_dir)
     held_out = past.held_out_by(args.run, args.data)
-    problems, _ = data.split_validation(problems, held_out or 0)
+    problems, held_out = data.split_validation(problems, held_out or 0)
+    past.check_unchanged(args.run, args.data, held_out)
     return [problems[i] for i in data.permutation(len(problems), args.seed, 0)]
 
 
@@ -233,8 +235,8 @@ def write_labels(args, found: hub.ModelFiles, problems: list[data.Problem]) -> N
             append(args.out, rows, have)
             have = min(first + CHUNK, n) * args.samples
             line.update(have)
-    print(f"{have:,} labelled answers are in {args.out}; next: python train_prm.py --model "
-          f"{args.run} --data {args.out}")  # fmt: skip
+    following = shlex.join(["train_prm.py", "--model", args.run, "--data", str(args.out)])
+    print(f"{have:,} labelled answers are in {args.out}; next: python {following}")
 
 
 if __name__ == "__main__":

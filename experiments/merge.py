@@ -18,7 +18,7 @@ from nanogsm.store import hub
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = flags.Parser(__doc__.split("\n")[0])
+    p = flags.Parser(__doc__)
     p.add_argument("adapter", help="A run with an adapter, a PEFT adapter's folder or Hub id.")
     flags.add_base_flag(p)
     p.add_argument("out", help="Folder to write. It must not exist yet.")

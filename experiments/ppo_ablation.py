@@ -191,7 +191,7 @@ def table(results: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = flags.Parser(__doc__.split("\n")[0])
+    p = flags.Parser(__doc__)
     add = p.add_argument
     add("--init", default="runs/tiny/sft-full-main", help="Run that all rows start from.")
     add("--steps", type=int, default=8, help="Steps of PPO in each row.")

@@ -14,47 +14,39 @@ import json
 from pathlib import Path
 
 from nanogsm import UserError
-from nanogsm.report import charts, eval_files, scores
+from nanogsm.report import charts, scores, stages, words
 from nanogsm.run import console, flags, past
 from nanogsm.store import files
 
 CURVES = {  # metric -> title of its panel
     "val_exact_match": "right, greedy, held-out problems",
-    "reward": "right, sampled, training problems",
+    "exact_match": "right, sampled, training problems",
     "worked": "answers that show a calculation",
     "response_tokens": "length of an answer, tokens",
+    "reward": "mean reward of sampled answers",
     "kl_sequence": "KL from the start, nats an answer",
     "entropy": "entropy of a token, nats",
     "explained_variance": "explained variance of the critic",
 }
-SHARES = ("val_exact_match", "reward", "worked")  # shown in percent
-USUAL = ("val_exact_match", "reward", "worked", "response_tokens")
+SHARES = ("val_exact_match", "exact_match", "worked")  # shown in percent
+USUAL = ("val_exact_match", "exact_match", "worked", "response_tokens")
+ALIKE = ("temperature", "samples", "max_new_tokens", "prompt", "data", "split")
 
 
-def read(path: Path) -> list[dict]:
-    """The rows of a .jsonl file."""
-    try:
-        return files.json_lines(path)
-    except UserError as error:
-        raise UserError(f"{error}; give a run folder of train_ppo.py") from error
-
-
-def answers(run: Path) -> dict[int, dict]:
-    """{problem: row} of a run's evaluation on the test split. It must have exactly one."""
-    found = sorted(run.glob("eval-test-*.jsonl"))
-    if len(found) != 1:
-        raise UserError(
-            f"{run} has {len(found)} evaluations, not 1: python evaluate.py --model {run}"
-        )
-    return scores.by_problem(*eval_files.read_rows(str(found[0])))
-
-
-def before_and_after(before: dict[int, dict], after: dict[int, dict]) -> dict:
-    """Exact match of both on the same problems, and the exact test of the difference."""
-    if before.keys() != after.keys():
-        raise UserError("the two evaluations are about different problems")
-    pair, n = scores.paired(before, after), len(after)
-    right = [sum(row["correct"] for row in rows.values()) for rows in (before, after)]
+def before_and_after(start: str | Path, run: str | Path) -> dict:
+    """Exact match of two run folders on the same problems, and the exact test of the difference.
+    UserError if they were not asked the same in the same way."""
+    before, after = (stages.read_stage(str(folder)) for folder in (start, run))
+    for stage in (before, after):
+        if not stage.rows:
+            raise UserError(f"{stage.folder} has no evaluation: python evaluate.py {stage.folder}")
+    scores.in_common(before.path, before.rows, after.path, after.rows)
+    differ = [key for key in ALIKE if before.summary.get(key) != after.summary.get(key)]
+    if before.rows.keys() != after.rows.keys() or differ:
+        what = f"in other ways ({', '.join(differ)})" if differ else "other problems"
+        raise UserError(f"{before.path} and {after.path} were asked {what}: evaluate both alike")
+    pair, n = scores.paired(before.rows, after.rows), len(after.rows)
+    right = [sum(row["correct"] for row in stage.rows.values()) for stage in (before, after)]
     low, high = scores.wilson(right[1], n)
     return {
         "n": n, "before": right[0] / n, "after": right[1] / n, "ci_low": low, "ci_high": high,
@@ -64,25 +56,37 @@ def before_and_after(before: dict[int, dict], after: dict[int, dict]) -> dict:
 
 def collect(run: Path, curves: tuple[str, ...], by: str = "recipe") -> dict:
     """Scores, cost and curves of a run. Its name is its recipe or its method."""
-    record = past.run_of(str(run))
-    settings = record[1]["args"] if record else {}
-    if "init" not in settings:
+    stage, record = stages.read_stage(str(run)), past.run_of(str(run))
+    start = stage.args.get("init")
+    if not record or not start:
         raise UserError(f"{run} is no run of train_ppo.py")
-    method = (settings.get("advantage") or "PPO").upper()
-    rows = read(run / "metrics.jsonl")
-    steps = [row for row in rows if "reward" in row]
+    if past.run_of(start) is None:
+        raise UserError(f"{run} started from {start}, which is no run and has no evaluation here")
+    steps = [row for row in stage.metrics if "reward" in row]
+    if not steps:
+        raise UserError(f"{run} has no step yet")
     seconds = sum(row["seconds"] for row in steps)
     return {
-        "name": method if by == "method" else settings["recipe"],
-        "seed": settings["seed"],
+        "name": words.method(stage.args) if by == "method" else stage.args["recipe"],
+        "seed": stage.args["seed"],
         "commit": record[1]["info"].get("commit"),
-        **before_and_after(answers(Path(settings["init"])), answers(run)),
+        **before_and_after(start, run),
         "steps": len(steps),
         "seconds": seconds,
         "tokens_per_s": sum(row.get("tokens", 0) for row in steps) / seconds,
         "peak_memory": max(row["peak_memory"] for row in steps),
-        "curves": {key: [(row["step"], row[key]) for row in rows if key in row] for key in curves},
+        "curves": {key: words.points(stage.metrics, key) for key in curves},
     }
+
+
+def write_results(path: str | Path, **texts: str) -> None:
+    """Write each text to the path with its name as the ending. UserError if that cannot be."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        for ending, text in texts.items():
+            files.replace_file(Path(f"{path}.{ending}"), text.encode())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error
 
 
 def table(results: list[dict], by: str) -> str:
@@ -100,7 +104,7 @@ def table(results: list[dict], by: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = flags.Parser(__doc__.split("\n")[0])
+    p = flags.Parser(__doc__)
     add = p.add_argument
     add("runs", nargs="+", type=Path, help="Run folders of train_ppo.py, evaluated.")
     add("--by", choices=("recipe", "method"), default="recipe", help="What names a run.")
@@ -114,12 +118,9 @@ def main(argv: list[str] | None = None) -> int:
     for key in args.curves:
         lines = [(r["name"], r["curves"][key]) for r in results if r["curves"][key]]
         panels.append(charts.Panel(CURVES[key], lines, percent=key in SHARES, x="step"))
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    text = "[\n" + ",\n".join(json.dumps(r) for r in results) + "\n]\n"
-    files.replace_file(Path(f"{out}.json"), text.encode())
     names = [*dict.fromkeys(r["name"] for r in results)]
-    files.replace_file(Path(f"{out}.svg"), charts.page(panels, names).encode())
+    text = "[\n" + ",\n".join(json.dumps(r) for r in results) + "\n]\n"
+    write_results(args.out, json=text, svg=charts.page(panels, names))
     return 0
 
 

@@ -26,7 +26,7 @@ from statistics import fmean
 
 from experiments import ppo_curves, study
 from nanogsm import UserError
-from nanogsm.report import charts
+from nanogsm.report import charts, stages, words
 from nanogsm.rewards import MOST
 from nanogsm.run import console, flags
 from nanogsm.store import files
@@ -42,7 +42,7 @@ CURVES = {  # metric -> title of its panel
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = flags.Parser(__doc__.split("\n")[0])
+    p = flags.Parser(__doc__)
     add = p.add_argument
     add("what", nargs="?", choices=("methods", "terms"), default="methods", help="What to compare.")
     add("--rates", type=float, nargs="+", default=[5e-5, 1.5e-4, 4.5e-4], metavar="LR",
@@ -65,6 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.n = min(args.n, study.TEST_PROBLEMS)  # as evaluate.py names its file
     args.out = args.out or Path("runs/tiny") / args.what
     args.results = args.results or args.out / args.what
+    study.words_of(args, "sft")  # refused here if its quotes are not closed
     return args
 
 
@@ -82,7 +83,7 @@ def check_settings(args) -> None:
 
 def sft(seed: int, args) -> list[str]:
     return ["train_sft.py", "--tiny", "--recipe", "original", "--seed", str(seed),
-            *shlex.split(args.sft), "--out", str(args.out / f"sft-{seed}")]  # fmt: skip
+            *study.words_of(args, "sft"), "--out", str(args.out / f"sft-{seed}")]  # fmt: skip
 
 
 def variants(args) -> dict[str, dict[str, list[str]]]:
@@ -150,17 +151,17 @@ def search(args) -> dict[str, dict[str, float]]:
 def collect(variant: str, setting: str, seed: int, args) -> dict:
     """One run's scores, paired with its start's, and its curves."""
     run, start = folder(variant, setting, seed, args), args.out / f"sft-{seed}"
-    rows = ppo_curves.read(run / "metrics.jsonl")
+    rows = stages.read_metrics(run / "metrics.jsonl")
     steps = [row for row in rows if "reward" in row]
 
     def curve(key: str) -> list[tuple[int, float]]:
-        return [(row["step"] * args.rollouts, row[key]) for row in rows if key in row]
+        return [(step * args.rollouts, value) for step, value in words.points(rows, key)]
 
     return {
         "variant": variant,
         "setting": setting,
         "seed": seed,
-        **ppo_curves.before_and_after(ppo_curves.answers(start), ppo_curves.answers(run)),
+        **ppo_curves.before_and_after(start, run),
         "seconds": sum(row["seconds"] for row in steps),
         # The mean of the last quarter of the steps: each term of the reward, and what it acts on.
         "last": {
@@ -217,6 +218,8 @@ def tables(searched: dict, results: list[dict], args) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     study.refuse_torchrun()
+    if not args.dry_run:
+        ppo_curves.write_results(args.results)  # nothing yet: whether there is a place for them
     searched = search(args)
     # A dry run cannot know the best settings: it shows the lowest.
     best = {
@@ -237,23 +240,20 @@ def main(argv: list[str] | None = None) -> int:
             result = collect(variant, setting, seed, args)
             if variant != first:
                 runs = (folder(name, best[name], seed, args) for name in (first, variant))
-                pair = ppo_curves.before_and_after(*map(ppo_curves.answers, runs))
-                result["against_first"] = pair
+                result["against_first"] = ppo_curves.before_and_after(*runs)
             results.append(result)
     names = ("what", "rates", "weights", "steps", "rollouts", "group", "n")
     settings = {name: getattr(args, name) for name in names}
-    args.results.parent.mkdir(parents=True, exist_ok=True)
     record = {"settings": settings, "search": searched, "runs": results}
-    files.write_json(Path(f"{args.results}.json"), record)
     text = tables(searched, results, args)
-    files.replace_file(Path(f"{args.results}.md"), text.encode())
     panels = [
         charts.Panel(title, [(r["variant"], r["curves"][key]) for r in results if r["curves"][key]],
                      percent=key != "response_tokens")
         for key, title in CURVES.items()
         if any(r["curves"][key] for r in results)
     ]  # fmt: skip
-    files.replace_file(Path(f"{args.results}.svg"), charts.page(panels, [*best]).encode())
+    picture, numbers = charts.page(panels, [*best]), files.to_json(record, indent=1).decode()
+    ppo_curves.write_results(args.results, json=numbers, md=text, svg=picture)
     print(f"\n{text}\nwritten to {args.results}.json, .md and .svg")
     return 0
 

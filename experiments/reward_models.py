@@ -28,7 +28,7 @@ from types import SimpleNamespace
 
 import torch
 
-from experiments import label, study
+from experiments import label, ppo_curves, study
 from nanogsm import data
 from nanogsm.model import load_model
 from nanogsm.report import rerank
@@ -54,7 +54,7 @@ PAIRS = [(judge, other) for judge in JUDGES for other in ("first", "maj")] + [
 
 
 def parse_args(argv: list[str] | None = None):
-    p = flags.Parser(__doc__.split("\n")[0])
+    p = flags.Parser(__doc__)
     add = p.add_argument
     add("--seeds", type=int, default=3, help="Seeds: 1, 2, ...")
     add("--n", type=int, default=study.TEST_PROBLEMS, help="Test problems.")
@@ -77,13 +77,15 @@ def parse_args(argv: list[str] | None = None):
     flags.check_numbers(args, at_least)
     args.n = min(args.n, study.TEST_PROBLEMS)  # as evaluate.py names its file
     args.results = args.results or args.out / "reward-models"
+    for name in ("sft", "ppo", "prm"):
+        study.words_of(args, name)  # refused here if its quotes are not closed
     return args
 
 
 def commands(seed: int, args) -> list[list[str]]:
     """What makes the runs of a seed, in order. "label" is experiments/label.py."""
     place = lambda name: str(args.out / f"{name}-{seed}")  # noqa: E731
-    more = {name: shlex.split(getattr(args, name)) for name in ("sft", "ppo", "prm")}
+    more = {name: study.words_of(args, name) for name in ("sft", "ppo", "prm")}
     own, labels = ["--seed", str(seed)], f"{place('labels')}.jsonl"
     prm = ["train_prm.py", "--tiny", "--model", place("ppo"), "--data", labels, *own, *more["prm"]]
     return [
@@ -281,6 +283,8 @@ def tables(results: list[dict], found: dict, args) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     study.refuse_torchrun()
+    if not args.dry_run:
+        ppo_curves.write_results(args.results)  # nothing yet: whether there is a place for them
     results = []
     for seed in range(1, args.seeds + 1):
         for command in commands(seed, args):
@@ -294,11 +298,10 @@ def main(argv: list[str] | None = None) -> int:
     more = (*SETTINGS, "prefixes", "many")
     found = cached(args.out / "noise.json", args, more, functools.partial(noise, args))
     text = tables(results, found, args)
-    args.results.parent.mkdir(parents=True, exist_ok=True)
     settings = {key: getattr(args, key) for key in ("seeds", *more)}
     record = {"settings": settings, "runs": results, "noise": found}
-    files.write_json(Path(f"{args.results}.json"), record)
-    files.replace_file(Path(f"{args.results}.md"), text.encode())
+    numbers = files.to_json(record, indent=1).decode()
+    ppo_curves.write_results(args.results, json=numbers, md=text)
     print(f"\n{text}\nwritten to {args.results}.json and .md")
     return 0
 

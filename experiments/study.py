@@ -31,6 +31,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+import evaluate
 from nanogsm import UserError
 from nanogsm.report import page
 from nanogsm.report.eval_files import read_rows
@@ -74,6 +75,8 @@ ROWS = [
 BY_NAME = {row.name: row for row in ROWS}
 START = "full-main"  # PPO starts from this row
 PROBED = ("untuned", "full-main", "ppo", "ppo-tuned")  # these answer five more problems, to be read
+OURS = """--out --model --init --tiny --seed --n --split --part --compare --ask --samples --rerank
+    --dry-run --help -h""".split()
 LEFT_OUT = "left out"  # why a row that --rows does not name was not run
 
 
@@ -101,17 +104,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     flags.check_numbers(args, {"n": 1, "seed": 0})
     for name in ("sft", "sft_lora", "ppo", "eval"):
-        try:
-            setattr(args, name, shlex.split(getattr(args, name)))
-        except ValueError as error:
-            flag = flags.flag_of(name)
-            raise UserError(f"{flag}={getattr(args, name)!r}: {error}") from error
-    if any(flag.startswith("--samples") for flag in args.eval):
-        raise UserError("--eval: a study compares single answers: leave out --samples")
+        setattr(args, name, words_of(args, name))
     args.n = min(args.n or (TEST_PROBLEMS if args.tiny else 256), TEST_PROBLEMS)
     args.out = Path(args.out or f"runs/{'tiny/' * args.tiny}study-{args.seed}")
     args.folders = {row.name: args.out / row.name for row in ROWS}
+    check_flags(args)
     return args
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """UserError for flags in --sft, --sft-lora, --ppo or --eval that the scripts do not know, or
+    that the study gives itself."""
+    for name in ("sft", "sft_lora", "ppo", "eval"):
+        for word in getattr(args, name):
+            if word.split("=")[0] in OURS:
+                raise UserError(f"{flags.flag_of(name)}: leave out {word}, which the study decides")
+    parsers = {SFT: flags.sft_args, PPO: flags.ppo_args, "evaluate.py": evaluate.parse_args}
+    for row in ROWS:
+        for script, *argv in commands(row, args):
+            parsers[script](argv)
+
+
+def words_of(args: argparse.Namespace, name: str) -> list[str]:
+    """The flags in a flag such as --sft="..."."""
+    try:
+        return shlex.split(getattr(args, name))
+    except ValueError as error:
+        raise UserError(f"{flags.flag_of(name)}={getattr(args, name)!r}: {error}") from error
 
 
 def commands(row: Row, args: argparse.Namespace) -> list[list[str]]:

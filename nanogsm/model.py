@@ -216,8 +216,10 @@ def _rope_from(raw: dict) -> dict[str, tuple]:
     if kind != "gemma3_text":
         return dict.fromkeys(defaults, everywhere)
     # In transformers 4 rope_scaling is for global layers only.
-    local = float(raw.get("rope_local_base_freq") or defaults["sliding_attention"])
-    return {"full_attention": everywhere, "sliding_attention": (local, 1.0)}
+    local = raw.get("rope_local_base_freq") or defaults["sliding_attention"]
+    if not _positive(local):
+        raise ValueError(f"rope_local_base_freq is {local!r}")
+    return {"full_attention": everywhere, "sliding_attention": (float(local), 1.0)}
 
 
 # --------------------------------------------------------------------------------------- weights

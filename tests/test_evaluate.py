@@ -279,6 +279,7 @@ def test_validation_of_a_run_is_exactly_what_it_held_out(tmp_path, monkeypatch, 
         (["--seed", "1" + "0" * 30], "--seed is 1000"),
         (["--ask", ""], "--ask is empty"),
         (["--ask", " \t"], "--ask needs a question"),
+        (["--compare", "a", "b"], "--compare A B compares two runs: leave out"),
         (["--ask", "caf\udce9"], "not UTF-8"),
         (["--out", "x" * 300], "cannot write to"),
         (["--data", "mian"], "--data mian"),
@@ -292,6 +293,13 @@ def test_bad_flags_are_user_errors_and_nothing_is_written(mine, tmp_path, argv, 
         main(flags(mine, tmp_path / "out") + argv)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_data_file_with_a_long_name_has_a_result_with_a_shorter_one(mine, tmp_path):
+    long = tmp_path / f"{'x' * 240}.jsonl"
+    long.write_bytes(Path(mine).read_bytes())
+    assert main(flags(str(long), tmp_path / "out")) == 0
+    assert len([*(tmp_path / "out").glob(f"eval-{'x' * 60}-*")]) == 2
 
 
 def test_a_model_that_is_not_there_leaves_no_result(mine, tmp_path):
@@ -558,7 +566,7 @@ def test_unscored_problems_are_answered_and_not_counted(mine, tmp_path, capsys):
     assert summary["unscored"] and not {"accuracy", "maj@2", "pass@2"} & summary.keys()
     assert len(found) == 8 and {row["correct"] for row in found} == {None}
     with pytest.raises(UserError, match="its problems are unscored, so no answer is right or"):
-        main(["--compare", str(tmp_path / "out"), str(tmp_path / "out")])
+        main(["--compare", str(path), str(path)])
 
 
 def test_sampling_twice_gives_the_same_file_and_another_seed_another(mine, tmp_path):

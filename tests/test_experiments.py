@@ -11,6 +11,7 @@ from conftest import FIXTURES
 import train_ppo
 from experiments import ppo_ablation, ppo_curves, ppo_methods
 from nanogsm import UserError, data
+from nanogsm.report import stages
 from nanogsm.optim import AdamW
 
 
@@ -21,48 +22,67 @@ def parsed(*flags):
 # ---- ppo_curves
 
 
-def test_pairing_counts_what_was_fixed_and_broken():
-    before = {i: {"correct": i < 3} for i in range(10)}  # 3 right
-    # 1 stays right, 2 are broken, 5 are fixed
-    after = {i: {"correct": i in (0, 4, 5, 6, 7, 8)} for i in range(10)}
-    found = ppo_curves.before_and_after(before, after)
-    assert (found["before"], found["after"], found["fixed"], found["broken"]) == (0.3, 0.6, 5, 2)
-    # Two-sided, of a fair coin that is tossed 7 times.
-    assert found["mcnemar_p"] == pytest.approx(2 * (1 + 7 + 21) / 2**7)
-    with pytest.raises(UserError, match="different problems"):
-        ppo_curves.before_and_after(before, {0: before[0]})
+SUMMARY = dict.fromkeys(stages.NEEDED, 0) | {"flexible_accuracy": 0.0, "temperature": 0.0}
 
 
-def made_run(folder, args, correct, steps=()):
-    """A run folder with one evaluation on ten test problems, of which `correct` are right."""
+def made_run(folder, args, right, steps=(), of=10, question="{}?", **summary):
+    """A run folder with one evaluation on ten test problems. right: which, or how many of the first
+    problems, are right."""
     folder.mkdir(parents=True)
     info = {"prompt": data.Prompt().settings(), "commit": "abc"}
     record = {"args": {"val_examples": 2, "seed": 0} | args, "info": info}
     (folder / "run_args.json").write_text(json.dumps(record))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    right = range(right) if isinstance(right, int) else right
     rows = [
-        {"index": i, "correct": i < correct, "question": f"{i}?", "gold": 1.0, "completion": "1"}
-        for i in range(10)
-    ]
+        {"index": i, "correct": i in right, "question": question.format(i), "gold": 1.0,
+         "completion": "1", "answer": 1.0, "flexible": False, "truncated": False, "tokens": 1}
+        for i in range(of)
+    ]  # fmt: skip
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "eval-test-10.jsonl").write_text(text)
-    (folder / "eval-test-10.json").write_text("{}")
+    (folder / "eval-test-10.json").write_text(json.dumps(SUMMARY | summary))
+    return folder
+
+
+def test_pairing_counts_what_was_fixed_and_broken_and_refuses_other_questions(tmp_path):
+    before = made_run(tmp_path / "before", {}, 3)
+    # 1 stays right, 2 are broken, 5 are fixed
+    after = made_run(tmp_path / "after", {}, (0, 4, 5, 6, 7, 8))
+    found = ppo_curves.before_and_after(before, after)
+    assert (found["before"], found["after"], found["fixed"], found["broken"]) == (0.3, 0.6, 5, 2)
+    # Two-sided, of a fair coin that is tossed 7 times.
+    assert found["mcnemar_p"] == pytest.approx(2 * (1 + 7 + 21) / 2**7)
+    fewer = made_run(tmp_path / "fewer", {}, 3, of=9)
+    others = made_run(tmp_path / "others", {}, 3, question="Other {}?")
+    sampled = made_run(tmp_path / "sampled", {}, 3, temperature=1.0)
+    bare = made_run(tmp_path / "bare", {}, 3, [{"step": 1, "tokens": 1, "seconds": 1.0}])
+    for file in bare.glob("eval-*"):
+        file.unlink()
+    for run, why in (
+        (fewer, "were asked other problems"),
+        (others, "about different problems"),
+        (sampled, r"in other ways \(temperature\)"),
+        (bare, "has no evaluation"),
+    ):
+        with pytest.raises(UserError, match=why):
+            ppo_curves.before_and_after(before, run)
 
 
 def test_curves_shows_runs_by_recipe_and_by_method(tmp_path, capsys):
     steps = [
         {"step": 0, "val_exact_match": 0.25},
-        {"step": 1, "reward": 0.5, "worked": 0.5, "response_tokens": 40.0, "seconds": 2.0,
-         "peak_memory": 2**30},
-        {"step": 2, "reward": 0.75, "worked": 0.75, "response_tokens": 50.0, "seconds": 3.0,
-         "peak_memory": 2**31},
+        {"step": 1, "reward": 0.5, "exact_match": 0.5, "worked": 0.5, "response_tokens": 40.0,
+         "tokens": 100, "seconds": 2.0, "peak_memory": 2**30, "explained_variance": None},
+        {"step": 2, "reward": 0.75, "exact_match": 0.75, "worked": 0.75, "response_tokens": 50.0,
+         "tokens": 150, "seconds": 3.0, "peak_memory": 2**31, "explained_variance": 0.5},
     ]  # fmt: skip
     start = tmp_path / "sft"
     made_run(start, {"recipe": "original"}, 3)
     runs = {"original": (4, None), "tuned": (7, None), "rloo": (8, "rloo")}
     for name, (correct, advantage) in runs.items():
         recipe = "tuned" if advantage else name
-        args = {"recipe": recipe, "init": str(start), "advantage": advantage}
+        args = {"recipe": recipe, "init": str(start), "advantage": advantage, "kl_coef": 0.1}
         made_run(tmp_path / name, args, correct, steps)
     out = ["--out", str(tmp_path / "out/ppo")]
     argv = [*(str(tmp_path / name) for name in ("original", "tuned")), *out]
@@ -74,7 +94,7 @@ def test_curves_shows_runs_by_recipe_and_by_method(tmp_path, capsys):
     ]
     assert (found[1]["steps"], found[1]["seconds"]) == (2, 5.0)
     assert found[1]["peak_memory"] == 2**31
-    assert found[1]["curves"]["reward"] == [[1, 0.5], [2, 0.75]]
+    assert found[1]["tokens_per_s"] == 50 and found[1]["curves"]["worked"] == [[1, 0.5], [2, 0.75]]
     assert found[1]["curves"]["val_exact_match"] == [[0, 0.25]]
     printed = capsys.readouterr().out
     assert "| tuned | 0 | 30.0% | 70.0% [" in printed and "| 2.5 | 2.00 GiB |" in printed
@@ -88,9 +108,18 @@ def test_curves_shows_runs_by_recipe_and_by_method(tmp_path, capsys):
     svg = (tmp_path / "out/ppo.svg").read_text()
     assert ">PPO<" in svg and titles["explained_variance"] in svg and titles["worked"] not in svg
 
-    for path, why in ((start, "is no run of train_ppo.py"), (tmp_path, "is no run of")):
+    of_model = made_run(tmp_path / "of-model", {"recipe": "tuned", "init": "tiny"}, 3, steps)
+    new = made_run(tmp_path / "new", {"recipe": "tuned", "init": str(start)}, 3)
+    for path, why in (
+        (start, "is no run of train_ppo.py"),
+        (tmp_path, "is not a run"),
+        (of_model, "started from tiny, which is no run"),
+        (new, "no step yet"),
+    ):
         with pytest.raises(UserError, match=why):
             ppo_curves.main([str(path), *out])
+    with pytest.raises(UserError, match="cannot write .*tuned/metrics.jsonl/x: "):
+        ppo_curves.main([*argv, "--out", str(tmp_path / "tuned/metrics.jsonl/x")])
 
 
 # ---- ppo_ablation

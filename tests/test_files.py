@@ -31,6 +31,9 @@ def test_atomic_write_keeps_the_old_file_until_the_new_is_whole(tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         files.replace_file(path, b"newer", shared=True)
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["f"]
+    with pytest.raises(OSError) as caught:  # and not the clearing away, which fails as well
+        files.replace_file(tmp_path / ("f" * 300), b"new")
+    assert caught.value.errno == errno.ENAMETOOLONG and caught.value.__context__ is None
 
 
 def test_json_is_atomic_and_valid_without_nan(tmp_path, monkeypatch):

@@ -221,6 +221,8 @@ def test_layer_kinds_of_gemma_3_270m_and_1b(tmp_path):
         ({"query_pre_attn_scalar": 10**30}, "query_pre_attn_scalar"),
         ({"layer_types": [["full_attention"]] * 3}, "config.json"),
         ({"rope_parameters": {"full_attention": {"rope_theta": -1}}}, "rope theta"),
+        ({"rope_parameters": None, "rope_local_base_freq": -5}, "rope_local_base_freq is -5"),
+        ({"rope_parameters": None, "rope_local_base_freq": float("nan")}, "base_freq is nan"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4, "rope_type": "yarn"}}}, "yarn"),
     ],
 )

@@ -9,6 +9,7 @@ from conftest import FIXTURES
 import evaluate
 import train_ppo
 import train_sft
+from experiments import label
 from nanogsm import UserError, data, generate
 from nanogsm.report import scores
 from nanogsm.store import hub
@@ -75,6 +76,27 @@ def test_unscored_chats_are_trained_on_validated_by_loss_and_asked(chats, tmp_pa
     answers = [json.loads(line)["completion"] for line in file.read_text().splitlines()]
     want = sum(len(data.cut(text)) for text in answers) / 3
     assert rows[-1]["val_reward"] == want and "val_exact_match" not in rows[-1] and model.is_dir()
+
+
+def test_a_file_that_changed_since_training_is_refused_where_its_held_out_problems_count(tmp_path):
+    """The held-out problems are drawn by their places, so a new line moves them."""
+    lines = [json.dumps({"question": f"{i} + 1?", "answer": f"#### {i + 1}"}) for i in range(30)]
+    file, run = tmp_path / "own.jsonl", str(tmp_path / "sft")
+    file.write_text("\n".join(lines))
+    argv = ["--model", str(FIXTURES / "gemma3"), "--data", str(file), *SFT, *COMPUTE]
+    assert train_sft.main([*argv, "--out", run]) == 0
+    ask = [run, "--device", "cpu", "--max-new-tokens", "4"]
+    go_on = ["--init", run, "--data", str(file), *PPO, *COMPUTE, "--dry-run"]
+    label_it = [run, "--n", "1", "--data", str(file), "--out", str(tmp_path / "labels.jsonl")]
+    assert evaluate.main(ask) == 0 and train_ppo.main(go_on) == 0
+    for changed in (lines[1:], ["{}".format(lines[7]), *lines], sorted(lines)):
+        file.write_text("\n".join(changed))
+        for main, flags in (evaluate.main, ask), (train_ppo.main, go_on), (label.main, label_it):
+            with pytest.raises(UserError, match="own.jsonl has changed since .*sft was trained"):
+                main(flags)
+    assert evaluate.main([*ask, "--split", "test"]) == 0  # all of them, and a note says so
+    file.write_text("\n".join([*lines[:-1], lines[-1].replace("30", "0030")]))
+    assert evaluate.main(ask) == 0  # the same questions
 
 
 def test_one_answer_without_a_number_makes_all_unscored():

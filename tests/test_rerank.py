@@ -296,6 +296,15 @@ def test_a_start_that_is_gone_is_one_line(copied):
     refused(folder, "the rest of its critic is not there: there is no runs/gone")
 
 
+@pytest.mark.parametrize("name", ["head.weight", "head.bias"])
+def test_a_head_that_is_not_finite_or_not_of_numbers_is_one_line(copied, name):
+    folder = copied()
+    shape = load_file(folder / NAME)[name].shape
+    for bad in (torch.full(shape, float("nan")), torch.ones(shape, dtype=torch.int32)):
+        rewrite(folder, **{name: bad})
+        refused(folder, f"is damaged: {name} is not made of finite numbers")
+
+
 def test_a_run_without_a_critic_is_one_line(copied, tmp_path):
     folder = copied()
     record = json.loads((folder / "run_args.json").read_text())

@@ -385,6 +385,27 @@ def test_refused_run_leaves_the_folder_unlocked(tmp_path):
     open_run(tmp_path / "r").close()
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "metrics.jsonl"])
+def test_a_file_in_a_folders_place_is_one_line_and_the_other_way_round(tmp_path, name):
+    open_run(tmp_path / "r").close()
+    odd = tmp_path / "r" / name
+    if name == "checkpoint":
+        odd.write_text("")
+    else:
+        odd.unlink()
+        odd.mkdir()
+    with pytest.raises(UserError, match=f"{name} (is not a folder|cannot be written)"):
+        open_run(tmp_path / "r")
+
+
+def test_a_record_of_another_type_is_one_line(tmp_path):
+    open_run(tmp_path / "r").close()
+    file = tmp_path / "r/run_args.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"continued": {"a": 1}}))
+    with pytest.raises(UserError, match="does not belong to a run"):
+        open_run(tmp_path / "r")
+
+
 def test_other_arguments_are_refused_by_name_with_both_values(tmp_path):
     train(tmp_path / "r", 2)
     changed = {"lr": 2e-4, "steps": 8, "save_every": 5, "seed": 1}

@@ -228,8 +228,13 @@ def test_flags_for_lora_go_to_the_lora_rows_alone():
 def test_flags_that_no_study_can_use_are_refused_at_once(faked):
     ran, _ = faked
     for flags, says in (
-        (["--eval=--samples 4 --temperature 0.7"], "leave out --samples"),
+        (["--eval=--samples 4 --temperature 0.7"], "--eval: leave out --samples"),
+        (["--eval=--n=1"], "--eval: leave out --n=1, which the study decides"),
+        (["--sft-lora=--out x"], "--sft-lora: leave out --out"),
         (["--sft=--lr '1"], "--sft=.*quotation"),
+        (["--sft=--bogus 1"], "unrecognized arguments: --bogus 1"),
+        (["--eval=words"], "two models|unrecognized arguments: words"),
+        (["--ppo=--gamma 2"], "--gamma is 2"),
     ):
         with pytest.raises(UserError, match=says):
             study.main(["--tiny", *flags])

@@ -19,7 +19,7 @@ def place_of(args, prompt: Prompt, usual: Prompt) -> tuple[Path, str]:
     """(folder, file name without ending) of the result. args: evaluate.py's. usual: the prompt that
     the model is asked with by default."""
     run, judge = run_of(args.model), run_of(args.rerank) if args.rerank else None
-    own_data = "" if args.data in NAMED else Path(args.data).stem
+    own_data = "" if args.data in NAMED else Path(args.data).stem[:60]
     if own_data in ("test", "validation"):
         own_data = f"own-{own_data}"
     prompt_name = str(prompt).replace(", ", "-")

@@ -10,6 +10,7 @@ nothing. All text that a model or a data file wrote is escaped.
 
 import hashlib
 import itertools
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -211,7 +212,8 @@ def page(stages: list[Stage], about: str = "") -> str:
 
 def fingerprint(stages: list[Stage]) -> str:
     """Which runs a page is about, in 16 hexadecimal digits."""
-    return hashlib.sha256("\n".join(str(s.folder) for s in stages).encode()).hexdigest()[:16]
+    folders = "\n".join(str(stage.folder) for stage in stages)
+    return hashlib.sha256(os.fsencode(folders)).hexdigest()[:16]
 
 
 def fingerprint_in(path: Path) -> str | None:

@@ -4,7 +4,7 @@ import argparse
 
 from nanogsm import UserError, data
 from nanogsm.run import flags
-from nanogsm.run.past import held_out_by, part_of, run_of
+from nanogsm.run.past import check_unchanged, held_out_by, part_of, run_of
 
 
 def choose_data(args: argparse.Namespace) -> None:
@@ -57,7 +57,9 @@ def choose_problems(args: argparse.Namespace) -> list[data.Problem]:
         if not 0 < n < len(problems):
             raise UserError(f"validation would be {n} of these {len(problems)} problems: give --n "
                             f"from 1 to {len(problems) - 1}")  # fmt: skip
-        return part_of(data.split_validation(problems, n)[1], args.part)
+        held_out = data.split_validation(problems, n)[1]
+        check_unchanged(args.model, args.data, held_out)
+        return part_of(held_out, args.part)
     problems = data.load_problems(args.data, "test", args.data_dir, args.unscored)
     if len(problems) < (args.given_n or 0) < flags.ALL:
         print(f"note: --n is {args.n:,}, but there are only {len(problems):,} problems")

@@ -111,6 +111,9 @@ def load_critic(critic: Critic, dtype: torch.dtype, device: str):
     merge = not critic.args["lora"] if critic.separate else dtype == torch.float32
     trunk, tokenizer = load_model(critic.trunk, dtype, device, merge)
     tensors = load_file(critic.file, device)
+    for name, tensor in tensors.items():
+        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+            raise UserError(f"{critic.file} is damaged: {name} is not made of finite numbers")
     head = nn.Linear(trunk.config.hidden_size, 1, device=device)
     head.weight.data, head.bias.data = tensors.pop("head.weight"), tensors.pop("head.bias")
     if critic.separate:

@@ -102,11 +102,13 @@ class Help(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """A bad flag is one line, like all bad input, and not a page of usage."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str | None):
+        """description: its first line is shown. (python -OO leaves no docstring to show.)"""
         # Of `python -m MODULE`. A script has none, and a debugger's __main__ not even the name.
         spec = getattr(sys.modules["__main__"], "__spec__", None)
         prog = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
-        super().__init__(prog, description=description, formatter_class=Help, allow_abbrev=False)
+        line = (description or "").split("\n")[0]
+        super().__init__(prog, description=line, formatter_class=Help, allow_abbrev=False)
 
     def parse_known_args(self, argv=None, namespace=None):
         args, unknown = super().parse_known_args(argv, namespace)

@@ -90,6 +90,8 @@ class RunFolder:
             self.finished = self.summary is not None
             self._adopt(files.strict(args), files.strict(info), may_differ)
             checkpoint = self.path / "checkpoint"
+            if checkpoint.exists() and not checkpoint.is_dir():
+                raise UserError(f"{checkpoint} is not a folder: move it away")
             half_made = [self.path / "checkpoint.tmp", self.path / "summary.json.tmp"]
             for stale in [*half_made, *checkpoint.glob("step-*.tmp")]:
                 files.remove(stale)
@@ -99,7 +101,7 @@ class RunFolder:
                 # Without a checkpoint the run starts over, so its earlier rows are dropped. The
                 # files are unbuffered: a row is with the operating system as soon as it is written.
                 mode = "ab" if self._steps() else "wb"
-                self._logs = {name: open(self.path / name, mode, buffering=0) for name in LOGS}
+                self._logs = {name: _open_log(self.path / name, mode) for name in LOGS}
         except BaseException:
             self.close()
             raise
@@ -425,11 +427,19 @@ def _read_json(path: Path) -> dict:
     except UserError as error:
         raise UserError(f"{error}; use --overwrite to start over") from error
     is_run = all(isinstance(obj.get(key), dict) for key in ("args", "info"))
+    is_run = is_run and isinstance(obj.get("continued", []), list)
     if path.name == "run_args.json" and not is_run:
         raise UserError(
             f"{path} does not belong to a run; use another folder or --overwrite to start over"
         )
     return obj
+
+
+def _open_log(path: Path, mode: str) -> BinaryIO:
+    try:
+        return open(path, mode, buffering=0)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _verify(folder: Path, advice: str) -> None:

@@ -1,6 +1,7 @@
 """Questions about earlier runs, answered from their folders: what they were trained on and how."""
 
 import os
+import shlex
 from pathlib import Path
 
 from nanogsm import UserError, boxed, data, distributed
@@ -9,6 +10,7 @@ from nanogsm.store import files, hub
 # Settings of a run that others read, and their types. Any may be null.
 NUMBERS = """lr min_lr value_lr head_lr warmup seed epochs micro_batch accumulation rollouts group
     kl_coef gamma lam clip_high lora_r lora_alpha val_examples val_use max_new_tokens""".split()
+KINDS = {"style": str, "shots": int, "instruction": bool, "boxed": bool}  # of a prompt
 TEXTS = "data model init base source recipe precision device reward critic advantage".split()
 
 
@@ -19,7 +21,8 @@ def run_of(model: str) -> tuple[Path, dict] | None:
     for folder in (path, *[path.parent] * (path.name in ("model", "adapter"))):
         record = hub.run_record(folder)
         prompt, args = record.get("info", {}).get("prompt"), record.get("args", {})
-        has_prompt = isinstance(prompt, dict) and prompt.keys() <= {*data.Prompt._fields}
+        has_prompt = isinstance(prompt, dict) and prompt.keys() <= KINDS.keys()
+        has_prompt = has_prompt and all(type(prompt[key]) is KINDS[key] for key in prompt)
         if has_prompt and "val_examples" in args:
             _check_args(model, args)
             return folder, record
@@ -73,6 +76,24 @@ def held_out_by(model: str, of_data: str) -> int | None:
     return run[1]["args"]["val_examples"] if same else None
 
 
+def digest_of(held_out: list[data.Problem]) -> str:
+    """Which problems are held out: a digest of their questions. (Those of main and socratic are the
+    same.)"""
+    return data.digest([p._replace(answer="", index=0) for p in held_out])
+
+
+def check_unchanged(model: str, of_data: str, held_out: list[data.Problem]) -> None:
+    """UserError if the run `model` held out as many of these problems, but others: the file has
+    changed since, and the run was trained on some of those that are drawn now."""
+    run = run_of(model)
+    of_run = run[1]["info"].get("held_out_sha256") if run else None
+    same_number = held_out_by(model, of_data) == len(held_out)
+    if of_run and same_number and of_run != digest_of(held_out):
+        raise UserError(f"{of_data} has changed since {model} was trained: some of the problems "
+                        "held out now were trained on; restore the file, or give its new problems "
+                        "in one of their own")  # fmt: skip
+
+
 def usual_init(args) -> str:
     """Where PPO starts by default: from the run of train_sft.py with the same flags. (GSM8K's runs
     all start from main.)"""
@@ -107,9 +128,10 @@ def what_next(args) -> str:
     """The last lines that a run prints. (Rank 0 may be deleting files by now.)"""
     if distributed.RANK:
         return ""
-    more = f" --data-dir {args.data_dir}" if args.data_dir and args.data in data.NAMED else ""
+    more = ["--data-dir", args.data_dir] if args.data_dir and args.data in data.NAMED else []
     checkpoint = Path(args.out) / "checkpoint"
     size = sum(file.stat().st_size for file in checkpoint.rglob("*.*") if file.is_file())
     kept = f"{checkpoint} ({size / 2**20:,.0f} MiB) lets --steps grow later; you may delete it\n"
-    said = f"the result is in {args.out}; next: python evaluate.py {args.out}{more}"
+    following = shlex.join(["evaluate.py", args.out, *more])
+    said = f"the result is in {args.out}; next: python {following}"
     return kept * checkpoint.is_dir() + said

@@ -12,7 +12,7 @@ from nanogsm.run.folder import RunFolder, open_run_folder
 from nanogsm.run.reward import load_reward
 from nanogsm.store import files, hub
 
-NO_SETTINGS = ("dry_run", "gpu_memory", "overwrite", "out")
+NO_SETTINGS = ("dry_run", "gpu_memory", "overwrite", "out", "held_out_sha256")
 # Settings that may change when a run continues. Some change memory and not the result. micro_batch
 # and accumulation may change if their product, "batch", does not. Data and weights may move or be
 # spelt otherwise, because their contents are compared by digest.
@@ -62,6 +62,8 @@ def split_problems(args, found: hub.ModelFiles) -> tuple[list[data.Problem], lis
     if args.val_examples is None:
         args.val_examples = data.usual_held_out(len(problems), args.tiny)
     problems, held_out = data.split_validation(problems, args.val_examples)
+    past.check_unchanged(getattr(args, "init", None) or args.model, args.data, held_out)
+    args.held_out_sha256 = past.digest_of(held_out)
     if args.keep == "best" and not held_out:
         flag = "--patience" if args.patience else "--keep best"
         raise UserError(f"{flag} has nothing to choose by: --val-examples is 0")
@@ -134,6 +136,8 @@ def open_folder(args, flag: str, found: hub.ModelFiles, prompt: data.Prompt, pro
         "batch": args.micro_batch * args.accumulation,
     }
     info = machine.environment() | {"prompt": settings["prompt"], "base": str(found.base)}
+    if digest := getattr(args, "held_out_sha256", None):  # a PRM holds out answers
+        info["held_out_sha256"] = digest
     if any(getattr(problem, "boxed", False) for problem in problems):  # a PRM has other rows
         info["grader"] = boxed.grader_name()
     if distributed.COUNT > 1:

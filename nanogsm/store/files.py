@@ -80,7 +80,8 @@ def replace_file(path: Path, chunks: bytes | Iterable, shared: bool = False) -> 
         write(temporary, [chunks] if isinstance(chunks, bytes) else chunks)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what made writing fail may make this fail, too
+            temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
