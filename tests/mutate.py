@@ -25,6 +25,7 @@ LOOP, FILES, SCORES = "nanogsm/run/loop.py", "nanogsm/store/files.py", "nanogsm/
 ARITHMETIC, REWARDS, CRITIC = "nanogsm/arithmetic.py", "nanogsm/rewards.py", "nanogsm/run/critic.py"
 RERANK, FLAGS = "nanogsm/report/rerank.py", "nanogsm/run/flags.py"
 PRM, STEPS, LABEL = "train_prm.py", "nanogsm/steps.py", "experiments/label.py"
+PAST, EVALS, CURVES = "nanogsm/run/past.py", "nanogsm/report/eval_files.py", "experiments/ppo_curves.py"
 TESTS = {
     PPO: "test_groups test_ppo test_rewards test_distributed", SFT: "test_sft test_distributed", DATA: "test_data test_model test_ppo test_groups", MODEL: "test_model test_lora", NET: "test_model",
     LORA: "test_lora", LOGPROB: "test_logprob", HEAD: "test_logprob test_model", GENERATE: "test_generate",
@@ -32,10 +33,17 @@ TESTS = {
     CUDA: "test_cuda", MANY: "test_distributed", FILES: "test_files", SCORES: "test_scores test_rerank", BOXED: "test_boxed",
     ARITHMETIC: "test_scores", REWARDS: "test_rewards", CRITIC: "test_rerank", RERANK: "test_rerank", FLAGS: "test_groups test_rewards",
     PRM: "test_prm", STEPS: "test_prm", LABEL: "test_label",
+    PAST: "test_own_data", EVALS: "test_evaluate", CURVES: "test_experiments",
 }  # fmt: skip
 
 # name, file, the text (there once), what stands there instead
 MUTATIONS = [
+    ("past: a changed file passes", PAST, "if of_run and same_number and of_run != digest_of(held_out):", "if False:"),
+    ("past: the digest looks at answers, too", PAST, 'p._replace(answer="", index=0)', "p._replace(index=0)"),
+    ("evaluations: several samples count as one answer", EVALS, r'r"-(?!1x)\d+x-t"', r'r"-(?!1x)\d+y-t"'),
+    ("evaluations: one sample counts as several", EVALS, r"(?!1x)", ""),
+    ("curves: other questions are paired", CURVES, "    scores.in_common(before.path, before.rows, after.path, after.rows)\n", ""),
+    ("curves: other settings are paired", CURVES, "if before.summary.get(key) != after.summary.get(key)", "if False"),
     ("boxed: the first box counts", BOXED, '    for found in _BOX.finditer(text):\n        pass\n', '    found = _BOX.search(text)\n'),
     ("boxed: escaped braces are counted", BOXED, 'r"\\\\.|[{}]"', 'r"[{}]"'),
     ("boxed: a box decides before ####", BOXED, 'return last > answer.rfind("####")', 'return last >= 0'),

@@ -95,8 +95,9 @@ def test_a_file_that_changed_since_training_is_refused_where_its_held_out_proble
             with pytest.raises(UserError, match="own.jsonl has changed since .*sft was trained"):
                 main(flags)
     assert evaluate.main([*ask, "--split", "test"]) == 0  # all of them, and a note says so
-    file.write_text("\n".join([*lines[:-1], lines[-1].replace("30", "0030")]))
-    assert evaluate.main(ask) == 0  # the same questions
+    file.write_text("\n".join(line.replace("#### ", "So #### ") for line in lines))
+    again = [*ask, "--out", str(tmp_path / "again")]
+    assert evaluate.main(again) == 0  # the same questions, as main's and socratic's are
 
 
 def test_one_answer_without_a_number_makes_all_unscored():
