@@ -22,7 +22,7 @@ from itertools import zip_longest
 
 import torch
 
-from benchmarks.sides import check, matrix_rate, now, read_rate, weights_of
+from benchmarks.sides import check, matrices_of, matrix_rate, now, read_rate
 from nanogsm import UserError, data, generate
 from nanogsm.model import load_model
 from nanogsm.run import card, console, flags, machine
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
                 tokens = sum(map(len, made))
                 # The last token of an answer is never fed back into the model.
                 through = sum(map(len, prompts)) + tokens - len(made)
-                least = card.forward_flops(weights_of(ours), through, tokens) / rate
+                least = card.forward_flops(matrices_of(ours), through, tokens) / rate
                 row = {"side": side, "batch_size": batch_size, "turn": turn, "seconds": seconds,
                        "answers_per_s": len(made) / seconds, "tokens_per_s": tokens / seconds,
                        "tokens": tokens, "products_s": least}  # fmt: skip

@@ -31,7 +31,7 @@ from benchmarks.gpu_parts import (
     trainable,
     trained,
 )
-from benchmarks.sides import matrix_rate, now, read_rate, weights_of
+from benchmarks.sides import matrices_of, matrix_rate, now, read_rate
 from nanogsm import data, generate, lora
 from nanogsm.model import set_checkpointing
 from nanogsm.optim import AdamW
@@ -102,7 +102,7 @@ def optimize(optimizer) -> None:
 
 def needed(model, found: dict) -> float:
     """Operations of a step's products with weights, each done once."""
-    return card.update_flops(weights_of(model), found["tokens"], found["supervised"], "none")
+    return card.update_flops(matrices_of(model), found["tokens"], found["supervised"], "none")
 
 
 def speed_row(name: str, model, found: dict, rate: float) -> dict:

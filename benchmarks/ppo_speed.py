@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 import train_ppo
-from benchmarks.sides import Side, Turns, check, compete, matrix_rate, now, weights_of
+from benchmarks.sides import Side, Turns, check, compete, matrices_of, matrix_rate, now
 from nanogsm import data
 from nanogsm.fast.checkpointing import CHECKPOINTING
 from nanogsm.model import save_adapter
@@ -132,9 +132,9 @@ def products_of(models: train_ppo.Models, rollout: train_ppo.Rollout, ppo) -> di
     """
     lengths = rollout.batch.lengths
     tokens, actions = sum(lengths) - len(lengths), int(rollout.mask.sum())
-    actor = weights_of(models.actor)
+    actor = matrices_of(models.actor)
     one_pass = card.forward_flops(actor, tokens, actions)
-    reference = card.forward_flops(weights_of(models.reference), tokens, actions)
+    reference = card.forward_flops(matrices_of(models.reference), tokens, actions)
     return {
         "rollout": one_pass,
         "scoring": one_pass + reference,

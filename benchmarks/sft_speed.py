@@ -38,7 +38,7 @@ from pathlib import Path
 import torch
 
 import train_sft
-from benchmarks.sides import Side, Turns, check, compete, matrix_rate, weights_of
+from benchmarks.sides import Side, Turns, check, compete, matrices_of, matrix_rate
 from nanogsm import UserError, data, lora
 from nanogsm.fast.checkpointing import CHECKPOINTING
 from nanogsm.fast.head import KEPT_EXPONENTIALS
@@ -147,7 +147,7 @@ def flops_of(args, model, examples: list, needed: bool = False) -> float:
     """Floating-point operations in the matrix products of one of our steps (card.update_flops).
     Logits of a trained vocabulary are computed twice where their exponentials are not kept. needed:
     without recomputation, as model FLOPs utilisation counts."""
-    weights, tokens = weights_of(model), sum(len(e.ids) for e in examples)
+    weights, tokens = matrices_of(model), sum(len(e.ids) for e in examples)
     micro_batches = data.micro_batches(examples, args.micro_batch)
     supervised = [sum(sum(e.mask) for e in rows) for rows in micro_batches]
     if needed:

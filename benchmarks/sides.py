@@ -58,9 +58,9 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * n**3 / best
 
 
-def weights_of(model: Transformer) -> card.Weights:
+def matrices_of(model: Transformer) -> card.Weights:
     """How many entries its matrices have: what card.forward_flops and update_flops count with.
-    Trap: adapters below the topmost are counted as if they were trained."""
+    Trap: of stacked adapters the frozen ones are counted as trained."""
     layers = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
     adapted = [m for m in model.modules() if isinstance(m, lora.LoRALinear)]
     adapters = sum(m.lora_A.weight.numel() + m.lora_B.weight.numel() for m in adapted)

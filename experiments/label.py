@@ -193,8 +193,8 @@ def choose_problems(args) -> list[data.Problem]:
     that the run held out."""
     problems = data.load_problems(args.data, "train", args.data_dir)
     held_out = past.held_out_by(args.run, args.data)
-    problems, held_out = data.split_validation(problems, held_out or 0)
-    past.check_unchanged(args.run, args.data, held_out)
+    past.check_unchanged(args.run, args.data, problems)
+    problems, _ = data.split_validation(problems, held_out or 0)
     return [problems[i] for i in data.permutation(len(problems), args.seed, 0)]
 
 

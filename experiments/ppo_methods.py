@@ -26,7 +26,7 @@ from statistics import fmean
 
 from experiments import ppo_curves, study
 from nanogsm import UserError
-from nanogsm.report import charts, stages, words
+from nanogsm.report import charts, words
 from nanogsm.rewards import MOST
 from nanogsm.run import console, flags
 from nanogsm.store import files
@@ -151,8 +151,7 @@ def search(args) -> dict[str, dict[str, float]]:
 def collect(variant: str, setting: str, seed: int, args) -> dict:
     """One run's scores, paired with its start's, and its curves."""
     run, start = folder(variant, setting, seed, args), args.out / f"sft-{seed}"
-    rows = stages.read_metrics(run / "metrics.jsonl")
-    steps = [row for row in rows if "reward" in row]
+    rows, steps = ppo_curves.read_metrics(run)
 
     def curve(key: str) -> list[tuple[int, float]]:
         return [(step * args.rollouts, value) for step, value in words.points(rows, key)]
@@ -161,7 +160,7 @@ def collect(variant: str, setting: str, seed: int, args) -> dict:
         "variant": variant,
         "setting": setting,
         "seed": seed,
-        **ppo_curves.before_and_after(start, run),
+        **ppo_curves.before_and_after(start, run, f"eval-test-{args.n}.jsonl"),
         "seconds": sum(row["seconds"] for row in steps),
         # The mean of the last quarter of the steps: each term of the reward, and what it acts on.
         "last": {
@@ -219,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     study.refuse_torchrun()
     if not args.dry_run:
-        ppo_curves.write_results(args.results)  # nothing yet: whether there is a place for them
+        ppo_curves.make_place(args.results)
     searched = search(args)
     # A dry run cannot know the best settings: it shows the lowest.
     best = {
@@ -240,7 +239,9 @@ def main(argv: list[str] | None = None) -> int:
             result = collect(variant, setting, seed, args)
             if variant != first:
                 runs = (folder(name, best[name], seed, args) for name in (first, variant))
-                result["against_first"] = ppo_curves.before_and_after(*runs)
+                result["against_first"] = ppo_curves.before_and_after(
+                    *runs, f"eval-test-{args.n}.jsonl"
+                )
             results.append(result)
     names = ("what", "rates", "weights", "steps", "rollouts", "group", "n")
     settings = {name: getattr(args, name) for name in names}

@@ -34,7 +34,7 @@ from typing import NamedTuple
 import evaluate
 from nanogsm import UserError
 from nanogsm.report import page
-from nanogsm.report.eval_files import read_rows
+from nanogsm.report.eval_files import one_answer_each, read_rows
 from nanogsm.report.scores import by_problem, kind_of, kinds_in, paired
 from nanogsm.run import console, flags, machine
 from nanogsm.run.past import run_of
@@ -75,8 +75,10 @@ ROWS = [
 BY_NAME = {row.name: row for row in ROWS}
 START = "full-main"  # PPO starts from this row
 PROBED = ("untuned", "full-main", "ppo", "ppo-tuned")  # these answer five more problems, to be read
-OURS = """--out --model --init --tiny --seed --n --split --part --compare --ask --samples --rerank
-    --dry-run --help -h""".split()
+# Flags that the study decides: of the training scripts, and of evaluate.py.
+OF_TRAINING = "--out --model --init --tiny --seed --gpu-memory --dry-run --help -h".split()
+OF_ASKING = """--out --model --tiny --data --n --split --part --compare --ask --samples --rerank
+    --help -h""".split()
 LEFT_OUT = "left out"  # why a row that --rows does not name was not run
 
 
@@ -114,15 +116,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_flags(args: argparse.Namespace) -> None:
     """UserError for flags in --sft, --sft-lora, --ppo or --eval that the scripts do not know, or
-    that the study gives itself."""
+    that the study decides."""
     for name in ("sft", "sft_lora", "ppo", "eval"):
+        decided = OF_ASKING if name == "eval" else OF_TRAINING
         for word in getattr(args, name):
-            if word.split("=")[0] in OURS:
+            if word.split("=")[0] in decided:
                 raise UserError(f"{flags.flag_of(name)}: leave out {word}, which the study decides")
     parsers = {SFT: flags.sft_args, PPO: flags.ppo_args, "evaluate.py": evaluate.parse_args}
+    anywhere = argparse.Namespace(**vars(args) | {"device": "cpu", "precision": "fp32"})
     for row in ROWS:
-        for script, *argv in commands(row, args):
-            parsers[script](argv)
+        if args.rows is None or row.name in args.rows:
+            for script, *argv in commands(row, anywhere):  # --dry-run needs no GPU
+                parsers[script](argv)
 
 
 def words_of(args: argparse.Namespace, name: str) -> list[str]:
@@ -212,7 +217,7 @@ def evaluation(row: Row, args: argparse.Namespace, kind: str = "test") -> Path |
     """The .json of a row's newest evaluation on args.n test problems, or on the probes. None if
     there is none."""
     name = f"eval-test-{args.n}" if kind == "test" else "eval-probes"
-    existing = args.folders[row.name].glob("eval-*.json")
+    existing = [p.with_suffix(".json") for p in one_answer_each(args.folders[row.name])]
     # With the dash, eval-test-1319 is not taken for eval-test-131.
     found = [file for file in existing if f"{file.stem}-".startswith(f"{name}-")]
     return max(found, key=lambda file: file.stat().st_mtime, default=None)

@@ -3,7 +3,7 @@
     pip install -r requirements-optional.txt
     python -m experiments.tune sft --tiny --trials 16       # or lora, or ppo; -> runs/tiny/tune-sft
     python -m experiments.tune lora --model PATH --space lr=5e-5:5e-4 lora_r=8,16
-    python -m experiments.tune ppo --init runs/sft-1024
+    python -m experiments.tune ppo --init runs/sft-1024     # trained with --val-examples 1024
 
 A trial is an ordinary run of train_sft.py or train_ppo.py in a folder of its own. It pauses after a
 quarter and after half of its steps. There Optuna's pruner compares it with all n trials that got so

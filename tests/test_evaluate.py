@@ -814,6 +814,11 @@ def test_compare_refuses_what_is_no_evaluation(tmp_path):
     write_rows(tmp_path / "empty/eval-test-1-8x-t1-seed0.jsonl", [result(1, True)] * 8)
     with pytest.raises(UserError, match="has no evaluation with one answer to each problem yet"):
         main(["--compare", good, str(tmp_path / "empty")])
+    # Names that only look like several samples: one sample, a file called so, a base called so.
+    for name in ("eval-test-1-1x-t1-seed0", "eval-gsm-2x-train-validation-1", "eval-a-base-8x-t1"):
+        write_rows(tmp_path / f"alone/{name}.jsonl", [result(1, True)])
+        main(["--compare", good, str(tmp_path / "alone")])
+        (tmp_path / f"alone/{name}.jsonl").unlink()
     write_rows(tmp_path / "empty/eval-test-1-1x-t1-seed0.jsonl", [result(1, True)])
     main(["--compare", good, str(tmp_path / "empty")])
     with pytest.raises(UserError, match="^there is no .*none.jsonl: give a run's folder"):

@@ -11,8 +11,8 @@ from conftest import FIXTURES
 import train_ppo
 from experiments import ppo_ablation, ppo_curves, ppo_methods
 from nanogsm import UserError, data
-from nanogsm.report import stages
 from nanogsm.optim import AdamW
+from nanogsm.report import stages
 
 
 def parsed(*flags):
@@ -53,17 +53,28 @@ def test_pairing_counts_what_was_fixed_and_broken_and_refuses_other_questions(tm
     assert (found["before"], found["after"], found["fixed"], found["broken"]) == (0.3, 0.6, 5, 2)
     # Two-sided, of a fair coin that is tossed 7 times.
     assert found["mcnemar_p"] == pytest.approx(2 * (1 + 7 + 21) / 2**7)
+    two = made_run(tmp_path / "two", {}, 7)
+    for run, right in ((before, 0), (two, 9)):  # a second evaluation, of more problems
+        for ending in ("json", "jsonl"):
+            text = (run / f"eval-test-10.{ending}").read_text().replace("?", f"? {right}")
+            (run / f"eval-test-99.{ending}").write_text(text)
+    found = ppo_curves.before_and_after(before, two, "eval-test-10.jsonl")
+    assert (found["before"], found["after"]) == (0.3, 0.7)
+    with pytest.raises(UserError, match="eval-test-99.jsonl and .* about different problems"):
+        ppo_curves.before_and_after(before, two)
+    with pytest.raises(UserError, match="no evaluation in common"):
+        ppo_curves.before_and_after(before, two, "eval-test-5.jsonl")
     fewer = made_run(tmp_path / "fewer", {}, 3, of=9)
     others = made_run(tmp_path / "others", {}, 3, question="Other {}?")
-    sampled = made_run(tmp_path / "sampled", {}, 3, temperature=1.0)
+    sampled = made_run(tmp_path / "sampled", {}, 3, temperature=1.0, precision="bf16")
     bare = made_run(tmp_path / "bare", {}, 3, [{"step": 1, "tokens": 1, "seconds": 1.0}])
     for file in bare.glob("eval-*"):
         file.unlink()
     for run, why in (
-        (fewer, "were asked other problems"),
+        (fewer, "were asked different problems"),
         (others, "about different problems"),
-        (sampled, r"in other ways \(temperature\)"),
-        (bare, "has no evaluation"),
+        (sampled, r"in different ways \(temperature, precision\)"),
+        (bare, "have no evaluation in common"),
     ):
         with pytest.raises(UserError, match=why):
             ppo_curves.before_and_after(before, run)
@@ -112,7 +123,7 @@ def test_curves_shows_runs_by_recipe_and_by_method(tmp_path, capsys):
     new = made_run(tmp_path / "new", {"recipe": "tuned", "init": str(start)}, 3)
     for path, why in (
         (start, "is no run of train_ppo.py"),
-        (tmp_path, "is not a run"),
+        (tmp_path, "is no run of train_ppo.py"),
         (of_model, "started from tiny, which is no run"),
         (new, "no step yet"),
     ):

@@ -12,6 +12,7 @@ import train_sft
 from experiments import label
 from nanogsm import UserError, data, generate
 from nanogsm.report import scores
+from nanogsm.run import past
 from nanogsm.store import hub
 
 COMPUTE = ["--device", "cpu", "--precision", "fp32", "--max-new-tokens", "4"]
@@ -88,16 +89,45 @@ def test_a_file_that_changed_since_training_is_refused_where_its_held_out_proble
     ask = [run, "--device", "cpu", "--max-new-tokens", "4"]
     go_on = ["--init", run, "--data", str(file), *PPO, *COMPUTE, "--dry-run"]
     label_it = [run, "--n", "1", "--data", str(file), "--out", str(tmp_path / "labels.jsonl")]
-    assert evaluate.main(ask) == 0 and train_ppo.main(go_on) == 0
-    for changed in (lines[1:], ["{}".format(lines[7]), *lines], sorted(lines)):
+    others = [*go_on, "--val-examples", "5"]
+    assert evaluate.main(ask) == train_ppo.main(go_on) == train_ppo.main(others) == 0
+    for changed in (lines[1:], [lines[7], *lines], sorted(lines), lines[:3]):
         file.write_text("\n".join(changed))
-        for main, flags in (evaluate.main, ask), (train_ppo.main, go_on), (label.main, label_it):
+        for main, flags in (
+            (evaluate.main, ask),
+            (train_ppo.main, go_on),
+            (train_ppo.main, others),
+            (train_sft.main, [*argv[2:], "--model", run, "--dry-run"]),
+            (label.main, label_it),
+        ):
             with pytest.raises(UserError, match="own.jsonl has changed since .*sft was trained"):
                 main(flags)
     assert evaluate.main([*ask, "--split", "test"]) == 0  # all of them, and a note says so
     file.write_text("\n".join(line.replace("#### ", "So #### ") for line in lines))
     again = [*ask, "--out", str(tmp_path / "again")]
     assert evaluate.main(again) == 0  # the same questions, as main's and socratic's are
+
+
+def test_other_forms_of_the_same_problems_are_no_change(tmp_path):
+    """tiny-worked has tiny's questions; a run of an earlier version recorded nothing; one that was
+    continued by this version did so then."""
+    problems = data.load_problems("tiny", "train")
+    digest = past.digest_of(data.split_validation(problems, 256)[1])
+    prompt = {"prompt": data.Prompt().settings()}
+    record = {"args": {"data": "tiny", "val_examples": 256}, "info": prompt}
+    for more, refuses in (
+        ({}, False),
+        ({"info": prompt | {"held_out_sha256": digest}}, True),
+        ({"continued": [prompt, prompt | {"held_out_sha256": digest}]}, True),
+    ):
+        (tmp_path / "run_args.json").write_text(json.dumps(record | more))
+        for of_data in ("tiny", "tiny-worked", "tiny-socratic"):
+            given = data.load_problems(of_data, "train")
+            past.check_unchanged(str(tmp_path), of_data, given)
+            past.check_unchanged(str(tmp_path), "main", given[1:])  # GSM8K's, not this run's
+            if refuses:
+                with pytest.raises(UserError, match="has changed since"):
+                    past.check_unchanged(str(tmp_path), of_data, given[1:])
 
 
 def test_one_answer_without_a_number_makes_all_unscored():

@@ -225,15 +225,21 @@ def test_flags_for_lora_go_to_the_lora_rows_alone():
         train_sft.parse_args([*command[1:], "--device", "cpu"])
 
 
+def test_a_dry_run_needs_no_device():
+    trained = [c for c in commands_of(["--tiny", "--device", "cuda"]) if c[0] == "train_sft.py"]
+    assert len(trained) == 6 and all("cuda" in command for command in trained)
+
+
 def test_flags_that_no_study_can_use_are_refused_at_once(faked):
     ran, _ = faked
     for flags, says in (
         (["--eval=--samples 4 --temperature 0.7"], "--eval: leave out --samples"),
+        (["--eval=--data socratic"], "--eval: leave out --data"),
         (["--eval=--n=1"], "--eval: leave out --n=1, which the study decides"),
         (["--sft-lora=--out x"], "--sft-lora: leave out --out"),
         (["--sft=--lr '1"], "--sft=.*quotation"),
         (["--sft=--bogus 1"], "unrecognized arguments: --bogus 1"),
-        (["--eval=words"], "two models|unrecognized arguments: words"),
+        (["--eval=words"], "two models, words and --model"),
         (["--ppo=--gamma 2"], "--gamma is 2"),
     ):
         with pytest.raises(UserError, match=says):

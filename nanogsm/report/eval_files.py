@@ -95,7 +95,7 @@ def rank(path: Path) -> tuple:
 
 def one_answer_each(folder: Path) -> list[Path]:
     """The evaluations in a folder that have one answer to each problem, by `rank`."""
-    several = re.compile(r"-(?!1x)\d+x-t")  # as in eval-test-256-8x-t1-seed0
+    several = re.compile(r"-(?!1x)\d+x-t[\d.e-]+-seed\d")  # as in eval-test-256-8x-t1-seed0
     return sorted((p for p in folder.glob("eval-*.jsonl") if not several.search(p.name)), key=rank)
 
 

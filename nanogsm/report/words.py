@@ -102,13 +102,14 @@ def how_it_went(stage: Stage) -> str:
     """Whether the run has finished, and from where to where its metrics went."""
     if not stage.metrics:
         return ""
-    steps = stage.metrics[-1]["step"]
+    n = stage.metrics[-1]["step"]
+    steps = f"{n:,} step{'s' * (n != 1)}"
     if stage.finished:
-        said = [f"It finished after {steps:,} step{'s' * (steps > 1)}."]
+        said = [f"It finished after {steps}."]
     else:
         last = (stage.folder / "metrics.jsonl").stat().st_mtime
         when = datetime.datetime.fromtimestamp(last).strftime("%Y-%m-%d at %H:%M")
-        said = [f"<b>It has not finished</b>: {steps:,} steps so far, the last one logged on "
+        said = [f"<b>It has not finished</b>: {steps} so far, the last one logged on "
                 f"{when}."]  # fmt: skip
     # A reward of one's own may be any number; the usual one is the share of right answers.
     reward = "{:.1%}" if reward_is_a_share(stage.args) else "{:.3g}"

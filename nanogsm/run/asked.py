@@ -51,15 +51,14 @@ def choose_problems(args: argparse.Namespace) -> list[data.Problem]:
             fault = f"held out {held_out} problems, not {args.n}"
             raise UserError(f"{args.model} {fault}: give --n {held_out}")
         problems = data.load_problems(args.data, "train", args.data_dir, args.unscored)
+        check_unchanged(args.model, args.data, problems)
         n = count_held_out(args, len(problems))
         if len(problems) < 2:
             raise UserError("one problem has no part for validation: give --split test")
         if not 0 < n < len(problems):
             raise UserError(f"validation would be {n} of these {len(problems)} problems: give --n "
                             f"from 1 to {len(problems) - 1}")  # fmt: skip
-        held_out = data.split_validation(problems, n)[1]
-        check_unchanged(args.model, args.data, held_out)
-        return part_of(held_out, args.part)
+        return part_of(data.split_validation(problems, n)[1], args.part)
     problems = data.load_problems(args.data, "test", args.data_dir, args.unscored)
     if len(problems) < (args.given_n or 0) < flags.ALL:
         print(f"note: --n is {args.n:,}, but there are only {len(problems):,} problems")

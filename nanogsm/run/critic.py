@@ -81,8 +81,11 @@ def find_critic(run: str) -> Critic:
         with safe_open(file, framework="pt") as tensors:
             metadata, names = tensors.metadata() or {}, set(tensors.keys())
             shapes = {name: tensors.get_slice(name).get_shape() for name in names}
+            damaged = [name for name in names if not _finite(tensors.get_tensor(name))]
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is damaged: {error}") from error
+    if damaged:
+        raise UserError(f"{file} is damaged: {min(damaged)} is not made of finite numbers")
     kind = metadata.get("kind", "critic")  # files of earlier versions do not say
     if kind not in ("critic", "prm"):
         raise UserError(f"{file} is of kind {kind!r}: only critic and prm are supported")
@@ -106,14 +109,15 @@ def find_critic(run: str) -> Critic:
     return Critic(file, trunk, past.prompt_of(run), args, separate, kind)
 
 
+def _finite(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.isfinite().all())
+
+
 def load_critic(critic: Critic, dtype: torch.dtype, device: str):
     """(trunk, value head, tokenizer). The trunk has weights of that dtype, as for inference."""
     merge = not critic.args["lora"] if critic.separate else dtype == torch.float32
     trunk, tokenizer = load_model(critic.trunk, dtype, device, merge)
     tensors = load_file(critic.file, device)
-    for name, tensor in tensors.items():
-        if not (tensor.is_floating_point() and tensor.isfinite().all()):
-            raise UserError(f"{critic.file} is damaged: {name} is not made of finite numbers")
     head = nn.Linear(trunk.config.hidden_size, 1, device=device)
     head.weight.data, head.bias.data = tensors.pop("head.weight"), tensors.pop("head.bias")
     if critic.separate:

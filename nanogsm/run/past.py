@@ -82,16 +82,19 @@ def digest_of(held_out: list[data.Problem]) -> str:
     return data.digest([p._replace(answer="", index=0) for p in held_out])
 
 
-def check_unchanged(model: str, of_data: str, held_out: list[data.Problem]) -> None:
-    """UserError if the run `model` held out as many of these problems, but others: the file has
-    changed since, and the run was trained on some of those that are drawn now."""
-    run = run_of(model)
-    of_run = run[1]["info"].get("held_out_sha256") if run else None
-    same_number = held_out_by(model, of_data) == len(held_out)
-    if of_run and same_number and of_run != digest_of(held_out):
-        raise UserError(f"{of_data} has changed since {model} was trained: some of the problems "
-                        "held out now were trained on; restore the file, or give its new problems "
-                        "in one of their own")  # fmt: skip
+def check_unchanged(model: str, of_data: str, problems: list[data.Problem]) -> None:
+    """UserError if the run `model` held out others of these training problems than would be held
+    out now: the file has changed since. Runs of earlier versions recorded nothing to compare."""
+    run, n = run_of(model), held_out_by(model, of_data)
+    infos = [run[1]["info"], *run[1].get("continued", [])] if run and n else []
+    recorded = next((i["held_out_sha256"] for i in infos if "held_out_sha256" in i), None)
+    if recorded is None:
+        return
+    same = n < len(problems) and digest_of(data.split_validation(problems, n)[1]) == recorded
+    if not same:
+        raise UserError(f"{of_data} has changed since {model} was trained: what is held out now "
+                        "may have been trained on; restore the file, or put the new problems into "
+                        "another one")  # fmt: skip
 
 
 def usual_init(args) -> str:

@@ -300,7 +300,7 @@ def settle_ppo(args, found, prompt: data.Prompt, problems: list, held_out: list)
         f"{'' if args.group else f', critic {args.value_lr:g}'} ({args.recipe} recipe); "
         f"{args.optim}")  # fmt: skip
     if args.reward:
-        say("reward", f"{args.reward}; exact match is logged beside it")
+        say("reward", args.reward + "; exact match is logged beside it" * (not args.unscored))
     if args.advantage == "grpo" and args.kl_coef:
         say("note", "GRPO scales up the KL penalties of groups whose scores are equal: "
             "--kl-coef 0 avoids that")  # fmt: skip

@@ -125,7 +125,7 @@ def settle(args, found: hub.ModelFiles, config, examples: list, held_out: list, 
         "data": f"{len(examples):,} answers ({args.source}), {sum(lengths):,} tokens, "
                 f"{data.supervised_tokens(examples):,} labels: {what}; "
                 f"{len(held_out):,} answers held out, to {args.val_examples} "
-                f"problem{'s' * (args.val_examples > 1)}",
+                f"problem{'s' * (args.val_examples != 1)}",
         "steps": f"{n:,} of {args.micro_batch} x {args.accumulation} answers, {args.epochs} "
                  f"epoch{'s' * (args.epochs > 1)}; lr {args.lr:g}, head {args.head_lr:g}; "
                  f"{args.optim}",

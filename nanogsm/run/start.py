@@ -30,7 +30,8 @@ def find_start(args, flag: str) -> hub.ModelFiles:
         found = known.model(getattr(args, flag)) if args.gpu_memory and not args.base else None
         if found is None and args.gpu_memory:
             raise UserError(f"{error} (known without it: {', '.join(known.names())})") from error
-        if found is None and args.dry_run and known.model(getattr(args, flag)):
+        may = args.dry_run and hasattr(args, "left_open") and not args.base  # no reward model
+        if found is None and may and known.model(getattr(args, flag)):
             raise UserError(f"{error}; --gpu-memory GIB plans without it") from error
         if found is None:
             raise
@@ -61,8 +62,8 @@ def split_problems(args, found: hub.ModelFiles) -> tuple[list[data.Problem], lis
         note_unknown_words(problem.question + " " + problem.answer for problem in problems)
     if args.val_examples is None:
         args.val_examples = data.usual_held_out(len(problems), args.tiny)
+    past.check_unchanged(getattr(args, "init", None) or args.model, args.data, problems)
     problems, held_out = data.split_validation(problems, args.val_examples)
-    past.check_unchanged(getattr(args, "init", None) or args.model, args.data, held_out)
     args.held_out_sha256 = past.digest_of(held_out)
     if args.keep == "best" and not held_out:
         flag = "--patience" if args.patience else "--keep best"
