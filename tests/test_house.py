@@ -230,7 +230,7 @@ MOST_TOKENS = {
     "one line for odd rewards, rows and ranks, and for ranks with different commands": 660,
     "what a plan chose to sample at once, known sizes by name, a page's numbers checked": 300,
     "train_prm.py's val_pairs; refusals and odd drives that a review found": 480,
-    "a data file changed since training; the study's own flags; a damaged value head": 600,
+    "a data file changed since training; the study's own flags; a damaged value head": 700,
     "reports without sampled evaluations, real sizes of updates, commands to paste": 200,
 }
 
