@@ -217,7 +217,7 @@ def evaluation(row: Row, args: argparse.Namespace, kind: str = "test") -> Path |
     """The .json of a row's newest evaluation on args.n test problems, or on the probes. None if
     there is none."""
     name = f"eval-test-{args.n}" if kind == "test" else "eval-probes"
-    existing = [p.with_suffix(".json") for p in one_answer_each(args.folders[row.name])]
+    existing = one_answer_each(args.folders[row.name], ".json")
     # With the dash, eval-test-1319 is not taken for eval-test-131.
     found = [file for file in existing if f"{file.stem}-".startswith(f"{name}-")]
     return max(found, key=lambda file: file.stat().st_mtime, default=None)

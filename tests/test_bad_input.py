@@ -122,11 +122,15 @@ def test_a_misspelt_flag_is_one_line(script, place):
         (evaluate, ["--split", "validation", "--n", "9"], "would be 9 of these 8 problems"),
         (evaluate, ["--shots", "2"], "--shots"),
         (evaluate, ["--ask", " "], "--ask needs a question"),
-        (evaluate, ["--compare", "a", "b"], "there is no a"),
+        (evaluate, ["--compare", "a", "b"], "--compare A B compares two runs: leave out"),
     ],
 )  # fmt: skip
 def test_flags_that_contradict_each_other_or_the_data(script, argv, says, place):
     refused(script, [*usual(script, place), *argv], says)
+
+
+def test_runs_to_compare_that_are_not_there():
+    refused(evaluate, ["--compare", "a", "b"], "there is no a")
 
 
 # -------------------------------------------------------------------------------- models and places

@@ -265,8 +265,8 @@ def test_validation_on_a_part_of_what_is_held_out(tmp_path, capsys):
     assert min(map(sum, halves)) > 20 * 113  # mixed: the first half of the file has the mean 109.5
     assert sorted(sum((past.part_of(held_out, (k, 7)) for k in range(1, 8)), [])) == held_out
     assert past.part_of(held_out, None) == held_out
-    args = SimpleNamespace(data="tiny", data_dir=None, val_examples=40, val_use=20, tiny=True,
-                           keep="last", patience=0, unscored=False)  # fmt: skip
+    args = SimpleNamespace(model="tiny", data="tiny", data_dir=None, val_examples=40, val_use=20,
+                           tiny=True, keep="last", patience=0, unscored=False)  # fmt: skip
     found = train_sft.start.hub.find_model("tiny")
     rest, used = train_sft.start.split_problems(args, found)
     everything = data.split_validation(data.load_problems("tiny", "train"), 40)
