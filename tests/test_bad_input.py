@@ -129,7 +129,7 @@ def test_flags_that_contradict_each_other_or_the_data(script, argv, says, place)
     refused(script, [*usual(script, place), *argv], says)
 
 
-def test_runs_to_compare_that_are_not_there():
+def test_runs_to_compare_that_are_not_there(place):
     refused(evaluate, ["--compare", "a", "b"], "there is no a")
 
 

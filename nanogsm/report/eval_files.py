@@ -96,7 +96,8 @@ def rank(path: Path) -> tuple:
 def one_answer_each(folder: Path, ending: str = ".jsonl") -> list[Path]:
     """The files of evaluations in a folder that have one answer to each problem, by `rank`."""
     several = re.compile(r"-(?!1x)\d+x-t[\d.e-]+-seed\d")  # as in eval-test-256-8x-t1-seed0
-    return sorted((p for p in folder.glob(f"eval-*{ending}") if not several.search(p.name)), key=rank)
+    found = folder.glob(f"eval-*{ending}")
+    return sorted((path for path in found if not several.search(path.name)), key=rank)
 
 
 def read_rows(where: str) -> tuple[str, list[dict]]:
