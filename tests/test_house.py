@@ -231,6 +231,7 @@ MOST_TOKENS = {
     "what a plan chose to sample at once, known sizes by name, a page's numbers checked": 300,
     "train_prm.py's val_pairs; refusals and odd drives that a review found": 480,
     "a data file changed since training; the study's own flags; a damaged value head": 700,
+    "a stop between two calls of one's own reward": 50,
     "reports without sampled evaluations, real sizes of updates, commands to paste": 200,
 }
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 
 import train_ppo
 from nanogsm import UserError, data
+from nanogsm.run import console
 from nanogsm.run.reward import MOST, load_reward
 
 PROBLEM = data.Problem("2 + 3?", "It is 5.\n#### 5", 7)
@@ -160,6 +162,22 @@ def test_dataclasses_of_a_file_find_its_module(tmp_path):
         "def reward(*_): return Score(0.5).value\n"
     )
     assert load_reward(written(tmp_path, source))[0]("text", PROBLEM, False) == 0.5
+
+
+def test_a_slow_reward_does_not_hold_up_a_stop(tmp_path):
+    """A signal that comes during one call is heeded before the next."""
+    path = tmp_path / "reward.py"
+    path.write_text("calls = []\ndef reward(*given):\n    calls.append(given)\n    return 1.0\n")
+    function, _ = load_reward(str(path))
+    problem = data.Problem("2 + 3?", "#### 5", 0)
+    assert function("5", problem, False) == 1.0
+    with console.graceful_stop() as stop:
+        assert function("5", problem, False) == 1.0
+        stop.requested = signal.SIGTERM
+        with pytest.raises(console.Stopped):
+            function("5", problem, False)
+    assert function("5", problem, False) == 1.0
+    assert len(sys.modules["reward_file"].calls) == 3
 
 
 def test_the_largest_reward_can_be_trained_on(tmp_path):

@@ -81,6 +81,9 @@ class Interrupt:
                 os.write(2, b"\nstopping after this step" + again + b"\n")
 
 
+_stop: Interrupt | None = None  # of the run that goes on
+
+
 @contextlib.contextmanager
 def graceful_stop() -> Iterator[Interrupt]:
     """`with graceful_stop() as stop`: SIGINT, SIGTERM and SIGHUP only set `stop.requested`.
@@ -89,7 +92,9 @@ def graceful_stop() -> Iterator[Interrupt]:
     KeyboardInterrupt at once. Trap: outside the main thread Python allows no handlers. There, and
     for a signal that the parent process told us to ignore (nohup, `&`), nothing is changed.
     """
+    global _stop
     stop, previous = Interrupt(), {}
+    _stop = stop
     if threading.current_thread() is threading.main_thread():
         for number in filter(None, (signal.SIGINT, signal.SIGTERM, SIGHUP)):
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
@@ -97,8 +102,16 @@ def graceful_stop() -> Iterator[Interrupt]:
     try:
         yield stop
     finally:
+        _stop = None
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def stop_if_asked() -> None:
+    """Raise Stopped if a stop was requested, in a run on one device. (On many a stop waits for the
+    end of the step, where all hear of it.)"""
+    if _stop and _stop.requested and distributed.COUNT == 1:
+        raise Stopped
 
 
 # ---- the progress line

@@ -23,6 +23,7 @@ import torch
 
 from nanogsm import UserError, distributed
 from nanogsm.data import Problem, cut
+from nanogsm.run import console
 from nanogsm.store.files import one_line
 
 Reward = Callable[[str, Problem, bool], float]
@@ -49,6 +50,7 @@ def load_reward(path: str) -> tuple[Reward, str]:
         raise UserError(f"--reward {path} has no function reward(completion, problem, truncated)")
 
     def checked(completion: str, problem: Problem, truncated: bool) -> float:
+        console.stop_if_asked()  # 512 answers may take a slow reward minutes
         where = f"--reward {path}, problem {problem.index}"
         with _own_code(where):
             value = function(completion, problem, truncated)
