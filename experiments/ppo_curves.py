@@ -94,18 +94,11 @@ def collect(run: Path, curves: tuple[str, ...], by: str = "recipe") -> dict:
     }
 
 
-def make_place(path: str | Path) -> None:
-    """Make the folder that `path` is to be in. Call it before long work."""
+def write_results(path: str | Path, **texts: str) -> None:
+    """Write each text to the path with its name as the ending. UserError if that cannot be. Without
+    a text it only makes the folder: call it so before long work."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error
-
-
-def write_results(path: str | Path, **texts: str) -> None:
-    """Write each text to the path with its name as the ending. UserError if that cannot be."""
-    make_place(path)
-    try:
         for ending, text in texts.items():
             files.replace_file(Path(f"{path}.{ending}"), text.encode())
     except OSError as error:

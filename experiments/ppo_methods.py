@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     study.refuse_torchrun()
     if not args.dry_run:
-        ppo_curves.make_place(args.results)
+        ppo_curves.write_results(args.results)  # no texts yet: is there a place?
     searched = search(args)
     # A dry run cannot know the best settings: it shows the lowest.
     best = {

@@ -284,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     study.refuse_torchrun()
     if not args.dry_run:
-        ppo_curves.make_place(args.results)
+        ppo_curves.write_results(args.results)  # no texts yet: is there a place?
     results = []
     for seed in range(1, args.seeds + 1):
         for command in commands(seed, args):

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from nanogsm import UserError, distributed
+from nanogsm import UserError
 from nanogsm.optim import AdamW
 from nanogsm.run import console
 from nanogsm.run.folder import RunFolder
@@ -145,8 +145,7 @@ class Run:
         """The `progress` of generate: show how many answers are finished, stop if asked. On many
         devices a stop waits for the end of the step, where all hear of it."""
         self.progress.update(self.step, answered=finished)
-        if self.stop.requested and distributed.COUNT == 1:
-            raise console.Stopped
+        console.stop_if_asked()
 
     # ---- validation
 
