@@ -25,7 +25,7 @@ from nanogsm.report import rerank
 from nanogsm.report.compare import compare
 from nanogsm.report.eval_files import check_place, place_of
 from nanogsm.report.scores import summarise
-from nanogsm.run import ask, asked, console, flags, machine, past
+from nanogsm.run import ask, console, eval_data, flags, machine, past
 from nanogsm.store import files, hub
 
 
@@ -85,7 +85,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.model = args.model or args.run or ("tiny" if args.tiny else "google/gemma-2b-it")
     args.model = os.path.expanduser(args.model)
     args.tiny = args.tiny or past.is_tiny(args.model)
-    asked.choose_data(args)
+    eval_data.choose_data(args)
     at_least = {"n": 1, "samples": 1, "batch_size": 1, "max_new_tokens": 1, "seed": 0}
     flags.check_numbers(args, at_least)
     args.given_n = args.n
@@ -113,7 +113,7 @@ def evaluate(args: argparse.Namespace) -> int:
     # A misspelt name, or a missing grader, fails before anything is downloaded.
     boxed.check_data(args.data, args.split)
     hub.find_model(args.model, weights=False, base=args.base)
-    problems = asked.choose_problems(args)
+    problems = eval_data.choose_problems(args)
     critic = rerank.critic_for(args.rerank, problems, args.data) if args.rerank else None
     args.model_sha256 = hub.fingerprint(hub.find_model(args.model, base=args.base))
     args.rerank_sha256 = critic.digest() if critic else None
@@ -178,7 +178,7 @@ def resolve(args: argparse.Namespace, problems: list = ()) -> tuple[data.Prompt,
     given = {key: getattr(args, key) for key in ("style", "shots", "instruction")}
     prompt = usual._replace(**{key: value for key, value in given.items() if value is not None})
     if prompt.shots > 1:
-        prompt = prompt._replace(examples=asked.worked_examples(args, prompt.shots))
+        prompt = prompt._replace(examples=eval_data.worked_examples(args, prompt.shots))
     return prompt, *place_of(args, prompt, usual)
 
 

@@ -18,7 +18,7 @@ from nanogsm import UserError, data, generate
 from nanogsm.data import Problem, Prompt
 from nanogsm.generate import Completion
 from nanogsm.report.eval_files import read_rows
-from nanogsm.run import asked
+from nanogsm.run import eval_data
 from nanogsm.run.past import run_of
 
 GEMMA = Path(__file__).parent / "fixtures" / "gemma3"
@@ -215,9 +215,9 @@ def test_test_split_is_sampled_and_validation_is_what_training_held_out(monkeypa
         return everything
 
     monkeypatch.setattr(data, "load_problems", load_problems)
-    test = asked.choose_problems(parse_args(["--n", "7"]))
+    test = eval_data.choose_problems(parse_args(["--n", "7"]))
     assert test == data.subset(everything, 7)
-    validation = asked.choose_problems(parse_args(["--n", "7", "--split", "validation"]))
+    validation = eval_data.choose_problems(parse_args(["--n", "7", "--split", "validation"]))
     assert validation == data.split_validation(everything, 7)[1]
     assert calls == [("main", "test", None, False), ("main", "train", None, False)]
 
@@ -229,7 +229,7 @@ def test_validation_of_a_run_is_exactly_what_it_held_out(tmp_path, monkeypatch, 
     run = run_folder(tmp_path / "run", Prompt().settings(), val_examples=8)
 
     def chosen(*argv):
-        return asked.choose_problems(parse_args(["--model", str(Path(run, below)), *argv]))
+        return eval_data.choose_problems(parse_args(["--model", str(Path(run, below)), *argv]))
 
     assert chosen("--split", "validation", "--n", "8") == data.split_validation(everything, 8)[1]
     for n in ("7", "9"):
@@ -502,9 +502,9 @@ def test_fewer_problems_than_asked_for_are_counted_and_said(mine, tmp_path, monk
 def test_a_run_asked_about_its_own_training_file_is_told_so(mine, tmp_path, capsys):
     run = run_folder(tmp_path / "run", Prompt().settings(), data=mine, val_examples=1)
     note = "note: the run was trained on all but 1 of these: see --split validation\n"
-    asked.choose_problems(parse_args(["--model", run, "--data", mine, "--n", "4"]))
+    eval_data.choose_problems(parse_args(["--model", run, "--data", mine, "--n", "4"]))
     assert capsys.readouterr().out == note
-    asked.choose_problems(parse_args(["--model", run, "--data", mine, "--split", "validation"]))
+    eval_data.choose_problems(parse_args(["--model", run, "--data", mine, "--split", "validation"]))
     assert capsys.readouterr().out == ""
 
 
@@ -512,14 +512,14 @@ def test_a_run_on_a_file_of_its_own_is_asked_what_it_held_out(mine, tmp_path):
     run = run_folder(tmp_path / "run", Prompt().settings(), data=mine, val_examples=1)
     args = parse_args([run])
     assert (args.data, args.split, args.unscored) == (mine, "validation", False)
-    assert asked.choose_problems(args) == data.split_validation(data.read_jsonl(Path(mine)), 1)[1]
+    assert eval_data.choose_problems(args) == data.split_validation(data.read_jsonl(Path(mine)), 1)[1]
     assert parse_args([run, "--n", "all"]).n is None  # all that were held out
     args = parse_args([run, "--data", "main"])
     assert (args.data, args.split, args.n) == ("main", "test", 256)
     none = run_folder(tmp_path / "none", Prompt().settings(), data=mine, val_examples=0)
     assert parse_args([none]).split == "test"
     with pytest.raises(UserError, match="held out no problems"):
-        asked.choose_problems(parse_args([none, "--split", "validation"]))
+        eval_data.choose_problems(parse_args([none, "--split", "validation"]))
 
 
 def test_all_problems_are_asked_with_n_all(mine, tmp_path, capsys):
@@ -878,7 +878,7 @@ def test_temperatures_that_differ_have_results_of_their_own():
 def test_a_validation_slice_as_large_as_the_file_is_refused(mine):
     argv = ["--tiny", "--data", mine, "--split", "validation", "--n", "4"]
     with pytest.raises(UserError, match="would be 4 of these 4 problems: give --n from 1 to 3"):
-        asked.choose_problems(parse_args(argv))
+        eval_data.choose_problems(parse_args(argv))
     argv = ["--tiny", "--data", mine, "--split", "validation"]  # a tenth of 4 problems is none
     with pytest.raises(UserError, match="would be 0 of these 4 problems: give --n from 1 to 3"):
-        asked.choose_problems(parse_args(argv))
+        eval_data.choose_problems(parse_args(argv))
