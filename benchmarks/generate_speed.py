@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = flags.Parser("Time greedy answers: nanogsm against transformers.")
     add = p.add_argument
     add("--model", default="runs/sft-full-main", help="Run or folder of a whole model.")
-    add("--data", default="main", help="main, socratic or a .jsonl file of your own.")
+    add("--data", default="main", help="main, socratic, tiny or a .jsonl file of your own.")
     flags.add_data_dir_flag(p)
     add("--n", type=int, default=64, help="Test problems.")
     add("--batch-sizes", type=int, nargs="+", default=[16, 64], help="Batch sizes to try.")

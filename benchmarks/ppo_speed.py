@@ -50,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = flags.Parser("Time a PPO step: nanogsm against transformers.")
     add = p.add_argument
     add("--model", default="runs/tiny/sft-full-main", help="Run or folder of a whole model.")
-    add("--data", default="main", help="main, tiny or a .jsonl file of your own.")
+    add("--data", default="main", help="main, socratic, tiny or a .jsonl file of your own.")
     flags.add_data_dir_flag(p)
     add("--lora", action="store_true", help="Train adapters of the actor, not all weights.")
     add("--rollouts", type=int, default=512, help="Answers sampled per step.")

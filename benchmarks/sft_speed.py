@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = p.add_argument
     # fmt: off
     add("--model", default="google/gemma-3-270m", help="Hub id or folder.")
-    add("--data", default="main", help="main, socratic or a .jsonl file of your own.")
+    add("--data", default="main", help="main, socratic, tiny or a .jsonl file of your own.")
     flags.add_data_dir_flag(p)
     add("--full", action="store_true", help="Train all weights and not adapters.")
     add("--base", choices=("bf16", "fp32"), default="bf16", help="Dtype of the base: see the file.")
