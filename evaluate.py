@@ -101,6 +101,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--part is for --split validation")
     if isinstance(args.ask, str) and not ask.checked(args.ask):
         raise UserError("--ask needs a question")
+    others = {"--n": args.given_n, "--part": args.part, "--compare": args.compare}
+    extra = [flag for flag, value in others.items() if value and args.ask is not None]
+    if extra:
+        raise UserError(f"--ask answers your own questions: leave out {extra[0]}")
     if args.samples > 1 and args.temperature == 0:
         raise UserError("--samples above 1 needs --temperature above 0: greedy answers are equal")
     if args.rerank and (args.samples == 1 or args.ask is not None):

@@ -278,6 +278,7 @@ def test_validation_of_a_run_is_exactly_what_it_held_out(tmp_path, monkeypatch, 
         (["--seed", str(2**31)], f"--seed is {2**31}: give at most"),
         (["--seed", "1" + "0" * 30], "--seed is 1000"),
         (["--ask", ""], "--ask is empty"),
+        (["--ask", "Why?", "--n", "3"], "--ask answers your own questions: leave out --n"),
         (["--ask", " \t"], "--ask needs a question"),
         (["--compare", "a", "b"], "--compare A B compares two runs: leave out"),
         (["--ask", "caf\udce9"], "not UTF-8"),
@@ -589,15 +590,16 @@ def test_outermost_temperatures_and_seeds_work(mine, tmp_path, temperature, seed
 
 
 def test_ask_prints_an_answer_and_writes_nothing(tmp_path, capsys):
-    assert main(flags(None, ask="How many clips?")) == 0
+    assert main(flags(None, n=None, ask="How many clips?")) == 0
     assert "\n-> " in capsys.readouterr().out
     assert not list((tmp_path / "here").iterdir())
 
 
 def test_ask_names_the_words_the_embedded_model_has_never_seen(capsys):
-    main(flags(None, model="tiny", ask="A wug has 3 apples and a wug has 4 more. How many apples?"))
+    wugs = "A wug has 3 apples and a wug has 4 more. How many apples?"
+    main(flags(None, n=None, model="tiny", ask=wugs))
     assert capsys.readouterr().out.startswith("note: words this model has never seen: wug\n")
-    main(flags(None, model="tiny", ask="Tom has 3 apples. How many apples?"))
+    main(flags(None, n=None, model="tiny", ask="Tom has 3 apples. How many apples?"))
     assert "never seen" not in capsys.readouterr().out
 
 
@@ -612,14 +614,14 @@ def test_ask_names_the_words_the_embedded_model_has_never_seen(capsys):
 )
 def test_ask_shows_the_completion_and_its_number(monkeypatch, capsys, text, shown):
     calls = answers(monkeypatch, [text])
-    main(flags(None, ask="  How many clips? "))
+    main(flags(None, n=None, ask="  How many clips? "))
     assert calls[0]["prompts"][0].endswith("Question: How many clips?\nAnswer:")
     assert capsys.readouterr().out == shown
 
 
 def test_ask_prints_every_sample(monkeypatch, capsys):
     calls = answers(monkeypatch, [" 70 + 2\n#### 72", " I am not sure"])
-    main(flags(None, ask="How many clips?", samples=2, temperature=1, seed=3))
+    main(flags(None, n=None, ask="How many clips?", samples=2, temperature=1, seed=3))
     assert len(calls[0]["prompts"]) == 2 and len(set(calls[0]["prompts"])) == 1
     assert (calls[0]["temperature"], calls[0]["seed"]) == (1, 3)
     assert capsys.readouterr().out == (
@@ -631,16 +633,16 @@ def test_ask_prints_every_sample(monkeypatch, capsys):
 def test_ask_answers_each_line_of_standard_input(monkeypatch, capsys):
     calls = answers(monkeypatch, [" 70 + 2\n#### 72"])
     monkeypatch.setattr("sys.stdin", io.StringIO("First?\n\n  Second?  \nThird?"))
-    main([*flags(None), "--ask"])
+    main([*flags(None, n=None), "--ask"])
     asked_for = [call["prompts"][0].split("Question: ")[-1] for call in calls]
     assert asked_for == ["First?\nAnswer:", "Second?\nAnswer:", "Third?\nAnswer:"]
     assert capsys.readouterr().out == "70 + 2\n#### 72\n-> 72\n" * 3
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    main([*flags(None), "--ask"])
+    main([*flags(None, n=None), "--ask"])
     assert len(calls) == 3 and capsys.readouterr().out == ""
     monkeypatch.setattr("sys.stdin", io.StringIO("a\udc80b?\n"))
     with pytest.raises(UserError, match="--ask: the question is not UTF-8 text"):
-        main([*flags(None), "--ask"])
+        main([*flags(None, n=None), "--ask"])
 
 
 @pytest.mark.parametrize(
@@ -654,7 +656,7 @@ def test_standard_input_that_cannot_be_read_is_one_line(monkeypatch, stdin, says
     answers(monkeypatch, ["#### 72"])
     monkeypatch.setattr("sys.stdin", stdin)
     with pytest.raises(UserError, match=re.escape(f"--ask: {says}")):
-        main([*flags(None), "--ask"])
+        main([*flags(None, n=None), "--ask"])
 
 
 def test_an_answer_is_shown_while_it_is_sampled(monkeypatch, capsys):
@@ -672,7 +674,7 @@ def test_an_answer_is_shown_while_it_is_sampled(monkeypatch, capsys):
                 return [Completion(ids, False)]
 
     monkeypatch.setattr(generate, "generate", fake)
-    main(flags(None, ask="How many clips?"))
+    main(flags(None, n=None, ask="How many clips?"))
     rest = capsys.readouterr().out
     assert "".join(seen) + rest == "Ä is 3.\\x1b[2J Then\n\n#### 3\n-> 3\n"
     assert sum(map(bool, seen)) > 5 and not any("\ufffd" in part for part in seen)
