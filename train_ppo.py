@@ -25,7 +25,7 @@ token t + 1, made by hidden state t, which has seen tokens 0 to t:
     mask             0    0    1    1    1    1    0       1 where the token was sampled
     logp[t]                    log p(token t + 1 | tokens 0 .. t)
     value[t]                   the critic's prediction from the same tokens, before the action
-    reward[t]                  minus KL at each action; the answer's score at the last, column 5
+    reward[t]                  minus KL at each action, plus the answer's score at the last, 5
 """
 
 import math
@@ -56,9 +56,9 @@ def reward(completion: str, problem: data.Problem, truncated: bool) -> float:
     """1 for the right answer, 0 otherwise. `--reward FILE.py` puts another function in its place
     (nanogsm/run/reward.py); flags add terms to it (nanogsm/rewards.py)."""
     # A truncated answer never ended, so it earns nothing: the policy has to learn to end. Trap: one
-    # that was stopped at "Question:" has ended, and these tokens, too, become more likely.
+    # that was stopped at "Question:" has ended, and the tokens of "Question:" become likelier, too.
     right = not truncated and data.is_correct(completion, problem)
-    return float(right and not boxed.restates(completion, problem.answer))  # only in MATH's boxes
+    return float(right and not boxed.restates(completion, problem.answer))  # MATH: not 2+2 for 4
 
 
 # --------------------------------------------------------------------------------------- the math
@@ -81,8 +81,8 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 def token_rewards(scores: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, kl_coef: float):
     """r_t = -kl_coef (log p_t - log p_ref,t), plus the answer's score (B,) at the last action.
 
-    Summed over an answer, log p - log p_ref is k1, an unbiased estimate of its KL divergence from
-    the reference (Ziegler et al. 2019, arXiv 1909.08593).
+    Summed over an answer, log p - log p_ref (k1) is an unbiased estimate of the policy's KL
+    divergence from the reference (Ziegler et al. 2019, arXiv 1909.08593).
     """
     # No gradient flows through the penalty: it is part of the reward. GAE credits it backwards, so
     # a token also pays for the KL of the tokens after it. As a term of the loss k1 would do
@@ -178,8 +178,8 @@ def kl_estimates(logp: Tensor, other_logp: Tensor) -> Pair:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """The share of the returns' variance that the values predict. 1 is a perfect critic, 0 is no
-    better than a constant, below 0 is worse, NaN if all returns are equal."""
+    """The share of the returns' variance that the values predict. 1 is perfect up to a constant, 0
+    is no better than a constant, below 0 is worse. NaN if all returns are equal."""
     # Trap: give it the returns of lambda 1. Any other lambda mixes the critic's own values into
     # them, and the critic then agrees with itself.
     variance = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask).item()  # noqa: E731
@@ -229,7 +229,7 @@ def build(base: Transformer, args) -> Models:
     if args.critic == "separate":
         critic = twin(reference)
         lora.add_lora(critic, args.lora_r, args.lora_alpha, args.seed + 1)
-    if not args.advantage:  # that is gae, which needs a critic
+    if not args.advantage:  # None is gae, which needs a critic
         value_head = nn.Linear(base.config.hidden_size, 1, device=base.device)
         nn.init.zeros_(value_head.weight)  # predicting 0 misleads less than a random start
         nn.init.zeros_(value_head.bias)
@@ -386,7 +386,7 @@ def rollout_metrics(answers: list[dict], rollout: Rollout, rewards, returns, arg
 # ------------------------------------------------------------------------------------- the update
 
 
-SHARES = ("policy_loss", "clipped", "approx_kl", "value_loss", "value_clipped")  # 3, 2 of a critic
+SHARES = ("policy_loss", "clipped", "approx_kl", "value_loss", "value_clipped")  # critic: last 2
 
 
 def backward_micro(
@@ -407,19 +407,19 @@ def backward_micro(
         if models.critic is not models.actor:
             hidden = models.critic(ids, lengths)
 
-    mean = lambda x: masked_share(x, mask, count)  # noqa: E731
+    part = lambda x: masked_share(x, mask, count)  # noqa: E731
     policy = policy_loss(logp, old_logp, advantages[rows], args.clip, args.clip_high)
-    loss, of_critic = mean(policy[0]), ()
+    loss, of_critic = part(policy[0]), ()
     if models.value_head:
         values = models.value(hidden[:, :-1])  # (b, T - 1), aligned with logp
         of_critic = value_loss(values, rollout.values[rows], returns[rows], args.value_clip)
-        loss = loss + args.value_coef * mean(of_critic[0])
+        loss = loss + args.value_coef * part(of_critic[0])
     if bonus:
-        loss = loss - args.entropy_coef * mean(entropy)
+        loss = loss - args.entropy_coef * part(entropy)
     loss.backward()
     with torch.no_grad():
         k3 = kl_estimates(old_logp, logp)[1]  # from the policy that sampled
-        shares = [mean(x.float()) for x in (*policy, k3, *of_critic)]
+        shares = [part(x.float()) for x in (*policy, k3, *of_critic)]
         return torch.stack(shares), torch.where(mask, torch.expm1(logp - old_logp), 0.0).abs().max()
 
 
@@ -427,7 +427,7 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
     """All gradient steps on one rollout. Returns their metrics: means, and what `health` reads."""
     args, models = setup.args, setup.models
     optimizers = [o for o in (setup.policy_optimizer, setup.value_optimizer) if o]
-    warming = step < args.critic_warmup  # as an index: True skips the policy's optimizer, the first
+    warming = step < args.critic_warmup  # optimizer 0, the policy's, waits for the critic
     updates = micro_batches_of(len(rollout.indices), args.micro_batch, args.accumulation)
     moved = Moved(setup.policy_optimizer.params.values())
     sums = torch.zeros(3 + 2 * (models.value_head is not None), device=rollout.mask.device)
@@ -446,15 +446,15 @@ def update(setup: Setup, rollout: Rollout, advantages: Tensor, returns: Tensor, 
             sums += shares
             if first_ratio_error is None:  # no weight has changed yet, so every ratio must be 1
                 first_ratio_error = distributed.largest(error).item()
-            for optimizer in optimizers[warming:]:
+            for optimizer in optimizers[int(warming) :]:
                 distributed.add_up_gradients(optimizer.params.values())
             both = torch.stack([optimizer.grad_norm() for optimizer in optimizers])
-            norms.append(both.tolist())  # in an update the host waits for the GPU only here
+            norms.append(both.tolist())  # the host waits for the GPU only here and in .item() above
             answered = rollout.indices[updates[i][0].start : updates[i][-1].stop]
             lower = "--lr or --value-lr" if models.value_head else "--lr"
             named = dict(zip(("gradient_norm", "value_gradient_norm"), norms[-1]))
             check_finite(step, answered, lower, **named)
-            for optimizer, norm in [*zip(optimizers, both)][warming:]:
+            for optimizer, norm in [*zip(optimizers, both)][int(warming) :]:
                 optimizer.step(norm, args.max_grad_norm)
             for optimizer in optimizers:
                 optimizer.zero_grad()

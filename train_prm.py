@@ -17,7 +17,7 @@ train_ppo.py draws it under token t + 1, which it is about:
     label                      1        .5    0             of steps 1, 2 and 3
     logit[t]                   the head's output, from the tokens 0 .. t
 
-A label made by sampling estimates a value: how often this model gets right from here. So the head
+A label made by sampling estimates a value: how often this model is right in the end. So the head
 learns what PPO's critic learns, from more samples. A step that is wrong and can be repaired has a
 label above 0.
 """
@@ -40,7 +40,7 @@ from nanogsm.steps import Example, examples_of
 from nanogsm.transformer import Transformer
 from train_sft import examples_of_step, load_trainable
 
-RIGHT = 0.5  # a step is right from this label on, and called right from this probability on
+RIGHT = 0.5  # labels and probabilities of at least this mean that a step is right
 
 # --------------------------------------------------------------------------------------- the loss
 
@@ -119,10 +119,9 @@ def share_of(hits: list[float]) -> float:
 
 
 def best_of(examples: list[Example], scores: list[float]) -> tuple[float, float, float]:
-    """Three shares: of the right answers among all; of the problems whose answer of the highest
-    score is right; of the pairs of a right and a wrong answer to one problem in which the right one
-    has the higher score, a tie counting half. An answer is right if its last step is. One whose
-    last step has no label is left out."""
+    """Three shares: answers that are right; problems whose top-scored answer is right; pairs of a
+    right and a wrong answer to one problem in which the right one scores higher, a tie counting
+    half. An answer is right if its last step is. One whose last step has no label is left out."""
     answers: dict[int, list[tuple[float, bool]]] = {}
     for example, score in zip(examples, scores):
         if example.mask[-1]:  # the end token, which follows the last step
@@ -171,7 +170,7 @@ def train(args, folder, found, examples: list, held_out: list, steps: int) -> in
     autocast = autocast_of(args.device, args.precision)
     bits = 8 if args.optim == "adamw8bit" else 32
     peaks = {"trunk/": args.lr, "head/": args.head_lr}
-    # The vocabulary is not used. Where it is a matrix of its own, it gets no gradient.
+    # The output head is not used. Where it is not tied, it gets no gradient.
     named = [(n, p) for n, p in model.named_parameters() if not n.startswith("lm_head")]
     optimizers = {"trunk/": AdamW(named, args.lr, bits=bits)}
     optimizers["head/"] = AdamW(head.named_parameters(), args.head_lr, bits=32)
@@ -228,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     solutions, held_out = prm.load_solutions(args)
     limit = args.max_seq_length
     examples = examples_of(tokenizer, prompt, solutions, limit, args.outcome)
-    # Validation looks at all steps, also of an outcome model.
+    # Validation looks at all steps, for an outcome model, too.
     held_out_examples = examples_of(tokenizer, prompt, held_out, limit, of="held-out ")
     steps = prm.steps_in(examples, args)
     prm.settle(args, found, config, examples, held_out_examples, steps)

@@ -61,11 +61,11 @@ def backward_step(
     """Add the gradient of one step's loss to .grad. Returns the loss, in nats per token."""
     # What the loss is divided by: the supervised tokens of the whole step. So the loss does not
     # depend on how the step is cut into micro-batches. Trap: the mean of the micro-batches' means
-    # does, and gives the tokens of short answers a larger weight.
+    # depends on it, and gives the tokens of short answers a larger weight.
     supervised = data.supervised_tokens(examples)
     loss = torch.zeros((), device=model.device)
     micro_batches = data.micro_batches(examples, micro_batch)
-    for rows in distributed.deal(micro_batches, model, backward=True):
+    for rows in distributed.deal(micro_batches, model, backward=True):  # one device: all of them
         share = -answer_logprobs(model, rows, pad_id, autocast).sum() / supervised
         share.backward()  # the gradients of the shares add up in .grad
         loss += share.detach()
@@ -75,7 +75,7 @@ def backward_step(
 
 @torch.no_grad()
 def mean_loss(model: Transformer, examples: list, micro_batch: int, pad_id: int, autocast) -> float:
-    """The same loss over examples, without gradients; NaN if there are none."""
+    """The same loss over examples, without gradients; NaN for no examples."""
     supervised = data.supervised_tokens(examples)
     total = torch.zeros((), dtype=torch.float64)
     for rows in distributed.deal(data.micro_batches(examples, micro_batch), model):

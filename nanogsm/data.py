@@ -79,7 +79,7 @@ class Prompt(NamedTuple):
         return f"{self.style}, {shots}-shot{', instruction' if self.instruction else ''}"
 
     def settings(self) -> dict:
-        """What files record: all but the examples. GSM8K's do not mention boxes."""
+        """What files record: all but the examples. Without boxes they do not mention them."""
         record = {"style": self.style, "shots": self.shots, "instruction": self.instruction}
         return record | ({"boxed": True} if self.boxed else {})
 
@@ -140,7 +140,7 @@ class Example(NamedTuple):
 
 class Batch(NamedTuple):
     ids: torch.Tensor  # (B, T) int64
-    mask: torch.Tensor  # (B, T) bool, always on the host
+    mask: torch.Tensor  # (B, T) bool, always on the CPU
     lengths: list[int]  # of the rows, without padding
 
 
@@ -153,7 +153,7 @@ def collate(rows: list[Example], pad_id: int, device: str | torch.device = "cpu"
     for b, row in enumerate(rows):
         ids[b, : len(row.ids)] = torch.tensor(row.ids)
         mask[b, : len(row.mask)] = torch.tensor(row.mask, dtype=torch.bool)
-    # The mask stays behind: to find its positions on a GPU, the host would wait for the GPU.
+    # The mask stays behind: to find its positions on a GPU, the CPU would wait for it.
     return Batch(ids.to(device, non_blocking=True), mask, [len(row.ids) for row in rows])
 
 
@@ -244,7 +244,7 @@ def cut(completion: str) -> str:
 
 
 def starts_new_question(tokenizer: "Tokenizer", ids: list[int]) -> bool:
-    """Whether the newest ids complete STOP_TEXT, where sampling stops. A token may be a letter."""
+    """Whether the newest ids complete STOP_TEXT, where sampling stops. A token can be a letter."""
     # Only a token with its last character, ":", can complete it, and decoding takes time.
     return ids[-1] in tokenizer.colons and STOP_TEXT in tokenizer.decode(ids[-len(STOP_TEXT) :])
 
@@ -256,11 +256,11 @@ def answer_limit(data: str) -> int:
 
 
 def is_correct(completion: str, problem: Problem) -> bool:
-    """Strict exact match: PPO's default reward, and the measure of the study that this project
-    implements (README.md)."""
+    """Strict exact match, on which PPO's default reward rests: the measure of the study that this
+    project implements (README.md)."""
     if problem.boxed:
         return boxed.grade(boxed.last_box(cut(completion)), boxed.last_box(problem.answer)).right
-    # The first "####" decides. Working is not checked, and later text does not count.
+    # The first "####" decides. Working is not checked, and later lines do not count.
     return same_number(extract_answer(cut(completion)), extract_answer(problem.answer))
 
 
@@ -298,7 +298,7 @@ GEMMA = Family(
     "Gemma", "<bos>", "<eos>", "<end_of_turn>",
     ("<start_of_turn>", "{}\n"), "\n", "model", ("<pad>",),
 )  # fmt: skip
-# Trap: Llama has no padding token. Where EOS is used for it and all of its places are hidden from
+# Trap: Llama names no padding token. Where EOS serves as one and all its places are hidden from
 # the loss, the model never learns to stop.
 LLAMA = Family(
     "Llama 3", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>",

@@ -12,7 +12,7 @@ The idea in four lines; the rest of `generate` keeps many rows busy:
     run the prompt once; its keys and values fill the cache        (_prefill)
     repeat: choose a token from the last hidden state              (choose)
             if it ends the answer, stop
-            run that one token; it attends to the whole cache      (KVCache.attend_next)
+            run that one token; it attends to its row of the cache (KVCache.attend_next)
 
 A row that finishes is given to the next waiting prompt, so a batch waits for a long answer only
 when no prompts are left. Sampling has a temperature and nothing else: with top-k or top-p the
@@ -197,6 +197,7 @@ def generate(
         position.add_(1).clamp_(max=slots - 1)  # idle rows run on, but not out
 
     with cuda.recorded(model, cpu.packed(model, choose)) as (choose_token, run):
+        # Plainly: choose_token is choose, and run(decode, rows, used, u) is decode(used, u).
         while len(done) < len(mine):
             idle = [row for row, r in enumerate(request) if r < 0]
             if idle and waiting:  # prefill: run whole prompts into the idle rows
@@ -271,7 +272,7 @@ def answer(
     max_new_tokens: int, batch_size: int = 64, temperature: float = 0.0, seed: int = 0,
     progress: Callable[[int, int], None] = lambda finished, tokens: None,
 ) -> list[Answer]:  # fmt: skip
-    """`generate` from question to text. An answer also ends where it asks itself a new question."""
+    """`generate` from question to text. An answer also ends where it begins a new question."""
     prompts = [data.encode(tokenizer, prompt, question)[0] for question in questions]
     is_over = lambda ids: data.starts_new_question(tokenizer, ids)  # noqa: E731
     completions = generate(

@@ -44,8 +44,8 @@ def token_logprobs(
     """log p(targets | hidden) and, if asked for, the entropy, in nats: (B, T) float32, 0 where mask
     is 0. hidden (B, T, D) predicts targets (B, T).
 
-    Logits are divided by the temperature, as they are in sampling. Otherwise PPO's ratio would
-    compare probabilities of two different distributions. Trap: the gradient of a trained vocabulary
+    Logits are divided by the temperature, as they are in sampling. Otherwise PPO's p_old would not
+    be the probability with which the token was drawn. Trap: the gradient of a trained output head
     is added to its .grad by backward(); torch.autograd.grad does not see it.
     """
     # The n supervised positions. With the mask on the host nobody waits for a GPU to find them.

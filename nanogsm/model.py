@@ -364,9 +364,9 @@ def _no_place(key: str) -> str:
 
 def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path | str) -> None:
     """Write a folder in the Hub's layout, which transformers reads, too. The weights get the dtype
-    of the base's checkpoint. The folder is whole or absent. Raises ValueError for a model with
-    adapters: merge them first. Trap: if that is bfloat16, rounding loses a part of the small
-    changes of fine-tuning. So a score of the saved weights can differ from the last validation."""
+    of the base's checkpoint. Trap: if that dtype is bfloat16, rounding loses a part of the small
+    changes of fine-tuning. So a score of the saved weights can differ from the last validation. The
+    folder is whole or absent. Raises ValueError for a model with adapters: merge them first."""
     if lora.adapters(model):
         raise ValueError("merge the adapters, or save them alone with save_adapter")
     if model.config.multimodal:

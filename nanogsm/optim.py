@@ -3,10 +3,10 @@
 AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) keeps two moments per weight: running means of
 the gradient (m) and of its square (v). In float32 both take 8 bytes, 20 GB for gemma-2b. Here each
 takes one byte, plus a float32 scale per block of at most 256 entries, after Dettmers et al. 2021
-(arXiv 2110.02861). Four things differ from that paper. results/adam8bit.md measures each of them:
+(arXiv 2110.02861). Four things differ from that paper. results/adam8bit.md has measurements:
 
 - sqrt(v) is stored instead of v, and never as 0 (see `quantise`).
-- Blocks end where rows end (see `block_size`).
+- Blocks have at most 256 entries, not 2048, and end where rows end (see `block_size`).
 - Rounding is dithered, because rounding to nearest would freeze v (see `dither`).
 - A value is the fourth power of its code, not an entry of a table. The relative step is smallest
   near the block's largest entry, m covers 8 decades, and two square roots are cheap on all devices.

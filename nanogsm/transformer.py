@@ -9,7 +9,7 @@ If one point is missed, everything still runs, and the logits are those of anoth
            The MLP is gated by GELU in its tanh form, whatever older configs call it.
            head_dim is free: heads * head_dim need not equal hidden_size.
   Gemma 2  Attention scores are soft-capped before the mask: s becomes cap * tanh(s / cap).
-           PyTorch's fused attention cannot do that. The final logits are soft-capped, too.
+           F.scaled_dot_product_attention cannot. The final logits are soft-capped, too.
            Local (sliding-window) and global layers alternate, starting with a local one.
   2 and 3  A norm follows attention and MLP as well, before the residual addition. The name
            `post_attention_layernorm` means something else in Gemma 1: its norm before the MLP.
@@ -130,7 +130,7 @@ def rotary(positions: Tensor, head_dim: int, dtype, base: float, factor=1.0, ban
     frequency = 1.0 / base ** (channels / head_dim)  # (N/2,)
     if bands:
         # Llama 3.1 exempts a channel that makes `high` full turns or more in `length` positions.
-        # One that makes `low` or fewer is divided like all, and in between the two are mixed.
+        # One that makes `low` or fewer is slowed by the whole factor, in between by a part of it.
         low, high, length = bands
         exempt = ((length * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (1 + exempt * (factor - 1))
@@ -146,8 +146,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x (B, H, T, N)
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap):
-    """softmax(q k' * scale) v: q (B, H, T, N); k, v (B, K, S, N) -> (B, H, T, N). mask (B or 1, 1,
-    T, S): True (without cap 0, else -inf) where a query may look. None: causal, S = T, no cap."""
+    """softmax(q k^T * scale) v: q (B, H, T, N); k, v (B, K, S, N) -> (B, H, T, N). mask (B or 1, 1,
+    T, S): True where a query may look, or (no cap) 0, else -inf. None: causal, S = T, no cap."""
     (B, H, T, N), K = q.shape, k.shape[1]
     if cap is None and T == 1 and mask is not None:
         # One new token per row. The H/K query heads that share a key head take the place of the
@@ -234,7 +234,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, c.head_dim).transpose(1, 2)  # (B, K, T, N)
         if c.norms_qk:
             q, k = self.q_norm(q), self.k_norm(k)
-        # Position enters here and nowhere else. (Turned together, q and k take half the kernels.)
+        # Position enters here and in the mask. (Turned together, q and k take half the kernels.)
         q, k = rotate(torch.cat((q, k), 1), *angles).split((q.shape[1], k.shape[1]), 1)
         scale = c.query_pre_attn_scalar**-0.5
         # In training a row's own tokens are attended to, in generation the KV cache.
