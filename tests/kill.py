@@ -65,9 +65,8 @@ for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "r
     deadly(module, name)
 finish = RunFolder.finish
 def keep(folder, summary):
-    # The newest one: a run that was killed while it deleted the older one has both until its end.
-    newest = max(folder.path.glob("checkpoint/step-*[0-9]"), key=lambda p: int(p.name[5:]))
-    shutil.copytree(newest, Path(str(folder.path) + "-kept") / newest.name, dirs_exist_ok=True)
+    [last] = folder.path.glob("checkpoint/step-*[0-9]")  # an older one would be left behind
+    shutil.copytree(last, Path(str(folder.path) + "-kept") / last.name, dirs_exist_ok=True)
     finish(folder, summary)
 RunFolder.finish = keep
 sys.argv = sys.argv[2:]

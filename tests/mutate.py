@@ -25,6 +25,7 @@ LOOP, FILES, SCORES = "nanogsm/run/loop.py", "nanogsm/store/files.py", "nanogsm/
 ARITHMETIC, REWARDS, CRITIC = "nanogsm/arithmetic.py", "nanogsm/rewards.py", "nanogsm/run/critic.py"
 RERANK, FLAGS = "nanogsm/report/rerank.py", "nanogsm/run/flags.py"
 PRM, STEPS, LABEL = "train_prm.py", "nanogsm/steps.py", "experiments/label.py"
+FOLDER = "nanogsm/run/folder.py"
 PAST, EVALS, CURVES = "nanogsm/run/past.py", "nanogsm/report/eval_files.py", "experiments/ppo_curves.py"
 TESTS = {
     PPO: "test_groups test_ppo test_rewards test_distributed", SFT: "test_sft test_distributed", DATA: "test_data test_model test_ppo test_groups", MODEL: "test_model test_lora", NET: "test_model",
@@ -33,7 +34,7 @@ TESTS = {
     CUDA: "test_cuda", MANY: "test_distributed", FILES: "test_files", SCORES: "test_scores test_rerank", BOXED: "test_boxed",
     ARITHMETIC: "test_scores", REWARDS: "test_rewards", CRITIC: "test_rerank", RERANK: "test_rerank", FLAGS: "test_groups test_rewards",
     PRM: "test_prm", STEPS: "test_prm", LABEL: "test_label",
-    PAST: "test_own_data", EVALS: "test_evaluate", CURVES: "test_experiments",
+    FOLDER: "test_runs", PAST: "test_own_data", EVALS: "test_evaluate", CURVES: "test_experiments",
 }  # fmt: skip
 
 # name, file, the text (there once), what stands there instead
@@ -45,6 +46,7 @@ MUTATIONS = [
     ("evaluations: one sample counts as several", EVALS, r"(?!1x)", ""),
     ("curves: other questions are paired", CURVES, "    scores.in_common(before.path, before.rows, after.path, after.rows)\n", ""),
     ("curves: other settings are paired", CURVES, "if before.summary.get(key) != after.summary.get(key)", "if False"),
+    ("folder: a checkpoint that a kill left is kept", FOLDER, "        self._drop_older(steps[-1])  # a kill may have come before that\n", ""),
     ("boxed: the first box counts", BOXED, '    for found in _BOX.finditer(text):\n        pass\n', '    found = _BOX.search(text)\n'),
     ("boxed: escaped braces are counted", BOXED, 'r"\\\\.|[{}]"', 'r"[{}]"'),
     ("boxed: a box decides before ####", BOXED, 'return last > answer.rfind("####")', 'return last >= 0'),

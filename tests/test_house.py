@@ -232,7 +232,7 @@ MOST_TOKENS = {
     "train_prm.py's val_pairs; refusals and odd drives that a review found": 480,
     "a data file changed since training; the study's own flags; a damaged value head": 700,
     "a stop between two calls of one's own reward": 50,
-    "evaluate.py --ask refuses what it would ignore": 50,
+    "--ask refuses what it would ignore; a checkpoint that a kill left behind": 80,
     "reports without sampled evaluations, real sizes of updates, commands to paste": 200,
 }
 

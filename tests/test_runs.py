@@ -220,6 +220,15 @@ def test_older_checkpoint_goes_only_after_the_new_one_is_complete(tmp_path):
     assert os.listdir(tmp_path / "r/checkpoint") == ["step-3"]
 
 
+def test_an_older_checkpoint_that_a_kill_left_behind_goes_when_the_run_is_continued(tmp_path):
+    train(tmp_path / "r", 2)
+    shutil.copytree(tmp_path / "r/checkpoint/step-2", tmp_path / "older")
+    train(tmp_path / "r", 3)
+    shutil.copytree(tmp_path / "older", tmp_path / "r/checkpoint/step-2")
+    train(tmp_path / "r", 3)  # not a step is left to do
+    assert os.listdir(tmp_path / "r/checkpoint") == ["step-3"]
+
+
 @pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "checksums.json"])
 def test_every_flipped_byte_and_any_truncation_is_detected(tmp_path, name):
     train(tmp_path / "r", 2)

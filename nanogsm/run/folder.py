@@ -298,9 +298,12 @@ class RunFolder:
                     f"({error.strerror}): free some space, then run the same command again"
                 ) from error
             raise
+        self._drop_older(step)
+
+    def _drop_older(self, step: int) -> None:
         for older in self._steps():
             if older != step:
-                files.remove(parent / f"step-{older}")
+                files.remove(self.path / "checkpoint" / f"step-{older}")
 
     def _write_checkpoint(self, folder: Path, step: int, tensors: dict, state: dict) -> None:
         lengths = {}
@@ -336,6 +339,7 @@ class RunFolder:
                 print(f"{self.path} has no checkpoint yet: starting from the beginning")
             return None
         folder, saved = self._checked(steps)
+        self._drop_older(steps[-1])  # a kill may have come before that
         for name, length in saved["logs"].items():
             self._logs[name].truncate(length)
         return saved["step"], str(folder), saved["state"]
