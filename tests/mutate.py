@@ -259,7 +259,7 @@ def red(test: str, folder: Path) -> bool:
     """Whether a test file fails there; one that does not end has noticed something, too."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", test]
     try:
-        return subprocess.run(command, cwd=folder, capture_output=True, timeout=900).returncode == 1
+        return subprocess.run(command, cwd=folder, capture_output=True, timeout=300).returncode == 1
     except subprocess.TimeoutExpired:
         return True
 
