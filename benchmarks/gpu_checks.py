@@ -34,7 +34,6 @@ from nanogsm import data, generate
 from nanogsm.fast.checkpointing import CHECKPOINTING
 from nanogsm.model import load_adapter, load_model, set_checkpointing
 from nanogsm.optim import AdamW
-from nanogsm.report.scores import wilson
 from nanogsm.run.machine import autocast_of
 from nanogsm.store import files
 
@@ -271,31 +270,34 @@ def stopped_run(argv: list[str], metrics: Path) -> int:
 
 # -------------------------------------------------------------------------------------------- tiny
 
-CPU_CORRECT = {"full": 392, "PPO": 825, "LoRA": 303}  # of 1,319: results/tiny, "From a fresh clone"
+STUDY = ROOT / "results" / "tiny" / "study-1.json"  # of a CPU
+ROWS = {"full": "full-main", "PPO": "ppo-tuned", "LoRA": "lora-main"}  # those of one epoch
 
 
 def tiny(work):
-    """Train and evaluate the embedded model. Rounding moves a score, so its interval has to meet
-    that of the CPU's score."""
+    """Train and evaluate three rows of the embedded model's study. Rounding moves a score, so its
+    interval has to meet that of the CPU's score."""
+    of_cpu = {row["row"]: row for row in files.read_json(STUDY)["rows"]}
     few = ["--max-examples", "32", "--val-examples", "0"] if work.dry else []
     fewer = ["--steps", "1", "--rollouts", "8"] if work.dry else []
     short = ["--max-new-tokens", "8"] if work.dry else []
     n = 8 if work.dry else 1319
     with tempfile.TemporaryDirectory() as folder:
         full, runs = f"{folder}/full", {}
-        runs["full"] = train_sft.main, few
-        runs["PPO"] = train_ppo.main, [*fewer, "--init", full, "--val-every", "0"]
-        runs["LoRA"] = train_sft.main, [*few, "--lora"]
+        runs["full"] = train_sft.main, [*few, "--recipe", "original"]
+        ppo = ["--init", full, "--recipe", "tuned", "--val-every", "0"]
+        runs["PPO"] = train_ppo.main, [*fewer, *ppo]
+        runs["LoRA"] = train_sft.main, [*few, "--recipe", "original", "--lora"]
         for name, (train, flags) in runs.items():
             start = time.perf_counter()
             out = f"{folder}/{name}"
             common = ["--device", work.device, "--out", out]
-            train(["--tiny", *flags, *short, *common])
+            train(["--tiny", *flags, "--seed", "1", *short, *common])
             trained = time.perf_counter()
             evaluate.main(["--model", out, "--n", str(n), *short, *common])
             found = files.read_json(next(Path(out).glob("eval-test-*.json")))
             took = f"{trained - start:.0f} s + {time.perf_counter() - trained:.0f} s to evaluate"
-            low, high = wilson(CPU_CORRECT[name], 1319)
+            low, high = (of_cpu[ROWS[name]][end] for end in ("ci_low", "ci_high"))
             yield row(
                 f"{name}: exact match", 100 * found["accuracy"], "%",
                 f"an interval that meets {100 * low:.1f} to {100 * high:.1f}",
