@@ -79,7 +79,7 @@ class Prompt(NamedTuple):
         return f"{self.style}, {shots}-shot{', instruction' if self.instruction else ''}"
 
     def settings(self) -> dict:
-        """What files record: all but the examples. Without boxes they do not mention them."""
+        """What files record: all but the examples, and boxes only where they are used."""
         record = {"style": self.style, "shots": self.shots, "instruction": self.instruction}
         return record | ({"boxed": True} if self.boxed else {})
 

@@ -3,7 +3,7 @@
 AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) keeps two moments per weight: running means of
 the gradient (m) and of its square (v). In float32 both take 8 bytes, 20 GB for gemma-2b. Here each
 takes one byte, plus a float32 scale per block of at most 256 entries, after Dettmers et al. 2021
-(arXiv 2110.02861). Four things differ from that paper. results/adam8bit.md has measurements:
+(arXiv 2110.02861). Four things differ from that paper (results/adam8bit.md has measurements):
 
 - sqrt(v) is stored instead of v, and never as 0 (see `quantise`).
 - Blocks have at most 256 entries, not 2048, and end where rows end (see `block_size`).

@@ -9,7 +9,7 @@ If one point is missed, everything still runs, and the logits are those of anoth
            The MLP is gated by GELU in its tanh form, whatever older configs call it.
            head_dim is free: heads * head_dim need not equal hidden_size.
   Gemma 2  Attention scores are soft-capped before the mask: s becomes cap * tanh(s / cap).
-           F.scaled_dot_product_attention cannot. The final logits are soft-capped, too.
+           F.scaled_dot_product_attention has no cap. The final logits are soft-capped, too.
            Local (sliding-window) and global layers alternate, starting with a local one.
   2 and 3  A norm follows attention and MLP as well, before the residual addition. The name
            `post_attention_layernorm` means something else in Gemma 1: its norm before the MLP.
