@@ -271,7 +271,7 @@ def stopped_run(argv: list[str], metrics: Path) -> int:
 # -------------------------------------------------------------------------------------------- tiny
 
 STUDY = ROOT / "results" / "tiny" / "study-1.json"  # of a CPU
-ROWS = {"full": "full-main", "PPO": "ppo-tuned", "LoRA": "lora-main"}  # those of one epoch
+ROWS = {"full": "full-main", "PPO": "ppo-tuned", "LoRA": "lora-main"}  # the quick ones
 
 
 def tiny(work):
