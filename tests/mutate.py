@@ -46,7 +46,7 @@ MUTATIONS = [
     ("evaluations: one sample counts as several", EVALS, r"(?!1x)", ""),
     ("curves: other questions are paired", CURVES, "    scores.in_common(before.path, before.rows, after.path, after.rows)\n", ""),
     ("curves: other settings are paired", CURVES, "if before.summary.get(key) != after.summary.get(key)", "if False"),
-    ("folder: a checkpoint that a kill left is kept", FOLDER, "        self._drop_older(steps[-1])  # a kill may have come before that\n", ""),
+    ("folder: a checkpoint that a kill left is kept", FOLDER, "        self._drop_older(steps[-1])  # a kill may have left some\n", ""),
     ("boxed: the first box counts", BOXED, '    for found in _BOX.finditer(text):\n        pass\n', '    found = _BOX.search(text)\n'),
     ("boxed: escaped braces are counted", BOXED, 'r"\\\\.|[{}]"', 'r"[{}]"'),
     ("boxed: a box decides before ####", BOXED, 'return last > answer.rfind("####")', 'return last >= 0'),

@@ -339,7 +339,7 @@ class RunFolder:
                 print(f"{self.path} has no checkpoint yet: starting from the beginning")
             return None
         folder, saved = self._checked(steps)
-        self._drop_older(steps[-1])  # a kill may have come before that
+        self._drop_older(steps[-1])  # a kill may have left some
         for name, length in saved["logs"].items():
             self._logs[name].truncate(length)
         return saved["step"], str(folder), saved["state"]
